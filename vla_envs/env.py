@@ -1,0 +1,97 @@
+"""``LiberoEnv``: one LIBERO environment, the single face of the vector environment."""
+
+import os
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vla_envs.rewards import Reward
+from vla_envs.vector import LiberoVectorEnv
+
+
+def _first(info: dict[str, Any]) -> dict[str, Any]:
+    """The first environment's entries of a vector environment's info, as Python values."""
+    return {key: _first(value) if isinstance(value, dict) else value[0].item() for key, value in info.items()}
+
+
+class LiberoEnv(gym.Env):
+    """One LIBERO task as a Gymnasium environment.
+
+    Arguments, observation, action, ``reset`` and ``info`` are those of ``LiberoVectorEnv``, without the
+    leading axis: an action is ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C; ``options={"init_state_id": 3}``
+    starts from LIBERO's recorded state 3.
+
+    Example:
+        >>> import gymnasium as gym, vla_envs
+        >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
+        >>> obs, info = env.reset(seed=7)
+        >>> info["instruction"]
+        'pick up the ketchup and place it in the basket'
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(
+        self,
+        suite: str = "LiberoObject",
+        task_id: int = 0,
+        image_size: int = 128,
+        action_chunk: int = 1,
+        max_episode_steps: int = 200,
+        reward: str | Reward = "binary",
+        assets: str | os.PathLike[str] = "builtin",
+        wrist_camera: bool = False,
+        num_threads: int | None = 1,
+        settle_steps: int = 10,
+        render_mode: str | None = None,
+    ) -> None:
+        self._envs = LiberoVectorEnv(
+            1, suite, task_id, image_size, action_chunk, max_episode_steps, reward, assets, wrist_camera,
+            num_threads, settle_steps, render_mode=render_mode,
+        )  # fmt: skip
+        self.metadata = {**self.metadata, "render_fps": self._envs.metadata["render_fps"]}
+        self.render_mode = render_mode
+        self.instruction = self._envs.instructions[0]
+        self.observation_space = self._envs.single_observation_space
+        self.action_space = self._envs.single_action_space
+
+    @property
+    def instructions(self) -> list[str]:
+        """The instruction, in a list as the vector environment has it."""
+        return self._envs.instructions
+
+    @property
+    def qpos(self) -> NDArray[np.float64]:
+        """Joint positions ``(nq,)`` in LIBERO's order."""
+        return self._envs.qpos[0]
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Start an episode; see ``LiberoVectorEnv.reset``."""
+        super().reset(seed=seed)
+        limit = self.spec.max_episode_steps if self.spec else None
+        if limit is not None:  # gym.make(..., max_episode_steps=...) keeps the argument to itself
+            self._envs.max_episode_steps = limit
+        obs, info = self._envs.reset(seed=None if seed is None else [seed], options=options)
+        return {name: array[0] for name, array in obs.items()}, _first(info)
+
+    def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+        """Execute ``action``; see ``LiberoVectorEnv.step``."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"the action has shape {action.shape}; expected {self.action_space.shape}")
+        obs, reward, terminated, truncated, info = self._envs.step(action[None])
+        observation = {name: array[0] for name, array in obs.items()}
+        return observation, float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
+
+    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+        """A ``(256, 256, 3)`` picture, or None without ``render_mode="rgb_array"``."""
+        frames = self._envs.render()
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Free threads and pictures."""
+        self._envs.close()

@@ -1,0 +1,78 @@
+"""One OpenGL context that draws every environment."""
+
+import importlib
+import os
+import platform
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+_context: Any = None  # the process's one OpenGL context
+
+
+def _opengl_context() -> Any:
+    """The process's OpenGL context: ``MUJOCO_GL`` where it is set, else the first backend that works.
+
+    Raises:
+        RuntimeError: When no backend can draw without a screen; names what was tried.
+    """
+    global _context
+    if _context is not None:
+        return _context
+    wanted = os.environ.get("MUJOCO_GL", "").lower()
+    known = ("egl", "osmesa", "glfw", "cgl")
+    default = ("cgl",) if platform.system() == "Darwin" else ("egl", "osmesa", "glfw")
+    failures = []
+    for backend in (wanted,) if wanted in known else default:
+        try:
+            _context = importlib.import_module(f"mujoco.{backend}").GLContext(256, 256)
+            _context.make_current()
+            return _context
+        except Exception as error:  # each backend fails in its own way: ImportError, EGLError, AttributeError ...
+            _context = None
+            failures.append(f"{backend} ({type(error).__name__})")
+    raise RuntimeError(
+        f"no OpenGL to draw with; tried {', '.join(failures)}; on Debian or Ubuntu: "
+        "apt-get install libegl1 libgl1-mesa-dri"
+    )
+
+
+class Renderer:
+    """Draws the cameras of one model, upright, into ``(size, size, 3)`` uint8 images."""
+
+    def __init__(self, model: mujoco.MjModel, size: int) -> None:
+        self.model, self.size = model, size
+        self._gl = _opengl_context()
+        self._gl.make_current()
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._option = mujoco.MjvOption()
+        self._option.geomgroup[0] = 0  # collision shapes
+        self._option.sitegroup[:] = 0
+        self._perturb = mujoco.MjvPerturb()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_resizeOffscreen(size, size, self._context)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._viewport = mujoco.MjrRect(0, 0, size, size)
+        self._pixels = np.empty((size, size, 3), np.uint8)
+
+    def draw(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
+        """The picture that ``camera`` takes of ``data``; a new array, the top row first."""
+        self._gl.make_current()
+        self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        mujoco.mjv_updateScene(
+            self.model, data, self._option, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        mujoco.mjr_render(self._viewport, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
+        return self._pixels[::-1].copy()  # OpenGL's first row is the lowest
+
+    def close(self) -> None:
+        """Free what the graphics driver holds for this model."""
+        self._gl.make_current()
+        self._context.free()

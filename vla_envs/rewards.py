@@ -1,0 +1,140 @@
+"""Rewards: binary, the multi-stage reward of TGRPO's Algorithm 2, and functions written by users.
+
+A reward is a function of the facts (``vla_envs.goals.FACTS``): it takes a dict of arrays, one entry per
+environment, and returns an array of rewards, or rewards and stage numbers.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv, VectorWrapper
+from numpy.typing import NDArray
+
+from vla_envs.tasks import nearest
+
+Facts = dict[str, Any]
+Reward = Callable[[Facts], Any]
+
+#: The stages of pick-and-place, with the reward that each pays every step (TGRPO, Algorithm 2).
+STAGES = ("far", "approaching", "ready to grasp", "lifted", "over the goal", "placed", "dropped")
+STAGE_REWARDS = np.array([-2.0, 2.0, 4.0, 8.0, 10.0, 16.0, -4.0])
+
+#: The distances that part the stages, in metres; the paper gives none, these are ours.
+THRESHOLDS = {
+    "approach": 0.15,  # nearer than this to the object: approaching
+    "ready": 0.04,  # fingertips this near to the object's centre, or touching it: ready to grasp
+    "lift": 0.03,  # the object this much higher than it lay: lifted
+    "near_goal": 0.08,  # horizontal distance to the goal region's centre: over the goal
+}
+
+
+def binary(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """1 at success, else 0; the stages are those of ``multi_stage``."""
+    return np.asarray(facts["success"], dtype=np.float64), multi_stage(facts)[1]
+
+
+def multi_stage(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The paper's pick-and-place reward: constant within a stage, paid every step, 16 when placed."""
+    f = {name: np.asarray(value) for name, value in facts.items()}
+    lifted = (f["object_height"] > THRESHOLDS["lift"]) & (f["touching"] > 0)
+    conditions = [
+        f["success"] > 0,
+        lifted & (f["object_to_goal_xy"] < THRESHOLDS["near_goal"]),
+        lifted,
+        f["object_peak_height"] > THRESHOLDS["lift"],
+        (f["gripper_to_object"] < THRESHOLDS["ready"]) | (f["touching"] > 0),
+        f["gripper_to_object"] < THRESHOLDS["approach"],
+    ]
+    names = ["placed", "over the goal", "lifted", "dropped", "ready to grasp", "approaching"]
+    stage = np.select(conditions, [STAGES.index(name) for name in names], default=STAGES.index("far"))
+    return STAGE_REWARDS[stage], stage
+
+
+def resolve_reward(reward: str | Reward) -> Reward:
+    """The reward function behind ``"binary"``, ``"multi_stage"``, a callable or ``path/to/file.py:function``.
+
+    A file is Python code of the user's own and is run as such.
+
+    Raises:
+        ValueError: When there is no such reward, file or function.
+    """
+    if callable(reward):
+        return reward
+    named: dict[str, Reward] = {"binary": binary, "multi_stage": multi_stage}
+    if reward in named:
+        return named[reward]
+    path, colon, function = str(reward).rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ValueError(
+            f"reward {reward!r} is unknown; expected 'binary', 'multi_stage', a callable or "
+            f"'path/to/file.py:function'{nearest(str(reward), list(named))}"
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"reward file {path!r} does not exist; expected 'path/to/file.py:function'")
+    spec = importlib.util.spec_from_file_location("user_reward", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ValueError(
+            f"reward file {path!r} has no function {function!r}; it has {names}{nearest(function, names)}"
+        )
+    return getattr(module, function)
+
+
+def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Rewards and stages of ``facts``; a function that returns rewards alone gets ``multi_stage``'s stages.
+
+    Raises:
+        ValueError: When the function's rewards are not finite numbers, one per environment.
+    """
+    result = reward(facts)
+    values, stage = result if isinstance(result, tuple) else (result, multi_stage(facts)[1])
+    values = np.asarray(values, dtype=np.float64)
+    expected = np.shape(facts["success"])
+    if values.shape != expected or not np.all(np.isfinite(values)):
+        raise ValueError(f"the reward function returned {values!r}; expected finite numbers of shape {expected}")
+    return values, np.asarray(stage, dtype=np.int64)
+
+
+class _FactsReward(gym.Wrapper):
+    def __init__(self, env: gym.Env, reward: str | Reward) -> None:
+        super().__init__(env)
+        self._reward = resolve_reward(reward)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, _, terminated, truncated, info = self.env.step(action)
+        reward, stage = evaluate_reward(self._reward, info["facts"])
+        return obs, float(reward), terminated, truncated, {**info, "stage": int(stage)}
+
+
+class _FactsVectorReward(VectorWrapper):
+    def __init__(self, env: VectorEnv, reward: str | Reward) -> None:
+        super().__init__(env)
+        self._reward = resolve_reward(reward)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        frozen = self.unwrapped.frozen.copy()  # type: ignore[attr-defined]
+        obs, _, terminated, truncated, info = self.env.step(actions)
+        reward, stage = evaluate_reward(self._reward, info["facts"])
+        return obs, np.where(frozen, 0.0, reward), terminated, truncated, {**info, "stage": stage}
+
+
+def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper | VectorWrapper:  # noqa: N802
+    """Wrap a LIBERO environment, single or vector, so that it pays ``reward``.
+
+    Args:
+        env: An environment of this package.
+        reward: As the environments' own ``reward`` argument.
+
+    Example:
+        >>> import gymnasium as gym, vla_envs
+        >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
+        >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
+    """
+    return _FactsVectorReward(env, reward) if isinstance(env, VectorEnv) else _FactsReward(env, reward)

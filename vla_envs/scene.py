@@ -1,0 +1,318 @@
+"""A task and its assets, compiled to one MuJoCo model and cached on disk.
+
+LIBERO's own code builds the scene and parses the goal. It runs once a scene, in a process of its own:
+there it may import what it likes and find its own configuration, so that the user's process is never
+prompted and an existing LIBERO configuration is never touched.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import filelock
+import mujoco
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from vla_envs.control import Arm
+from vla_envs.goals import Goal
+from vla_envs.tasks import BUILTIN_SUITES, Task, get_task, libero_folder, nearest
+
+MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
+BUILD_TIMEOUT_S = 300
+ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
+GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
+ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where LIBERO may place one object: figures of its ``MultiRegionRandomSampler``."""
+
+    qpos_address: int
+    x_ranges: list[list[float]]  # m
+    y_ranges: list[list[float]]  # m
+    rotation: list[tuple[str, float, float]]  # axis, low and high (rad), applied in this order
+    z: float  # m, height of the reference plane, LIBERO's z offset included
+    radius: float  # m
+    bottom: float  # m, from the object's origin
+    top: float  # m
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One compiled task; shared by all environments that play it."""
+
+    task: Task
+    model: mujoco.MjModel
+    arm: Arm
+    goal: Goal
+    placements: tuple[Placement, ...]
+
+    def sample_init_state(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """Joint positions ``(nq,)`` drawn as LIBERO draws them: objects in their BDDL regions, a noisy arm.
+
+        The distribution is that of the recorded init states (``MultiRegionRandomSampler.sample`` and
+        robosuite's gaussian ``initialization_noise``), not yet settled.
+        """
+        qpos = self.model.qpos0.copy()
+        qpos[:7] = self.arm.reset_qpos + ARM_NOISE * rng.standard_normal(7)
+        qpos[7:9] = GRIPPER_QPOS
+        placed: list[tuple[NDArray[np.float64], Placement]] = []
+        for item in self.placements:
+            for _ in range(5000):
+                k = rng.integers(len(item.x_ranges))
+                # LIBERO keeps the object's radius inside the region, also where that turns the range round.
+                low = np.array([item.x_ranges[k][0], item.y_ranges[k][0]]) + item.radius
+                high = np.array([item.x_ranges[k][1], item.y_ranges[k][1]]) - item.radius
+                position = np.append(low + (high - low) * rng.random(2), item.z - item.bottom)
+                if not any(
+                    np.hypot(*(position - other)[:2]) <= item.radius + figures.radius
+                    and position[2] - other[2] <= figures.top - item.bottom
+                    for other, figures in placed
+                ):
+                    break
+            else:
+                raise RuntimeError(f"no free place for an object of {self.task.name} after 5000 tries")
+            placed.append((position, item))
+            start = item.qpos_address
+            qpos[start : start + 3] = position
+            qpos[start + 3 : start + 7] = _sample_quat(item.rotation, rng)
+        return qpos
+
+
+def _sample_quat(rotation: list[tuple[str, float, float]], rng: np.random.Generator) -> NDArray[np.float64]:
+    """LIBERO's ``TableRegionSampler._sample_quat``: products of (x, y, z, w) quaternions, stored as they are."""
+    x0, y0, z0, w0 = 0.0, 0.0, 0.0, 1.0
+    for axis, low, high in rotation:
+        angle = low + (high - low) * rng.random()
+        s, w1 = np.sin(angle / 2), np.cos(angle / 2)
+        x1, y1, z1 = (s if axis == name else 0.0 for name in "xyz")
+        x0, y0, z0, w0 = (
+            x1 * w0 + y1 * z0 - z1 * y0 + w1 * x0,
+            -x1 * z0 + y1 * w0 + z1 * x0 + w1 * y0,
+            x1 * y0 - y1 * x0 + z1 * w0 + w1 * z0,
+            -x1 * x0 - y1 * y0 - z1 * z0 + w1 * w0,
+        )
+    return np.array([x0, y0, z0, w0])
+
+
+def check_versions() -> None:
+    """Refuse a MuJoCo that changes what a policy sees.
+
+    Raises:
+        ImportError: When the installed version is not the pinned one.
+    """
+    if mujoco.__version__ != MUJOCO_VERSION:
+        raise ImportError(
+            f"mujoco {mujoco.__version__} is installed; expected {MUJOCO_VERSION}, because other versions change "
+            f"pictures and physics of LIBERO: pip install mujoco=={MUJOCO_VERSION}"
+        )
+
+
+def cache_folder() -> Path:
+    """Where compiled scenes are kept; a folder of the session where the home folder is read-only."""
+    folder = Path(platformdirs.user_cache_dir("vla_envs"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"vla_envs-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def resolve_assets(assets: str | os.PathLike[str], suite: str) -> str:
+    """``"builtin"``, or the absolute path of a folder that holds LIBERO's meshes and textures.
+
+    Args:
+        assets: ``"builtin"``; ``"libero"`` for the folder in ``LIBERO_ASSETS``; or a folder.
+        suite: The suite that will be built with them.
+
+    Raises:
+        ValueError: When the built-in assets do not draw the suite, or the folder is none.
+    """
+    if assets == "builtin":
+        if suite not in BUILTIN_SUITES:
+            raise ValueError(f"built-in assets draw {', '.join(BUILTIN_SUITES)}, not {suite}")
+        return "builtin"
+    if assets == "libero":
+        assets = os.environ.get("LIBERO_ASSETS", "")
+        if not assets:
+            raise ValueError("assets='libero' needs the folder of LIBERO's assets in LIBERO_ASSETS; it is not set")
+    folder = Path(assets).expanduser().resolve()
+    if not (folder / "scenes").is_dir() or not (folder / "stable_hope_objects").is_dir():
+        hint = nearest(str(assets), ["builtin", "libero"])
+        raise ValueError(
+            f"assets {str(assets)!r} is no folder of LIBERO's assets (scenes/, stable_hope_objects/, ...); "
+            f"expected 'builtin', 'libero' or such a folder{hint}"
+        )
+    return str(folder)
+
+
+def _key(task: Task, assets: str) -> str:
+    """A digest of everything that shapes the compiled scene."""
+    digest = hashlib.sha256()
+    for package in ("mujoco", "robosuite", "hf-libero"):
+        digest.update(f"{package}={importlib.metadata.version(package)};".encode())
+    here = Path(__file__).parent
+    for path in (here / "scene.py", here / "assets.py", here / "collision.json", task.bddl_file):
+        digest.update(path.read_bytes())
+    digest.update(assets.encode())
+    if assets != "builtin":
+        for path in sorted(Path(assets).rglob("*")):
+            status = path.stat()
+            digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns};".encode())
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=32)
+def load_scene(suite: str, task_id: int, assets: str = "builtin") -> Scene:
+    """The compiled scene of a task, from the cache or built now.
+
+    Raises:
+        ValueError: When the task or the assets do not exist.
+        RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
+    """
+    check_versions()
+    task = get_task(suite, task_id)
+    assets = resolve_assets(assets, suite)
+    base = cache_folder() / f"{task.suite}_{task.task_id}_{_key(task, assets)}"
+    with filelock.FileLock(f"{base}.lock"):
+        cached = _read(base)
+        if cached is None:
+            _build_in_child(task, assets, base)
+            cached = _read(base)
+    if cached is None:
+        raise RuntimeError(f"the compiled scene at {base}.mjb cannot be read back")
+    model, facts = cached
+    return Scene(
+        task=task,
+        model=model,
+        arm=Arm.of(model, np.array(facts["arm_qpos"])),
+        goal=Goal(facts["object_body"], facts["region_site"], np.array(facts["region_size"])),
+        placements=tuple(Placement(**item) for item in facts["placements"]),
+    )
+
+
+def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
+    """Model and facts from the cache, or nothing when they are absent, incomplete or damaged."""
+    try:
+        facts = json.loads(Path(f"{base}.json").read_text())
+        blob = Path(f"{base}.mjb").read_bytes()
+        if hashlib.sha256(blob).hexdigest() != facts["sha256"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return mujoco.MjModel.from_binary_path("scene.mjb", {"scene.mjb": blob}), facts
+
+
+def _build_in_child(task: Task, assets: str, base: Path) -> None:
+    print(f"Building the scene of {task.suite} task {task.task_id}; once, about 10 s.", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="vla_envs-") as scratch:
+        command = [sys.executable, "-m", "vla_envs.scene", task.suite, str(task.task_id), assets, str(base), scratch]
+        environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}
+        path = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, env=environment
+        )
+    if result.returncode:
+        words = result.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"LIBERO could not build {task.name}: {words[-1]}")
+
+
+def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
+    """Build and compile the scene with LIBERO's code (in the child process); write ``base``.mjb and .json."""
+    write_libero_config(scratch)
+    import libero.libero
+    from libero.libero.envs.env_wrapper import ControlEnv
+
+    from vla_envs.assets import simple_robot, write_builtin
+
+    folder = scratch / "assets" if assets == "builtin" else Path(assets)
+    if assets == "builtin":
+        write_builtin(folder)
+    libero.libero._assets_path_cache = str(folder)
+    env = ControlEnv(str(task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
+    xml = env.model.get_xml()
+    spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)
+    # The same motion in less time: sparse algebra and no sensors. robosuite solves every substep's contacts
+    # three times (two calls of mj_forward before mj_step), each from the last solution; we solve them once,
+    # to the tolerance that it ends at.
+    spec.memory, spec.njmax, spec.nconmax = ARENA_BYTES, -1, -1
+    spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
+    spec.option.tolerance = 1e-12
+    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
+    if assets == "builtin":
+        spec.visual.quality.offsamples = 0
+    model = spec.compile()
+
+    def identity(kind: mujoco.mjtObj, name: str) -> int:
+        return mujoco.mj_name2id(model, kind, name)
+
+    ((predicate, object_name, region_name),) = env.parsed_problem["goal_state"]
+    if predicate != "in":
+        raise NotImplementedError(f"the goal predicate {predicate!r} of {task.name} is not supported")
+    placements = []
+    for sampler in env.placement_initializer.samplers.values():
+        (item,) = sampler.mujoco_objects
+        rotation = sampler.rotation
+        if not isinstance(rotation, dict):
+            rotation = {sampler.rotation_axis: rotation}
+        joint = identity(mujoco.mjtObj.mjOBJ_JOINT, item.joints[-1])
+        placement = Placement(
+            qpos_address=int(model.jnt_qposadr[joint]),
+            x_ranges=[[float(x) for x in limits] for limits in sampler.x_ranges],
+            y_ranges=[[float(y) for y in limits] for limits in sampler.y_ranges],
+            rotation=[(axis, float(min(limits)), float(max(limits))) for axis, limits in rotation.items()],
+            z=float(sampler.z_offset + sampler.reference_pos[2]),
+            radius=float(item.horizontal_radius),
+            bottom=float(item.bottom_offset[2]),
+            top=float(item.top_offset[2]),
+        )
+        placements.append(vars(placement))
+    blob = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, blob)
+    facts = {
+        "arm_qpos": [float(q) for q in env.robots[0].init_qpos],
+        "object_body": identity(mujoco.mjtObj.mjOBJ_BODY, env.objects_dict[object_name].root_body),
+        "region_site": identity(mujoco.mjtObj.mjOBJ_SITE, region_name),
+        "region_size": [float(x) for x in env.object_sites_dict[region_name].size],
+        "placements": placements,
+        "sha256": hashlib.sha256(blob.tobytes()).hexdigest(),
+    }
+    # Whole files only: written beside their place, then renamed; the digest ties the two together.
+    for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(facts).encode())):
+        partial = Path(f"{base}{suffix}.partial")
+        partial.write_bytes(content)
+        os.replace(partial, f"{base}{suffix}")
+
+
+def write_libero_config(folder: Path) -> None:
+    """Write LIBERO's ``config.yaml`` into ``folder``, so that its import finds one and asks nothing."""
+    root = libero_folder()
+    entries = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": root / "assets",
+    }
+    (folder / "config.yaml").write_text("".join(f"{key}: {json.dumps(str(value))}\n" for key, value in entries.items()))
+
+
+if __name__ == "__main__":
+    suite_name, task_number, assets_argument, base_path, scratch_path = sys.argv[1:]
+    _build(get_task(suite_name, int(task_number)), assets_argument, Path(base_path), Path(scratch_path))

@@ -1,0 +1,120 @@
+"""LIBERO's suites and tasks: names, instructions, BDDL files and recorded init states.
+
+Read from the installed ``hf-libero`` package without importing it: its import asks a question on the
+terminal when no configuration file exists.
+"""
+
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUITES = {
+    "LiberoSpatial": "libero_spatial",
+    "LiberoObject": "libero_object",
+    "LiberoGoal": "libero_goal",
+    "Libero10": "libero_10",
+    "Libero90": "libero_90",
+}
+BUILTIN_SUITES = ("LiberoObject",)  # the suites that the built-in assets draw
+
+
+@dataclass(frozen=True)
+class Task:
+    """One LIBERO task.
+
+    Attributes:
+        suite: Name of the suite as in the Gymnasium id, for instance ``"LiberoObject"``.
+        task_id: Position in the suite, from 0, in LIBERO's order (``libero_suite_task_map.py``).
+        name: LIBERO's name of the task.
+        instruction: The sentence that a policy is given; like LIBERO's, made from the file name.
+        bddl_file: LIBERO's description of the scene and the goal.
+        init_states_file: The recorded init states, LIBERO's ``*.pruned_init``.
+    """
+
+    suite: str
+    task_id: int
+    name: str
+    instruction: str
+    bddl_file: Path
+    init_states_file: Path
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def libero_folder() -> Path:
+    """Folder of the installed ``libero.libero`` package."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("LIBERO is not installed; expected: pip install hf-libero==0.1.4")
+    return Path(next(iter(spec.submodule_search_locations))) / "libero"
+
+
+@lru_cache
+def _task_map() -> dict[str, list[str]]:
+    path = libero_folder() / "benchmark" / "libero_suite_task_map.py"
+    spec = importlib.util.spec_from_file_location("libero_suite_task_map", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.libero_task_map
+
+
+def num_tasks(suite: str) -> int:
+    """Number of tasks in a suite."""
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(suite, list(SUITES))}")
+    return len(_task_map()[SUITES[suite]])
+
+
+def get_task(suite: str, task_id: int) -> Task:
+    """The task ``task_id`` (from 0) of a suite.
+
+    Raises:
+        ValueError: When the suite or the task id does not exist.
+    """
+    count = num_tasks(suite)
+    if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
+        raise ValueError(f"task_id is {task_id!r}; expected an int from 0 to {count - 1}")
+    if not 0 <= task_id < count:
+        closest = min(max(int(task_id), 0), count - 1)
+        raise ValueError(
+            f"task_id {task_id} does not exist in {suite}; expected 0 to {count - 1}, the nearest is {closest}"
+        )
+    folder = SUITES[suite]
+    name = _task_map()[folder][task_id]
+    # LIBERO-90 and LIBERO-10 names begin with the scene: KITCHEN_SCENE3_turn_on_the_stove.
+    words = name.split("_")
+    scene = next((i for i, word in enumerate(words) if word.startswith("SCENE")), -1)
+    return Task(
+        suite=suite,
+        task_id=int(task_id),
+        name=name,
+        instruction=" ".join(words[scene + 1 :]),
+        bddl_file=libero_folder() / "bddl_files" / folder / f"{name}.bddl",
+        init_states_file=libero_folder() / "init_files" / folder / f"{name}.pruned_init",
+    )
+
+
+@lru_cache(maxsize=16)
+def recorded_init_states(task: Task) -> NDArray[np.float64]:
+    """LIBERO's recorded init states, ``(50, 1 + nq + nv)``: time (s), joint positions, velocities.
+
+    Every published evaluation uses these; training draws its own placements. The files are pickles, so
+    they are read by a restricted reader that builds arrays and nothing else.
+    """
+    import torch
+    from numpy._core.multiarray import _reconstruct
+
+    allowed = [(_reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(np.dtype(np.float64))]
+    with torch.serialization.safe_globals(allowed):
+        states = torch.load(task.init_states_file, weights_only=True)
+    return np.asarray(states, dtype=np.float64)

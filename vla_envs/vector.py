@@ -1,0 +1,436 @@
+"""``LiberoVectorEnv``: many LIBERO environments in one process."""
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import ArrayLike, NDArray
+
+from vla_envs.control import ControlState, Views, run_chunk
+from vla_envs.goals import FACTS, FactReader
+from vla_envs.render import Renderer
+from vla_envs.rewards import Reward, evaluate_reward, resolve_reward
+from vla_envs.scene import Scene, load_scene
+from vla_envs.tasks import recorded_init_states
+
+CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
+FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
+NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # hold still, open the gripper: OpenVLA's protocol
+_PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+@dataclass
+class Settled:
+    """An init state after the settling steps: all that a reset copies."""
+
+    physics: NDArray[np.float64]
+    control: ControlState
+    images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+
+class Simulation:
+    """One environment: a scene's shared model with data of its own."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.data = mujoco.MjData(scene.model)
+        self.views = Views.of(self.data)
+        self.control = ControlState.new()
+        self.just_restored = False
+        self.facts = FactReader(scene.model, self.data, scene.goal)
+        self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
+        self.rest_height = 0.0
+        self._addresses = (scene.model._address, self.data._address)
+
+    def restore(self, qpos: NDArray[np.float64]) -> None:
+        """Put the joints at ``qpos`` (nq,), everything at rest: LIBERO's ``set_init_state``."""
+        mujoco.mj_resetData(self.scene.model, self.data)
+        self.data.qpos[:] = qpos
+        self.control.goal_rotation[...] = self.scene.arm.reset_rotation
+        self.control.gripper[:] = 0.0
+        self.just_restored = True
+
+    def run(self, actions: NDArray[np.float64]) -> tuple[int, bool]:
+        """Execute ``actions`` (C, 7); the number of control steps done, and whether the goal is met."""
+        steps, success = run_chunk(
+            *self._addresses, self.views, self.scene.arm, self.control, self.scene.goal, actions, self.just_restored
+        )
+        self.just_restored = False
+        return steps, success
+
+    def settle(self, qpos: NDArray[np.float64], steps: int) -> Settled:
+        """Restore ``qpos`` (nq,) and do nothing for ``steps`` control steps."""
+        self.restore(qpos)
+        if steps:
+            self.run(np.tile(NO_OP, (steps, 1)))
+        physics = np.empty(mujoco.mj_stateSize(self.scene.model, _PHYSICS))
+        mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
+        return Settled(physics, self.control.copy())
+
+    def copy_from(self, settled: Settled, just_restored: bool) -> None:
+        """Go to a settled state."""
+        mujoco.mj_setState(self.scene.model, self.data, settled.physics, _PHYSICS)
+        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+        self.control.assign(settled.control)
+        self.just_restored = just_restored
+        self.rest_height = float(self.data.xpos[self.scene.goal.object_body, 2])
+        self.control.peak[0] = self.rest_height
+
+    def state(self) -> NDArray[np.float32]:
+        """End-effector position (3, m), axis-angle (3, rad) and gripper joints (2, m), as OpenVLA reads them."""
+        w, *xyz = self.data.xquat[self.hand]
+        w = min(1.0, max(-1.0, w))
+        sine = np.sqrt(1.0 - w * w)
+        axis_angle = np.zeros(3) if np.isclose(sine, 0.0) else np.array(xyz) * 2.0 * np.arccos(w) / sine
+        parts = (self.data.site_xpos[self.scene.arm.site], axis_angle, self.data.qpos[7:9])
+        return np.concatenate(parts).astype(np.float32)
+
+
+class LiberoVectorEnv(VectorEnv):
+    """LIBERO tasks as a Gymnasium vector environment, simulated by threads in one process.
+
+    Environments of a task share one compiled model. An environment that has finished is neither stepped
+    nor drawn until it is reset (autoreset mode ``DISABLED``, the default).
+
+    Args:
+        num_envs: Number of environments.
+        suite: ``"LiberoObject"``.
+        task_id: Task in the suite, from 0, or a list with one entry per environment.
+        image_size: Height and width of the pictures in pixels.
+        action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
+        max_episode_steps: Control steps until an episode is truncated.
+        reward: ``"binary"``, ``"multi_stage"``, a callable on facts, or ``"path/to/file.py:function"``.
+            It is evaluated after the last control step of a chunk.
+        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``) or a folder.
+        wrist_camera: Whether observations hold ``wrist_image``.
+        num_threads: Simulator threads; by default one per available core.
+        settle_steps: Control steps without motion after a reset (OpenVLA's protocol: 10).
+        autoreset_mode: A ``gymnasium.vector.AutoresetMode``.
+        render_mode: ``"rgb_array"`` or None.
+
+    Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; the state is end-effector
+    position (3, m), axis-angle (3, rad), gripper joints (2, m). Action: ``(N, 7)``, or ``(N, C, 7)``
+    when ``action_chunk`` C is over 1, in [-1, 1].
+
+    Raises:
+        ValueError: For an argument that does not exist or does not fit; says what was expected.
+
+    Example:
+        >>> import gymnasium as gym, vla_envs
+        >>> envs = gym.make_vec("vla_envs/LiberoObject-v0", num_envs=8, task_id=4, reward="multi_stage")
+        >>> obs, info = envs.reset(seed=[7] * 8)  # a group: the same whole scene eight times
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        suite: str = "LiberoObject",
+        task_id: int | Sequence[int] = 0,
+        image_size: int = 128,
+        action_chunk: int = 1,
+        max_episode_steps: int = 200,
+        reward: str | Reward = "binary",
+        assets: str | os.PathLike[str] = "builtin",
+        wrist_camera: bool = False,
+        num_threads: int | None = None,
+        settle_steps: int = 10,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
+        render_mode: str | None = None,
+    ) -> None:
+        num_threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
+        for name, value, least in (
+            ("num_envs", num_envs, 1),
+            ("image_size", image_size, 8),
+            ("action_chunk", action_chunk, 1),
+            ("max_episode_steps", max_episode_steps, 1),
+            ("num_threads", num_threads, 1),
+            ("settle_steps", settle_steps, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected an int of at least {least}")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None")
+        task_ids = [task_id] * num_envs if isinstance(task_id, int | np.integer) else list(task_id)
+        if len(task_ids) != num_envs:
+            raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
+
+        self.num_envs = num_envs
+        self.image_size, self.action_chunk, self.max_episode_steps = image_size, action_chunk, max_episode_steps
+        self.settle_steps, self.render_mode = settle_steps, render_mode
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": max(1, round(20 / action_chunk)),
+            "autoreset_mode": AutoresetMode(autoreset_mode),
+        }
+        self._reward = resolve_reward(reward)
+        scenes = {task: load_scene(suite, task, str(assets)) for task in dict.fromkeys(task_ids)}
+        self.simulations = [Simulation(scenes[task]) for task in task_ids]
+        self.tasks = [simulation.scene.task for simulation in self.simulations]
+        self.instructions = [task.instruction for task in self.tasks]
+        self._cameras = {name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])}
+        self._renderers: dict[tuple[int, int], Renderer] = {}
+        self._settled: OrderedDict[tuple[int, bytes], Settled] = OrderedDict()
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        #: Seconds spent so far, by kind of work.
+        self.seconds = {"physics": 0.0, "render": 0.0}
+
+        picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.single_observation_space = gym.spaces.Dict(
+            {name: picture for name in self._cameras} | {"state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
+        )
+        shape = (7,) if action_chunk == 1 else (action_chunk, 7)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._obs = {
+            name: np.zeros((num_envs, *space.shape), space.dtype)  # type: ignore[arg-type, misc]
+            for name, space in self.single_observation_space.items()
+        }
+        self._facts = {name: np.zeros(num_envs) for name in FACTS}
+        self._stage = np.zeros(num_envs, np.int64)
+        self._init_state_id = np.full(num_envs, -1)
+        self._steps = np.zeros(num_envs, np.int64)
+        self._terminated = np.zeros(num_envs, bool)
+        self._truncated = np.zeros(num_envs, bool)
+        self._ready = np.zeros(num_envs, bool)  # has been reset at least once
+
+    # ---- Reading the simulation ------------------------------------------------------------------
+
+    @property
+    def frozen(self) -> NDArray[np.bool_]:
+        """Environments ``(N,)`` that have finished and wait for a reset."""
+        return self._terminated | self._truncated
+
+    @property
+    def qpos(self) -> NDArray[np.float64]:
+        """Joint positions ``(N, nq)`` in LIBERO's order (m, rad, unit quaternions)."""
+        return np.stack([simulation.data.qpos for simulation in self.simulations])
+
+    def _parallel(self, work: Callable[[int], None], indices: Iterable[int]) -> None:
+        """Call ``work`` on each index, on the simulator's threads."""
+        if self._pool is None:
+            for i in indices:
+                work(i)
+        else:
+            for future in [self._pool.submit(work, i) for i in indices]:
+                future.result()
+
+    def _draw(self, i: int, camera: str, size: int) -> NDArray[np.uint8]:
+        simulation = self.simulations[i]
+        key = (id(simulation.scene), size)
+        if key not in self._renderers:
+            self._renderers[key] = Renderer(simulation.scene.model, size)
+        return self._renderers[key].draw(simulation.data, camera)
+
+    def _observe(self, i: int) -> None:
+        simulation = self.simulations[i]
+        self._obs["state"][i] = simulation.state()
+        facts = simulation.facts.read(simulation.rest_height, simulation.control.peak[0], bool(self._terminated[i]))
+        for name, value in facts.items():
+            self._facts[name][i] = value
+
+    def _observation(self) -> dict[str, NDArray[Any]]:
+        return {name: array.copy() for name, array in self._obs.items()}
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "success": self._terminated.copy(),
+            "stage": self._stage.copy(),
+            "init_state_id": self._init_state_id.copy(),
+            "facts": {name: values.copy() for name, values in self._facts.items()},
+            "instruction": np.array(self.instructions),
+        }
+
+    # ---- Gymnasium -------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Reset all environments, or those of ``options["reset_mask"]``.
+
+        Args:
+            seed: One seed per environment, or an int ``s`` for ``s, s + 1, ...``. A seed alone decides
+                the init state, a fresh placement from LIBERO's regions, so a repeated seed is a group.
+            options: ``init_state_id``: recorded init states (0 to 49) instead, one per environment or one
+                for all. ``reset_mask``: ``(N,)`` bool, the environments to reset.
+
+        Raises:
+            ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
+        """
+        mask, ids, seeds = self._check_reset(seed, options or {})
+        self._reset(np.flatnonzero(mask), seeds, ids)
+        return self._observation(), self._info()
+
+    def _check_reset(
+        self, seed: Any, options: dict[str, Any]
+    ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
+        unknown = set(options) - {"init_state_id", "reset_mask"}
+        if unknown:
+            raise ValueError(f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask")
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(
+                f"reset_mask has shape {mask.shape} and dtype {mask.dtype}; expected ({self.num_envs},) bool"
+            )
+        ids: list[int | None] = [None] * self.num_envs
+        if options.get("init_state_id") is not None:
+            given = np.asarray(options["init_state_id"])
+            if given.dtype.kind not in "iu" or given.shape not in ((), (self.num_envs,)):
+                raise ValueError(
+                    f"init_state_id is {options['init_state_id']!r}; expected an int or {self.num_envs} ints"
+                )
+            ids = [int(k) for k in np.broadcast_to(given, self.num_envs)]
+            for i in np.flatnonzero(mask):
+                count = len(recorded_init_states(self.tasks[i]))
+                if not 0 <= int(ids[i] or 0) < count:
+                    raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {count - 1}")
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = [None if s is None else int(s) for s in seed]
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {self.num_envs}")
+        for s in seeds:
+            if s is not None and s < 0:
+                raise ValueError(f"seed {s} is negative; expected an int of at least 0")
+        return mask, ids, seeds
+
+    def _reset(
+        self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]
+    ) -> None:
+        indices = list(indices)
+        keys: dict[int, tuple[int, bytes]] = {}
+        to_settle: dict[tuple[int, bytes], tuple[int, NDArray[np.float64]]] = {}
+        for i in indices:
+            scene, state_id = self.simulations[i].scene, ids[i]
+            rng = self._rngs[i]
+            if rng is None or seeds[i] is not None:
+                rng = self._rngs[i] = seeding.np_random(seeds[i])[0]
+            if state_id is None:
+                qpos = scene.sample_init_state(rng)
+            else:
+                qpos = recorded_init_states(scene.task)[state_id, 1 : 1 + scene.model.nq]
+            self._init_state_id[i] = -1 if state_id is None else state_id
+            keys[i] = (id(scene), qpos.tobytes())
+            if keys[i] not in self._settled:
+                to_settle.setdefault(keys[i], (i, qpos))
+
+        start = time.perf_counter()
+        work = {i: (key, qpos) for key, (i, qpos) in to_settle.items()}
+
+        def settle(i: int) -> None:
+            key, qpos = work[i]
+            self._settled[key] = self.simulations[i].settle(qpos, self.settle_steps)
+
+        self._parallel(settle, work)
+        for i in indices:
+            self.simulations[i].copy_from(self._settled[keys[i]], self.settle_steps == 0)
+        self.seconds["physics"] += time.perf_counter() - start
+
+        for i in indices:
+            settled = self._settled[keys[i]]
+            self._settled.move_to_end(keys[i])
+            start = time.perf_counter()
+            for name, camera in self._cameras.items():
+                if name not in settled.images:
+                    settled.images[name] = self._draw(i, camera, self.image_size)
+                self._obs[name][i] = settled.images[name]
+            self.seconds["render"] += time.perf_counter() - start
+            self._steps[i] = 0
+            self._terminated[i] = self._truncated[i] = False
+            self._ready[i] = True
+            self._observe(i)
+        while len(self._settled) > max(256, self.num_envs):
+            self._settled.popitem(last=False)
+        self._stage[indices] = evaluate_reward(self._reward, self._facts)[1][indices]
+
+    def _check_actions(self, actions: ArrayLike) -> NDArray[np.float64]:
+        array = np.asarray(actions, dtype=np.float64)
+        if array.shape != self.action_space.shape:
+            raise ValueError(f"actions have shape {array.shape}; expected {self.action_space.shape}")
+        if np.isnan(array).any():
+            raise ValueError(f"actions of environments {np.flatnonzero(np.isnan(array).any(axis=tuple(range(1, array.ndim)))).tolist()} are NaN; expected numbers in [-1, 1]")
+        if not self._ready.all():
+            raise gym.error.ResetNeeded("step was called before reset")
+        return np.clip(array, -1.0, 1.0).reshape(self.num_envs, self.action_chunk, 7)
+
+    def step(
+        self, actions: ArrayLike
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Execute ``actions``, ``(N, 7)`` or ``(N, C, 7)``, in the environments that have not finished.
+
+        Returns:
+            Observations, rewards ``(N,)``, terminated ``(N,)`` (success), truncated ``(N,)`` (the step
+            limit), and infos. A frozen environment keeps its observation and flags, with reward 0.
+
+        Raises:
+            ValueError: When an action is NaN or of the wrong shape; nothing is changed then. Values
+                outside [-1, 1] are clipped, as LIBERO does.
+        """
+        chunks = self._check_actions(actions)
+        frozen = self.frozen
+        restarted = frozen & (self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP)
+        if restarted.any():
+            self._reset(np.flatnonzero(restarted), [None] * self.num_envs, [None] * self.num_envs)
+        alive = np.flatnonzero(~frozen)
+
+        def advance(i: int) -> None:
+            left = self.max_episode_steps - self._steps[i]
+            steps, success = self.simulations[i].run(chunks[i, :left])
+            self._steps[i] += steps
+            self._terminated[i] = success
+            self._truncated[i] = not success and self._steps[i] >= self.max_episode_steps
+
+        start = time.perf_counter()
+        self._parallel(advance, alive)
+        self.seconds["physics"] += time.perf_counter() - start
+        start = time.perf_counter()
+        for i in alive:
+            for name, camera in self._cameras.items():
+                self._obs[name][i] = self._draw(i, camera, self.image_size)
+        self.seconds["render"] += time.perf_counter() - start
+        for i in alive:
+            self._observe(i)
+        reward, stage = evaluate_reward(self._reward, self._facts)
+        self._stage[alive] = stage[alive]
+        reward = np.where(frozen, 0.0, reward)
+        terminated, truncated = self._terminated.copy(), self._truncated.copy()
+        extra: dict[str, Any] = {}
+        if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and self.frozen.any():
+            extra = self._final()
+            self._reset(np.flatnonzero(self.frozen), [None] * self.num_envs, [None] * self.num_envs)
+        return self._observation(), reward, terminated, truncated, self._info() | extra
+
+    def _final(self) -> dict[str, Any]:
+        """Last observations and infos of the environments about to be reset, in Gymnasium's form."""
+        done, info = self.frozen, self._info()
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(done):
+            final_obs[i] = {name: array[i].copy() for name, array in self._obs.items()}
+        return {"final_obs": final_obs, "_final_obs": done.copy(), "final_info": info, "_final_info": done.copy()}
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
+        """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
+        if self.render_mode is None:
+            return None
+        return tuple(self._draw(i, CAMERAS["image"], FRAME_SIZE) for i in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the threads and free the pictures' memory."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
