@@ -230,7 +230,9 @@ def read_figures(folder: Path) -> dict[str, Any]:
         sites = list(root.iter("site"))
         contacts |= {tuple((key, geom.attrib[key]) for key in CONTACT) for geom in root.iter("geom")}
         objects[name] = {
-            "points": {site.attrib["name"]: site.attrib["pos"] for site in sites if "type" not in site.attrib},
+            "points": {
+                site.attrib["name"]: site.attrib["pos"] for site in sites if "type" not in site.attrib
+            },
             "regions": {site.attrib["name"]: place(site) for site in sites if "type" in site.attrib},
             "boxes": [place(geom) for geom in root.iter("geom") if geom.get("group") == "0"],
         }
@@ -379,7 +381,7 @@ PANDA: dict[str, list[Geom]] = {
     "robot0_link2": [_link(2)],
     "robot0_link3": [_link(3), cylinder((0.0825, 0.06, 0), (0.0825, 0.113, 0), 0.053, DARK)],
     "robot0_link4": [_link(4), cylinder((0, 0, 0.06), (0, 0, 0.113), 0.053, DARK)],
-    "robot0_link5": [_link(5), ellipsoid((0, 0.085, -0.07), (0.050, 0.048, 0.120), DARK)],
+    "robot0_link5": [_link(5), ellipsoid((0, 0.088, -0.07), (0.050, 0.050, 0.125), DARK)],
     "robot0_link6": [
         _link(6),
         cylinder((0, 0, 0.03), (0, 0, 0.058), 0.045, DARK),
@@ -443,7 +445,9 @@ def _drop_unused(root: ET.Element) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare collision.json with LIBERO's own asset folder.")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", type=Path, metavar="FOLDER", help="compare, and exit with 1 on a difference")
+    action.add_argument(
+        "--check", type=Path, metavar="FOLDER", help="compare, and exit with 1 on a difference"
+    )
     action.add_argument("--write", type=Path, metavar="FOLDER", help="read the figures anew")
     args = parser.parse_args()
     if args.write:

@@ -40,7 +40,11 @@ def _opengl_context() -> Any:
 
 
 class Renderer:
-    """Draws the cameras of one model, upright, into ``(size, size, 3)`` uint8 images."""
+    """Draws the cameras of one model into ``(size, size, 3)`` uint8 images.
+
+    Images are LIBERO's, turned by 180 degrees, as OpenVLA and every policy after it sees them. LIBERO hands
+    out OpenGL's rows from the lowest up, so a turned image is upright but a mirror image of the scene.
+    """
 
     def __init__(self, model: mujoco.MjModel, size: int) -> None:
         self.model, self.size = model, size
@@ -62,7 +66,7 @@ class Renderer:
         self._pixels = np.empty((size, size, 3), np.uint8)
 
     def draw(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
-        """The picture that ``camera`` takes of ``data``; a new array, the top row first."""
+        """The picture that ``camera`` takes of ``data``, a new array."""
         self._gl.make_current()
         self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         mujoco.mjv_updateScene(
@@ -70,7 +74,7 @@ class Renderer:
         )
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
-        return self._pixels[::-1].copy()  # OpenGL's first row is the lowest
+        return self._pixels[::-1, ::-1].copy()
 
     def close(self) -> None:
         """Free what the graphics driver holds for this model."""

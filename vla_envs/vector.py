@@ -118,7 +118,8 @@ class LiberoVectorEnv(VectorEnv):
         autoreset_mode: A ``gymnasium.vector.AutoresetMode``.
         render_mode: ``"rgb_array"`` or None.
 
-    Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; the state is end-effector
+    Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
+    degrees, as published policies see them (upright, mirrored: see ``vla_envs/render.py``); the state is end-effector
     position (3, m), axis-angle (3, rad), gripper joints (2, m). Action: ``(N, 7)``, or ``(N, C, 7)``
     when ``action_chunk`` C is over 1, in [-1, 1].
 
