@@ -257,6 +257,8 @@ def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
     spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
     if assets == "builtin":
         spec.visual.quality.offsamples = 0
+        spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
+        spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
     model = spec.compile()
 
     def identity(kind: mujoco.mjtObj, name: str) -> int:

@@ -1,0 +1,78 @@
+"""Shared by the environment's tests: LIBERO itself, as the oracle, and a way to put an object into the basket.
+
+LIBERO's import asks questions and writes to the home folder when it finds no configuration, so one is written
+to a temporary folder before any test imports it.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, on our oracle's side, finds no OpenGL by itself
+
+
+@pytest.fixture(scope="session")
+def libero(tmp_path_factory):
+    """``libero.libero``, on the built-in assets."""
+    from vla_envs.assets import write_builtin
+    from vla_envs.scene import write_libero_config
+
+    config, assets = tmp_path_factory.mktemp("libero_config"), tmp_path_factory.mktemp("libero_assets")
+    write_libero_config(config)
+    write_builtin(assets)
+    os.environ["LIBERO_CONFIG_PATH"] = str(config)
+    import libero.libero
+
+    libero.libero._assets_path_cache = str(assets)
+    yield libero.libero
+    del os.environ["LIBERO_CONFIG_PATH"]
+
+
+@pytest.fixture(scope="session")
+def libero_env(libero):
+    """A function of the LIBERO-Object task id: LIBERO's own environment, already reset; each is built once."""
+    from libero.libero.envs.env_wrapper import ControlEnv
+
+    from vla_envs.tasks import get_task
+
+    envs = {}
+
+    def get(task_id):
+        if task_id not in envs:
+            bddl_file = str(get_task("LiberoObject", task_id).bddl_file)
+            np.random.seed(task_id)  # LIBERO places objects with the global generator
+            envs[task_id] = ControlEnv(
+                bddl_file_name=bddl_file, use_camera_obs=False, has_offscreen_renderer=False
+            )
+        envs[task_id].env.reset()  # ControlEnv.reset hides every error and may never end
+        return envs[task_id]
+
+    yield get
+    for env in envs.values():
+        env.close()
+
+
+@pytest.fixture(scope="session")
+def real_assets():
+    """The folder of LIBERO's own assets, or a skip."""
+    folder = os.environ.get("LIBERO_ASSETS")
+    if not folder:
+        pytest.skip("LIBERO_ASSETS names no folder of LIBERO's own meshes and textures")
+    return folder
+
+
+@pytest.fixture
+def drop():
+    """A function that lifts the goal's object to ``height`` (m) above the centre of the basket, at rest."""
+
+    def drop(env, index=0, height=0.0):
+        vector = env.unwrapped
+        simulation = getattr(vector, "_envs", vector).simulations[index]
+        model, data, goal = simulation.scene.model, simulation.data, simulation.scene.goal
+        joint = model.body_jntadr[goal.object_body]
+        start, dof = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
+        data.qpos[start : start + 3] = data.site_xpos[goal.region_site] + [0, 0, height]
+        data.qvel[dof : dof + 6] = 0
+
+    return drop
