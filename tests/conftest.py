@@ -1,4 +1,4 @@
-"""Shared by the environment's tests: LIBERO itself, as the oracle, and a way to put an object into the basket.
+"""Shared by the environment's tests: LIBERO itself as the oracle, and a way to drop things into the basket.
 
 LIBERO's import asks questions and writes to the home folder when it finds no configuration, so one is written
 to a temporary folder before any test imports it.
@@ -6,8 +6,11 @@ to a temporary folder before any test imports it.
 
 import os
 
+import gymnasium as gym
 import numpy as np
 import pytest
+
+import vla_envs  # noqa: F401  (registers the ids)
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, on our oracle's side, finds no OpenGL by itself
 
@@ -31,7 +34,7 @@ def libero(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def libero_env(libero):
-    """A function of the LIBERO-Object task id: LIBERO's own environment, already reset; each is built once."""
+    """A function of the LIBERO-Object task id: LIBERO's own environment, just reset; each is built once."""
     from libero.libero.envs.env_wrapper import ControlEnv
 
     from vla_envs.tasks import get_task
@@ -76,3 +79,32 @@ def drop():
         data.qvel[dof : dof + 6] = 0
 
     return drop
+
+
+@pytest.fixture
+def make_vec():
+    """``gym.make_vec`` of the ketchup task with tiny pictures; closes what it made."""
+    made = []
+
+    def make_vec(num_envs=2, **kwargs):
+        kwargs = {"task_id": 4, "image_size": 16, "num_threads": 1} | kwargs
+        made.append(gym.make_vec("vla_envs/LiberoObject-v0", num_envs=num_envs, **kwargs))
+        return made[-1]
+
+    yield make_vec
+    for envs in made:
+        envs.close()
+
+
+@pytest.fixture
+def make():
+    """``gym.make`` of the ketchup task with tiny pictures; closes what it made."""
+    made = []
+
+    def make(**kwargs):
+        made.append(gym.make("vla_envs/LiberoObject-v0", **{"task_id": 4, "image_size": 16} | kwargs))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()

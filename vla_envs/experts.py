@@ -2,15 +2,17 @@
 
 It reads poses from the simulator, which no policy may, and serves to make demonstrations:
 
-    python -m vla_envs.experts --task-ids 4 --episodes 8 --out demos
+    python -m vla_envs.experts --task-ids 4 --episodes 8 --out demos --videos
 
-writes ``demos/LiberoObject_4.npz`` and, with ``--videos``, a film of each task.
+writes ``demos/LiberoObject_4_demo.hdf5`` and a film of them.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import h5py
 import imageio.v2 as imageio
 import numpy as np
 import tyro
@@ -108,8 +110,103 @@ class ScriptedExpert:
             self.phase[i] += 1
         return action
 
-    def __call__(self) -> NDArray[np.float64]:
-        """The next actions ``(N, 7)``."""
-        actions = np.stack([self._intended(i) for i in range(self.envs.num_envs)])
+    def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The actions to execute ``(N, 7)``, and those intended, without the noise."""
+        intended = np.stack([self._intended(i) for i in range(self.envs.num_envs)])
+        actions = intended.copy()
         actions[:, :6] += self.noise * self.rng.standard_normal((self.envs.num_envs, 6))
-        return np.clip(actions, -1.0, 1.0)
+        return np.clip(actions, -1.0, 1.0), intended
+
+
+def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[str, NDArray[Any]]]:
+    """One episode an environment, from the training placements of ``seeds``; the successful ones.
+
+    Each is a dict of arrays over the T control steps: ``image (T, H, W, 3)``, ``state (T, 8)``,
+    ``actions (T, 7)`` as executed, ``expert_actions (T, 7)`` as intended.
+    """
+    obs, _ = envs.reset(seed=seeds)
+    expert = ScriptedExpert(envs, noise, seed=seeds[0])
+    steps: list[tuple[NDArray[Any], ...]] = []
+    while not envs.frozen.all():
+        alive = ~envs.frozen
+        actions, intended = expert()
+        steps.append((alive, obs["image"], obs["state"], actions, intended))
+        obs, _, terminated, _, _ = envs.step(actions)
+    episodes = []
+    for i in np.flatnonzero(terminated):
+        rows = [step for step in steps if step[0][i]]
+        names = ("image", "state", "actions", "expert_actions")
+        episodes.append({name: np.stack([row[k + 1][i] for row in rows]) for k, name in enumerate(names)})
+    return episodes
+
+
+def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArray[Any]]]) -> None:
+    """Write demonstrations in the layout of LIBERO's data sets (``libero/lifelong/datasets.py`` reads it).
+
+    Pictures are stored as LIBERO stores them: turned by 180 degrees from what the environments return.
+    ``expert_actions`` is our addition: the actions without noise, which are what to imitate.
+    """
+    partial = path.with_suffix(".partial")
+    with h5py.File(partial, "w") as file:
+        data = file.create_group("data")
+        task = envs.tasks[0]
+        data.attrs["problem_info"] = json.dumps({"language_instruction": task.instruction})
+        data.attrs["bddl_file_name"] = task.bddl_file.name
+        data.attrs["num_demos"] = len(episodes)
+        data.attrs["total"] = sum(len(episode["actions"]) for episode in episodes)
+        for k, episode in enumerate(episodes):
+            demo = data.create_group(f"demo_{k}")
+            demo.attrs["num_samples"] = length = len(episode["actions"])
+            demo["actions"], demo["expert_actions"] = episode["actions"], episode["expert_actions"]
+            demo["dones"] = demo["rewards"] = (np.arange(length) == length - 1).astype(np.uint8)
+            pictures = episode["image"][:, ::-1, ::-1]
+            demo.create_dataset("obs/agentview_rgb", data=pictures, chunks=(1, *pictures.shape[1:]), compression="lzf")
+            state = episode["state"]
+            demo["obs/ee_states"] = state[:, :6]
+            demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/gripper_states"] = np.split(state, [3, 6], axis=1)
+    partial.replace(path)
+
+
+@dataclass
+class Args:
+    """Record demonstrations of the scripted expert in the layout of LIBERO's HDF5 data sets."""
+
+    out: Path = Path("demos")
+    """Folder for <suite>_<task id>_demo.hdf5"""
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    task_ids: tuple[int, ...] = ()
+    """Tasks of the suite, from 0; none means all"""
+    episodes: int = 8
+    """Successful demonstrations a task"""
+    noise: float = 0.3
+    """Standard deviation of the noise on executed motions (full speed is 1); labels stay without it"""
+    seed: int = 0
+    """Seed of the first placement; the others follow it"""
+    image_size: int = 128
+    """Height and width of the pictures, pixels"""
+    videos: bool = False
+    """Also write <suite>_<task id>.mp4 of the first demonstrations"""
+
+
+def main(args: Args) -> None:
+    """Record what ``args`` says, task by task."""
+    task_ids = args.task_ids or tuple(range(num_tasks(args.suite)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for task_id in tqdm(task_ids, desc="demonstrations", unit="task"):
+        envs = LiberoVectorEnv(min(args.episodes, 16), args.suite, task_id, image_size=args.image_size)
+        episodes: list[dict[str, NDArray[Any]]] = []
+        seed = args.seed
+        while len(episodes) < args.episodes:
+            episodes += record(envs, list(range(seed, seed + envs.num_envs)), args.noise)
+            seed += envs.num_envs
+        episodes = episodes[: args.episodes]
+        write_hdf5(args.out / f"{args.suite}_{task_id}_demo.hdf5", envs, episodes)
+        if args.videos:
+            frames = np.concatenate([episode["image"] for episode in episodes[:4]])
+            imageio.mimwrite(args.out / f"{args.suite}_{task_id}.mp4", list(frames), fps=20, macro_block_size=8)
+        envs.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,198 @@
+"""The single environment: Gymnasium's own checks, and what differs from the vector environment's face."""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from vla_envs import LiberoEnv
+from vla_envs.tasks import BUILTIN_SUITES, get_task, num_tasks, recorded_init_states
+
+IDS = [f"vla_envs/{suite}-v0" for suite in BUILTIN_SUITES]
+STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+
+def test_the_suites_are_registered():
+    ours = [name for name in gym.registry if name.startswith("vla_envs/")]
+    assert sorted(ours) == sorted(IDS) and "vla_envs/LiberoObject-v0" in ours
+
+
+# The state has no bounds; everything else that Gymnasium warns of is a mistake.
+UNBOUNDED = r".*A Box observation space (minimum|maximum) value is -?infinity"
+
+
+@pytest.mark.parametrize("env_id", IDS)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"action_chunk": 2, "wrist_camera": True, "reward": "multi_stage"}]
+)
+def test_gymnasiums_checker(env_id, arguments):
+    env = gym.make(env_id, image_size=32, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=UNBOUNDED)
+        warnings.filterwarnings("ignore", message=".*is different from the unwrapped version.*")
+        check_env(env.unwrapped)
+        check_env(env, skip_render_check=True)
+    env.close()
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_gymnasiums_checker_with_pictures(env_id):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=UNBOUNDED)
+        env = gym.make(env_id, image_size=32, render_mode="rgb_array")
+        check_env(env.unwrapped)
+        env.reset(seed=0)
+        frame = env.render()
+        env.close()
+    assert frame.shape == (256, 256, 3) and frame.dtype == np.uint8 and frame.std() > 10
+
+
+@pytest.mark.parametrize("task_id", range(num_tasks("LiberoObject")))
+def test_every_task_plays(task_id, make):
+    env = make(task_id=task_id)
+    obs, info = env.reset(seed=0)
+    task = get_task("LiberoObject", task_id)
+    assert obs in env.observation_space
+    assert info["instruction"] == env.unwrapped.instruction == task.instruction
+    assert env.unwrapped.instructions == [task.instruction]
+    obs, reward, terminated, truncated, info = env.step(STILL)
+    assert obs in env.observation_space and info["instruction"] == task.instruction
+    assert (reward, terminated, truncated) == (0, False, False)
+    assert env.unwrapped.qpos.shape == (recorded_init_states(task).shape[1] // 2 - 1 + 4,)
+
+
+def test_types(make):
+    """Python's own numbers, as Gymnasium's single environments hand them out."""
+    env = make()
+    _, first = env.reset(seed=0)
+    _, reward, terminated, truncated, later = env.step(STILL)
+    assert (type(reward), type(terminated), type(truncated)) == (float, bool, bool)
+    for info in (first, later):
+        assert {key: type(value) for key, value in info.items()} == {
+            "success": bool, "stage": int, "init_state_id": int, "facts": dict, "instruction": str
+        }  # fmt: skip
+        assert {type(value) for value in info["facts"].values()} == {float}
+
+
+def test_spaces(make):
+    env = make(image_size=24, action_chunk=4, wrist_camera=True)
+    assert env.action_space == gym.spaces.Box(-1, 1, (4, 7), np.float32)
+    assert {key: space.shape for key, space in env.observation_space.items()} == {
+        "image": (24, 24, 3), "wrist_image": (24, 24, 3), "state": (8,)
+    }  # fmt: skip
+    assert env.reset(seed=0)[0] in env.observation_space
+
+
+def test_init_state_id(make):
+    env = make(settle_steps=0)
+    recorded = recorded_init_states(get_task("LiberoObject", 4))
+    nq = len(env.unwrapped.qpos)
+    _, info = env.reset(options={"init_state_id": 12})
+    assert info["init_state_id"] == 12
+    assert np.array_equal(env.unwrapped.qpos, recorded[12, 1 : 1 + nq])
+    with pytest.raises(ValueError, match="50 does not exist; expected 0 to 49"):
+        env.reset(options={"init_state_id": 50})
+
+
+def test_success(make, drop):
+    env = make()
+    env.reset(seed=0)
+    drop(env)
+    _, reward, terminated, truncated, info = env.step(STILL)
+    assert (reward, terminated, truncated, info["success"]) == (1, True, False, True)
+    qpos = env.unwrapped.qpos
+    _, reward, terminated, truncated, _ = env.step(-np.ones(7))  # frozen
+    assert (reward, terminated, truncated) == (0, True, False)
+    assert np.array_equal(env.unwrapped.qpos, qpos)
+    _, info = env.reset(seed=0)
+    assert not info["success"] and env.step(STILL)[2] is False
+
+
+def test_success_on_the_last_step_is_success_alone(drop):
+    env = LiberoEnv(task_id=4, image_size=16, max_episode_steps=1)
+    env.reset(seed=0)
+    drop(env)
+    assert env.step(STILL)[2:4] == (True, False)
+    env.close()
+
+
+@pytest.mark.parametrize("limit", [3, 203])
+def test_the_step_limit_of_gymnasiums_make(make, limit):
+    """``gym.make`` keeps the argument for a wrapper of its own; longer episodes than the default work too."""
+    env = make(max_episode_steps=limit)
+    env.reset(seed=0)
+    steps = 1
+    while not env.step(STILL)[3]:
+        steps += 1
+    assert steps == limit
+
+
+def test_the_step_limit_counts_control_steps():
+    env = LiberoEnv(task_id=4, image_size=16, max_episode_steps=5, action_chunk=2)
+    for _ in range(2):
+        env.reset(seed=0)
+        flags = [env.step(np.tile(STILL, (2, 1)))[2:4] for _ in range(3)]
+        assert flags == [(False, False), (False, False), (False, True)]
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "action", [np.full(7, np.nan), np.zeros(6), np.zeros((1, 7)), np.zeros((2, 7)), 0.0, np.array([])]
+)
+def test_a_bad_action_is_refused_and_changes_nothing(make, action):
+    env = make()
+    env.reset(seed=0)
+    before = env.unwrapped.qpos
+    with pytest.raises(ValueError, match=r"NaN|\(7,\)"):
+        env.unwrapped.step(action)
+    assert np.array_equal(env.unwrapped.qpos, before)
+
+
+def test_an_action_out_of_range_is_clipped(make):
+    results = []
+    for action in (np.array([2, -3, 0.5, 0, 9, 0, -4.0]), np.array([1, -1, 0.5, 0, 1, 0, -1.0])):
+        env = make()
+        env.reset(seed=0)
+        env.unwrapped.step(action)
+        results.append(env.unwrapped.qpos)
+    assert np.array_equal(*results)
+
+
+def test_a_misspelt_id_names_the_right_one():
+    with pytest.raises(gym.error.NameNotFound, match="LiberoObject"):
+        gym.make("vla_envs/LiberoObjects-v0")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"task_id": 10}, {"task_id": -1}, {"image_size": 0}, {"reward": "binery"}]
+)
+def test_a_bad_argument_is_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        gym.make("vla_envs/LiberoObject-v0", **arguments)
+
+
+def test_pictures_of_two_environments_do_not_mix(make):
+    """Each has a picture size of its own, and one OpenGL context serves both."""
+    small, large = make(image_size=16), make(image_size=96)
+    first, big = small.reset(seed=0)[0], large.reset(seed=0)[0]
+    for _ in range(2):
+        after_small, after_large = small.step(STILL)[0], large.step(STILL)[0]
+    alone = make(image_size=16)
+    assert np.array_equal(alone.reset(seed=0)[0]["image"], first["image"])
+    for _ in range(2):
+        expected = alone.step(STILL)[0]
+    assert np.array_equal(expected["image"], after_small["image"])
+    assert np.abs(after_large["image"].astype(int) - big["image"]).mean() < 5  # hardly anything moved
+
+
+def test_gymnasiums_wrappers(make, drop):
+    env = gym.wrappers.RecordEpisodeStatistics(make(reward="multi_stage", max_episode_steps=3))
+    env.reset(seed=0)
+    rewards = [env.step(STILL)[1] for _ in range(2)]
+    drop(env)
+    _, reward, _, _, info = env.step(STILL)
+    assert info["episode"]["r"] == pytest.approx(sum(rewards) + reward) and info["episode"]["l"] == 3

@@ -1,0 +1,248 @@
+"""Rewards on hand-written facts, and the ways to hand one to an environment."""
+
+import numpy as np
+import pytest
+
+from vla_envs import FactsReward
+from vla_envs.goals import FACTS
+from vla_envs.rewards import STAGE_REWARDS, STAGES, evaluate_reward, multi_stage, resolve_reward
+
+STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+FAR = {name: 0.0 for name in FACTS} | {
+    "gripper_to_object": 0.4, "gripper_to_object_xy": 0.3, "object_to_goal_xy": 0.5, "gripper_opening": 0.08
+}  # fmt: skip
+HELD = FAR | {"gripper_to_object": 0.01, "touching": 1.0, "grasped": 1.0}
+LIFTED = HELD | {"object_height": 0.1, "object_peak_height": 0.1}
+OVER = LIFTED | {"object_to_goal_xy": 0.02}
+
+#: Situation, stage, reward of TGRPO's Algorithm 2.
+SITUATIONS = [
+    (FAR, "far", -2),
+    (FAR | {"gripper_to_object": 0.151}, "far", -2),
+    (FAR | {"gripper_to_object": 0.149}, "approaching", 2),
+    (FAR | {"gripper_to_object": 0.041}, "approaching", 2),
+    (FAR | {"gripper_to_object": 0.039}, "ready to grasp", 4),
+    (FAR | {"gripper_to_object": 0.1, "touching": 1.0}, "ready to grasp", 4),
+    (HELD, "ready to grasp", 4),
+    (HELD | {"object_to_goal_xy": 0.02}, "ready to grasp", 4),
+    (HELD | {"object_height": 0.029, "object_peak_height": 0.029}, "ready to grasp", 4),
+    (HELD | {"object_height": 0.031, "object_peak_height": 0.031}, "lifted", 8),
+    (LIFTED, "lifted", 8),
+    (LIFTED | {"object_to_goal_xy": 0.081}, "lifted", 8),
+    (LIFTED | {"object_to_goal_xy": 0.079}, "over the goal", 10),
+    (OVER, "over the goal", 10),
+    (FAR | {"object_peak_height": 0.1}, "dropped", -4),
+    (HELD | {"object_peak_height": 0.1}, "dropped", -4),
+    (OVER | {"touching": 0.0, "grasped": 0.0}, "dropped", -4),
+    (OVER | {"success": 1.0}, "placed", 16),
+    (FAR | {"success": 1.0, "object_peak_height": 0.2}, "placed", 16),
+]
+
+
+def batch(*facts):
+    return {name: np.array([each[name] for each in facts]) for name in FACTS}
+
+
+@pytest.mark.parametrize(("facts", "stage", "reward"), SITUATIONS)
+def test_multi_stage(facts, stage, reward):
+    values, stages = multi_stage(batch(facts))
+    assert (values.tolist(), [STAGES[k] for k in stages]) == ([reward], [stage])
+
+
+def test_every_stage_is_put_to_the_test():
+    assert {stage for _, stage, _ in SITUATIONS} == set(STAGES)
+    assert len(STAGES) == len(STAGE_REWARDS)
+
+
+def test_rewards_of_many_environments_at_once():
+    facts = batch(*(facts for facts, _, _ in SITUATIONS))
+    rewards, stages = multi_stage(facts)
+    assert rewards.tolist() == [reward for _, _, reward in SITUATIONS]
+    paid, same_stages = resolve_reward("binary")(facts)
+    assert paid.tolist() == [each["success"] for each, _, _ in SITUATIONS]
+    assert np.array_equal(stages, same_stages)
+
+
+def test_multi_stage_is_constant_within_a_stage():
+    """The reward says which stage it is, and nothing more."""
+    rng, seen = np.random.default_rng(0), {}
+    units = {"touching", "grasped", "success"}
+    facts = {
+        name: rng.integers(0, 2, 20_000).astype(float) if name in units else rng.uniform(0, 0.3, 20_000)
+        for name in FACTS
+    }
+    for reward, stage in zip(*multi_stage(facts), strict=True):
+        seen.setdefault(stage, set()).add(reward)
+    assert all(len(rewards) == 1 for rewards in seen.values())
+    assert len(seen) == len(STAGES)
+
+
+# ---- Handing a reward to an environment --------------------------------------------------------------
+
+
+def distance(facts):
+    return -facts["gripper_to_object"]
+
+
+def vectorised(facts):
+    """Takes the facts for arrays with one entry per environment, as the documentation promises."""
+    reward = np.zeros_like(facts["success"])
+    reward[facts["gripper_opening"] > 0.05] = 0.5
+    return reward + facts["object_height"].clip(0, 1)
+
+
+def with_stages(facts):
+    return -facts["gripper_to_object"], (facts["gripper_opening"] > 0.05) + 1
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    path = tmp_path / "my.reward.py"
+    path.write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n\n\nthreshold = 3\n")
+    return path
+
+
+REWARDS = ["binary", "multi_stage", distance, vectorised, with_stages]
+
+
+def trajectory(envs, drop, single=False):
+    """Rewards and stages of an episode with a success in it; every member of a vector does the same."""
+    envs.reset(seed=[0, 0] if not single else 0)
+    seen, action = [], STILL if single else np.tile(STILL, (2, 1))
+    for k in range(6):
+        if k == 2:
+            drop(envs, 0, height=0.1)
+        _, reward, _, _, info = envs.step(action)
+        seen.append((np.copy(reward).tolist(), np.copy(info["stage"]).tolist()))
+    return seen
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_the_wrapper_pays_what_the_argument_pays(make_vec, drop, reward):
+    own = trajectory(make_vec(2, reward=reward), drop)
+    other = "binary" if reward == "multi_stage" else "multi_stage"
+    assert trajectory(FactsReward(make_vec(2, reward=other), reward), drop) == own
+    assert len({tuple(rewards) for rewards, _ in own}) > 1
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_the_wrapper_pays_the_same_on_a_single_environment(make, make_vec, drop, reward):
+    """Also after the end, when a frozen environment pays nothing."""
+    own = trajectory(make_vec(2, reward=reward), drop)
+    first = [(rewards[0], stages[0]) for rewards, stages in own]
+    assert trajectory(make(reward=reward), drop, single=True) == first
+    assert trajectory(FactsReward(make(), reward), drop, single=True) == first
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_the_wrapper_and_autoreset(make_vec, drop, mode):
+    """In SAME_STEP the facts in ``info`` are already the new episode's; the reward is the old one's."""
+    own = trajectory(make_vec(2, reward="binary", autoreset_mode=mode), drop)
+    wrapped = trajectory(FactsReward(make_vec(2, reward="multi_stage", autoreset_mode=mode), "binary"), drop)
+    assert wrapped == own
+    assert sum(rewards[0] for rewards, _ in own) == 1
+
+
+def test_the_wrapper_reports_its_stages_from_the_reset_on(make_vec, make):
+    own, wrapped = make_vec(2, reward=with_stages), FactsReward(make_vec(2), with_stages)
+    assert own.reset(seed=0)[1]["stage"].tolist() == wrapped.reset(seed=0)[1]["stage"].tolist() == [2, 2]
+    assert FactsReward(make(), with_stages).reset(seed=0)[1]["stage"] == 2
+
+
+def test_a_file_of_the_users(make_vec, drop, reward_file):
+    own = trajectory(make_vec(2, reward=distance), drop)
+    assert trajectory(make_vec(2, reward=f"{reward_file}:nearer"), drop) == own
+    assert trajectory(FactsReward(make_vec(2), f"{reward_file}:nearer"), drop) == own
+
+
+def test_a_file_with_a_dataclass_in_it(tmp_path):
+    """Files are modules like any other: dataclasses with postponed annotations look their module up."""
+    path = tmp_path / "scaled.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Scale:\n    factor: float = 2.0\n\n\n"
+        "def scaled(facts):\n    return Scale().factor * facts['success']\n"
+    )
+    assert resolve_reward(f"{path}:scaled")({"success": np.ones(2)}).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("multistage", ["'multistage'", "'multi_stage'", "did you mean 'multi_stage'"]),
+        ("my_reward.py", ["'my_reward.py'", "file.py:function"]),
+        ("nowhere.py:reward", ["'nowhere.py'", "does not exist"]),
+        ("{file}:nearest", ["'nearest'", "['nearer']", "did you mean 'nearer'"]),
+        ("{file}:threshold", ["'threshold'", "['nearer']"]),
+        ("{file}:", ["''", "['nearer']"]),
+        (3, ["3", "'binary'"]),
+        (None, ["None", "'binary'"]),
+    ],
+)
+def test_an_unknown_reward(reward_file, reward, words):
+    with pytest.raises(ValueError) as error:
+        resolve_reward(reward.format(file=reward_file) if isinstance(reward, str) else reward)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+BAD = {
+    "NaN": lambda facts: np.where(facts["object_height"] == 0, 0, np.nan),
+    "infinite": lambda facts: np.where(facts["object_height"] == 0, 0, np.inf),
+    "too many": lambda facts: np.zeros(len(facts["success"]) + 1),
+    "one for all": lambda facts: 1.0,
+    "two columns": lambda facts: np.zeros((len(facts["success"]), 2)),
+    "nothing": lambda facts: None,
+    "stages of the wrong shape": lambda facts: (facts["success"], 3),
+    "three things": lambda facts: (facts["success"], facts["success"], facts["success"]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_reward_that_is_no_number_per_environment(bad):
+    facts = batch(FAR | {"object_height": 0.1}, FAR)
+    with pytest.raises(ValueError, match=r"(?s)reward function returned .* expected"):
+        evaluate_reward(BAD[bad], facts)
+
+
+def test_a_reward_that_is_nan_stops_the_environment(make_vec, make):
+    """It is found when the object rises, in the middle of an episode."""
+    envs = make_vec(2, reward=BAD["NaN"])
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match="nan"):
+        envs.step(np.tile(STILL, (2, 1)))
+    wrapped = FactsReward(make(), BAD["NaN"])
+    wrapped.reset(seed=0)
+    with pytest.raises(ValueError, match="nan"):
+        wrapped.step(STILL)
+
+
+def test_a_reward_may_change_the_facts_it_is_given(make_vec):
+    """``facts["success"] += ...`` in a user's function is not seen by anybody else."""
+
+    def greedy(facts):
+        facts["success"] += 5
+        return facts["success"]
+
+    envs, twins = make_vec(2, reward=greedy), make_vec(2)
+    for each in (envs, twins):
+        each.reset(seed=0)
+    for _ in range(2):
+        _, reward, terminated, _, info = envs.step(np.tile(STILL, (2, 1)))
+        expected = twins.step(np.tile(STILL, (2, 1)))[4]
+        assert reward.tolist() == [5, 5] and not terminated.any()
+        assert all(np.array_equal(info["facts"][name], expected["facts"][name]) for name in FACTS)
+
+
+def test_the_reward_sees_only_the_last_step_of_a_chunk(make_vec):
+    calls = []
+
+    def counting(facts):
+        calls.append(facts["object_height"].shape)
+        return facts["success"]
+
+    envs = make_vec(3, reward=counting, action_chunk=4)
+    envs.reset(seed=0)
+    calls.clear()
+    envs.step(np.tile(STILL, (3, 4, 1)))
+    assert calls == [(3,)]

@@ -1,0 +1,76 @@
+"""Policies behind one interface: ``sample`` and ``evaluate``; made, saved and loaded here.
+
+A checkpoint is a folder with ``config.json`` and ``model.safetensors``: numbers and JSON, never pickles.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.tasks import nearest
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+#: The policies, each with the function that builds it from a checkpoint's configuration.
+POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"nano": lambda config: NanoPolicy(NanoConfig(**config))}
+#: The checkpoint that is shipped for each policy.
+SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object"}
+
+
+def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Any:
+    """A policy with the weights of ``checkpoint``, or those shipped.
+
+    Args:
+        name: One of ``POLICIES``.
+        checkpoint: Folder with ``config.json`` and ``model.safetensors``.
+        device: Where its parameters go.
+
+    Raises:
+        ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"policy {name!r} is unknown; expected one of {list(POLICIES)}{nearest(name, list(POLICIES))}")
+    folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
+    missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.pop("policy") != name:
+            raise ValueError("it is of another policy")
+        policy = POLICIES[name](config)
+        policy.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {str(folder)!r} is no checkpoint of {name!r}: {reason}") from error
+    return policy.to(device)
+
+
+def save_policy(policy: Any, name: str, folder: Path) -> None:
+    """Write ``policy`` as a checkpoint, whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "config.json").write_text(json.dumps({"policy": name, **policy.describe()}, indent=2) + "\n")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
+    safetensors.torch.save_file(tensors, partial / "model.safetensors")
+    if folder.exists():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def count_parameters(policy: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters."""
+    counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in policy.parameters()]
+    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+
+
+def finite(policy: nn.Module) -> bool:
+    """Whether every parameter is finite."""
+    return all(bool(torch.isfinite(p).all()) for p in policy.parameters())

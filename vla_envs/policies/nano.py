@@ -1,0 +1,192 @@
+"""``nano``: a vision-language-action policy small enough to train on two CPU cores.
+
+OpenVLA's idea at 1/8000 of its size: picture, state and instruction go through one transformer, which
+predicts discrete action tokens. What differs, and why (measured, see the README):
+
+- a convolutional stem makes 16 picture tokens: a plain ViT of this width learns nothing from the picture;
+- initial weights have a standard deviation of 1/sqrt(width): 0.02 is meant for widths of thousands;
+- all tokens of a chunk are predicted in parallel from one query a control step, so that a decision is one
+  forward pass;
+- the instruction also scales and shifts the picture tokens (FiLM), which grounds words far sooner.
+"""
+
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+BINS = 256
+ACTION_DIM = 7
+# Typical end-effector positions (m), axis-angles (rad) and gripper joints (m), to bring the state near [-1, 1].
+STATE_CENTRE = (-0.05, 0.0, 0.15, 3.14, 0.0, 0.0, 0.03, -0.03)
+STATE_SCALE = (0.15, 0.2, 0.12, 0.2, 0.2, 0.2, 0.015, 0.015)
+
+
+@dataclass(frozen=True)
+class NanoConfig:
+    """Sizes of a nano policy; its defaults are the shipped checkpoint's."""
+
+    action_chunk: int = 8
+    image_size: int = 64  # pictures are averaged down to this
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+    max_words: int = 16
+    vocabulary: int = 512  # words are hashed into this many embeddings
+
+
+def tokenize(instruction: str, config: NanoConfig) -> list[int]:
+    """Word numbers of an instruction, padded with 0 to ``max_words``; equal words get equal numbers anywhere."""
+    words = [1 + zlib.crc32(word.encode()) % (config.vocabulary - 1) for word in instruction.lower().split()]
+    return (words + [0] * config.max_words)[: config.max_words]
+
+
+def action_tokens(actions: Tensor) -> Tensor:
+    """Bin numbers 0 to 255 of actions in [-1, 1], any shape."""
+    return ((actions + 1.0) * (BINS / 2)).long().clamp(0, BINS - 1)
+
+
+def token_actions(tokens: Tensor) -> Tensor:
+    """Bin centres in (-1, 1), any shape."""
+    return (tokens.float() + 0.5) * (2.0 / BINS) - 1.0
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; its four Linear layers are what LoRA adapts."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, width)
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])  # (B, heads, L, width / heads)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class NanoPolicy(nn.Module):
+    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, 56)`` action tokens.
+
+    ``sample`` and ``evaluate`` are the interface of every policy of this package.
+    """
+
+    def __init__(self, config: NanoConfig = NanoConfig()) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(96, width, 3, stride=2, padding=1),
+        )  # fmt: skip
+        patches = (config.image_size // 16) ** 2
+        self.words = nn.Embedding(config.vocabulary, width, padding_idx=0)
+        self.film = nn.Linear(width, 2 * width)
+        self.state_in = nn.Linear(8, width)
+        self.position = nn.Parameter(torch.zeros(1, patches, width))
+        self.queries = nn.Parameter(torch.zeros(1, config.action_chunk, width))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, ACTION_DIM * BINS)
+        self.register_buffer("state_centre", torch.tensor(STATE_CENTRE))
+        self.register_buffer("state_scale", torch.tensor(STATE_SCALE))
+        self._initialise()
+        self._token_cache: dict[str, list[int]] = {}
+
+    def _initialise(self) -> None:
+        std = self.config.width**-0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2 or name in ("position", "queries"):
+                nn.init.normal_(parameter, std=std)
+        nn.init.zeros_(self.film.weight)
+        nn.init.normal_(self.head.weight, std=0.1 * std)  # starts near uniform over the bins
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of ``hidden``, which a critic reads."""
+        return self.config.width
+
+    @property
+    def action_chunk(self) -> int:
+        """Control steps that one decision covers."""
+        return self.config.action_chunk
+
+    def prepare(self, obs: dict[str, Any], instructions: list[str]) -> dict[str, Tensor]:
+        """The network's inputs: pictures ``(B, 3, 64, 64)`` in [-1, 1], states ``(B, 8)``, words ``(B, 16)``.
+
+        They depend on no parameter, so that a training script may make them once.
+        """
+        device = self.position.device
+        for instruction in set(instructions) - self._token_cache.keys():
+            self._token_cache[instruction] = tokenize(instruction, self.config)
+        image = torch.as_tensor(np.ascontiguousarray(obs["image"])).to(device).permute(0, 3, 1, 2).float()
+        if image.shape[-1] != self.config.image_size:
+            image = F.interpolate(image, size=(self.config.image_size,) * 2, mode="area")
+        state = torch.as_tensor(obs["state"], dtype=torch.float32).to(device)
+        return {
+            "image": image / 127.5 - 1.0,
+            "state": ((state - self.state_centre) / self.state_scale).clamp(-5.0, 5.0),
+            "words": torch.tensor([self._token_cache[instruction] for instruction in instructions], device=device),
+        }
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, C, 7, 256)`` and hidden states ``(B, C, width)`` of prepared inputs."""
+        words = self.words(inputs["words"])  # (B, 16, width)
+        present = (inputs["words"] > 0).unsqueeze(-1)
+        sentence = (words * present).sum(1) / present.sum(1).clamp(min=1)  # (B, width)
+        scale, shift = self.film(sentence).unsqueeze(1).chunk(2, dim=-1)
+        picture = self.stem(inputs["image"]).flatten(2).transpose(1, 2)  # (B, 16, width)
+        picture = picture * (1.0 + scale) + shift + self.position
+        state = self.state_in(inputs["state"]).unsqueeze(1)
+        queries = self.queries.expand(len(picture), -1, -1)
+        x = torch.cat([picture, sentence.unsqueeze(1), state, queries], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        hidden = self.norm(x[:, -self.config.action_chunk :])
+        return self.head(hidden).unflatten(-1, (ACTION_DIM, BINS)), hidden
+
+    @torch.no_grad()
+    def sample(
+        self, obs: dict[str, Any], instructions: list[str], temperature: float = 1.0
+    ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
+        """Actions ``(B, C, 7)`` in [-1, 1], tokens ``(B, 56)`` and their log-probabilities ``(B, 56)``.
+
+        Args:
+            obs: ``image`` and ``state`` as the environments give them.
+            instructions: One sentence each.
+            temperature: Divides the logits; 0 takes the likeliest tokens.
+        """
+        logits = self(self.prepare(obs, instructions))[0].flatten(1, 2)  # (B, 56, 256)
+        logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+        if temperature > 0:
+            tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1).view(logprobs.shape[:2])
+        else:
+            tokens = logits.argmax(-1)
+        actions = token_actions(tokens).unflatten(1, (self.config.action_chunk, ACTION_DIM))
+        return actions.cpu().numpy(), tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    def evaluate(
+        self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities ``(B, 56)`` and entropies ``(B, 56)`` (nats) of tokens, hidden state ``(B, width)``."""
+        logits, hidden = self(self.prepare(obs, instructions))
+        logprobs = F.log_softmax(logits.flatten(1, 2) / (temperature if temperature > 0 else 1.0), dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy, hidden[:, 0]
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, for a checkpoint's ``config.json``."""
+        return asdict(self.config)
