@@ -121,7 +121,7 @@ class Args:
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
     """Members a group (K)"""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """AdamW's learning rate"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""

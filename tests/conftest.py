@@ -5,6 +5,7 @@ to a temporary folder before any test imports it.
 """
 
 import os
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 
 import vla_envs  # noqa: F401  (registers the ids)
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, on our oracle's side, finds no OpenGL by itself
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, our oracle, finds no OpenGL by itself
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +26,12 @@ def libero(tmp_path_factory):
     config, assets = tmp_path_factory.mktemp("libero_config"), tmp_path_factory.mktemp("libero_assets")
     write_libero_config(config)
     write_builtin(assets)
-    os.environ["LIBERO_CONFIG_PATH"] = str(config)
-    import libero.libero
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIBERO_CONFIG_PATH", str(config))
+        import libero.libero
 
-    libero.libero._assets_path_cache = str(assets)
-    yield libero.libero
-    del os.environ["LIBERO_CONFIG_PATH"]
+        libero.libero._assets_path_cache = str(assets)
+        yield libero.libero
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,7 @@ def libero_env(libero):
     def get(task_id):
         if task_id not in envs:
             bddl_file = str(get_task("LiberoObject", task_id).bddl_file)
-            np.random.seed(task_id)  # LIBERO places objects with the global generator
+            np.random.seed(task_id)  # noqa: NPY002  (what LIBERO places objects with)
             envs[task_id] = ControlEnv(
                 bddl_file_name=bddl_file, use_camera_obs=False, has_offscreen_renderer=False
             )

@@ -8,6 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from vla_envs import LiberoEnv
+from vla_envs.scene import load_scene
 from vla_envs.tasks import BUILTIN_SUITES, get_task, num_tasks, recorded_init_states
 
 IDS = [f"vla_envs/{suite}-v0" for suite in BUILTIN_SUITES]
@@ -62,7 +63,7 @@ def test_every_task_plays(task_id, make):
     obs, reward, terminated, truncated, info = env.step(STILL)
     assert obs in env.observation_space and info["instruction"] == task.instruction
     assert (reward, terminated, truncated) == (0, False, False)
-    assert env.unwrapped.qpos.shape == (recorded_init_states(task).shape[1] // 2 - 1 + 4,)
+    assert env.unwrapped.qpos.shape == (load_scene("LiberoObject", task_id, "builtin").model.nq,)
 
 
 def test_types(make):

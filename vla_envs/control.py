@@ -243,6 +243,9 @@ def _rotate(command, rotation, out):  # type: ignore[no-untyped-def]
     By way of a quaternion in single precision, as robosuite does (``transform_utils.quat2mat``).
     """
     angle = np.sqrt(command[0] ** 2 + command[1] ** 2 + command[2] ** 2)
+    if angle == 0.0:  # the squares of the tiniest commands are zero
+        out[:, :] = rotation
+        return
     quat = np.empty(4, np.float32)  # w, x, y, z
     quat[0] = np.cos(angle / 2.0)
     for i in range(3):

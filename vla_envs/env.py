@@ -23,6 +23,10 @@ class LiberoEnv(gym.Env):
     leading axis: an action is ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C; ``options={"init_state_id": 3}``
     starts from LIBERO's recorded state 3.
 
+    ``gym.make`` keeps an argument ``max_episode_steps`` to itself, for its ``TimeLimit`` wrapper, which counts
+    decisions: with it an episode can be made shorter than 200 control steps, but not longer. ``LiberoEnv``
+    itself and ``gym.make_vec`` take any limit.
+
     Example:
         >>> import gymnasium as gym, vla_envs
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
@@ -67,14 +71,15 @@ class LiberoEnv(gym.Env):
         """Joint positions ``(nq,)`` in LIBERO's order."""
         return self._envs.qpos[0]
 
+    def set_reward(self, reward: str | Reward) -> None:
+        """Pay ``reward`` from the next step on."""
+        self._envs.set_reward(reward)
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Start an episode; see ``LiberoVectorEnv.reset``."""
         super().reset(seed=seed)
-        limit = self.spec.max_episode_steps if self.spec else None
-        if limit is not None:  # gym.make(..., max_episode_steps=...) keeps the argument to itself
-            self._envs.max_episode_steps = limit
         obs, info = self._envs.reset(seed=None if seed is None else [seed], options=options)
         return {name: array[0] for name, array in obs.items()}, _first(info)
 

@@ -18,7 +18,10 @@ class Goal(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def goal_met(goal, xpos, site_xpos, site_xmat):  # type: ignore[no-untyped-def]
-    """LIBERO's ``In`` (``SiteObject.in_box``): the region's box, turned and taken axis-aligned, 1 cm deeper."""
+    """LIBERO's ``In`` (``SiteObject.in_box``): the region's box, turned and taken axis-aligned, 1 cm deeper.
+
+    Compiled into ``control.run_chunk``, whose cache does not see an edit here: delete ``__pycache__`` after one.
+    """
     for i in range(3):
         half = 0.0
         for j in range(3):

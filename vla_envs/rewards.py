@@ -5,6 +5,7 @@ environment, and returns an array of rewards, or rewards and stage numbers.
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def resolve_reward(reward: str | Reward) -> Reward:
     if callable(reward):
         return reward
     named: dict[str, Reward] = {"binary": binary, "multi_stage": multi_stage}
-    if reward in named:
+    if isinstance(reward, str) and reward in named:
         return named[reward]
     path, colon, function = str(reward).rpartition(":")
     if not colon or not path.endswith(".py"):
@@ -78,6 +79,7 @@ def resolve_reward(reward: str | Reward) -> Reward:
     spec = importlib.util.spec_from_file_location("user_reward", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -93,36 +95,15 @@ def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], 
     Raises:
         ValueError: When the function's rewards are not finite numbers, one per environment.
     """
-    result = reward(facts)
+    result = reward({name: np.array(values) for name, values in facts.items()})  # copies, to do with as it likes
+    expected = np.shape(facts["success"])
+    if isinstance(result, tuple) and len(result) != 2:
+        raise ValueError(f"the reward function returned {len(result)} things; expected rewards, or rewards and stages")
     values, stage = result if isinstance(result, tuple) else (result, multi_stage(facts)[1])
     values = np.asarray(values, dtype=np.float64)
-    expected = np.shape(facts["success"])
-    if values.shape != expected or not np.all(np.isfinite(values)):
-        raise ValueError(f"the reward function returned {values!r}; expected finite numbers of shape {expected}")
+    if values.shape != expected or np.shape(stage) != expected or not np.all(np.isfinite(values)):
+        raise ValueError(f"the reward function returned {result!r}; expected finite numbers of shape {expected}")
     return values, np.asarray(stage, dtype=np.int64)
-
-
-class _FactsReward(gym.Wrapper):
-    def __init__(self, env: gym.Env, reward: str | Reward) -> None:
-        super().__init__(env)
-        self._reward = resolve_reward(reward)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        obs, _, terminated, truncated, info = self.env.step(action)
-        reward, stage = evaluate_reward(self._reward, info["facts"])
-        return obs, float(reward), terminated, truncated, {**info, "stage": int(stage)}
-
-
-class _FactsVectorReward(VectorWrapper):
-    def __init__(self, env: VectorEnv, reward: str | Reward) -> None:
-        super().__init__(env)
-        self._reward = resolve_reward(reward)
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        frozen = self.unwrapped.frozen.copy()  # type: ignore[attr-defined]
-        obs, _, terminated, truncated, info = self.env.step(actions)
-        reward, stage = evaluate_reward(self._reward, info["facts"])
-        return obs, np.where(frozen, 0.0, reward), terminated, truncated, {**info, "stage": stage}
 
 
 def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper | VectorWrapper:  # noqa: N802
@@ -137,4 +118,5 @@ def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper |
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
     """
-    return _FactsVectorReward(env, reward) if isinstance(env, VectorEnv) else _FactsReward(env, reward)
+    env.unwrapped.set_reward(reward)  # type: ignore[attr-defined]
+    return VectorWrapper(env) if isinstance(env, VectorEnv) else gym.Wrapper(env)

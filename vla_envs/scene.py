@@ -177,17 +177,19 @@ def _key(task: Task, assets: str) -> str:
     return digest.hexdigest()[:32]
 
 
-@lru_cache(maxsize=32)
 def load_scene(suite: str, task_id: int, assets: str = "builtin") -> Scene:
-    """The compiled scene of a task, from the cache or built now.
+    """The compiled scene of a task: the one in use, from the cache on disk, or built now.
 
     Raises:
         ValueError: When the task or the assets do not exist.
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     check_versions()
-    task = get_task(suite, task_id)
-    assets = resolve_assets(assets, suite)
+    return _load(get_task(suite, task_id), resolve_assets(assets, suite))
+
+
+@lru_cache(maxsize=128)
+def _load(task: Task, assets: str) -> Scene:
     base = cache_folder() / f"{task.suite}_{task.task_id}_{_key(task, assets)}"
     with filelock.FileLock(f"{base}.lock"):
         cached = _read(base)
@@ -225,9 +227,12 @@ def _build_in_child(task: Task, assets: str, base: Path) -> None:
         environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}
         path = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, env=environment
-        )
+        try:
+            result = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"LIBERO did not build {task.name} within {BUILD_TIMEOUT_S} s") from None
     if result.returncode:
         words = result.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"LIBERO could not build {task.name}: {words[-1]}")

@@ -148,7 +148,8 @@ class LiberoVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
         render_mode: str | None = None,
     ) -> None:
-        num_threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
+        if num_threads is None:
+            num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         for name, value, least in (
             ("num_envs", num_envs, 1),
             ("image_size", image_size, 8),
@@ -161,9 +162,13 @@ class LiberoVectorEnv(VectorEnv):
                 raise ValueError(f"{name} is {value!r}; expected an int of at least {least}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None")
-        task_ids = [task_id] * num_envs if isinstance(task_id, int | np.integer) else list(task_id)
+        task_ids = list(task_id) if isinstance(task_id, Sequence | np.ndarray) else [task_id] * num_envs
         if len(task_ids) != num_envs:
             raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
+
+        modes = [mode.value for mode in AutoresetMode]
+        if autoreset_mode not in (*AutoresetMode, *modes):
+            raise ValueError(f"autoreset_mode is {autoreset_mode!r}; expected one of {modes}")
 
         self.num_envs = num_envs
         self.image_size, self.action_chunk, self.max_episode_steps = image_size, action_chunk, max_episode_steps
@@ -173,7 +178,7 @@ class LiberoVectorEnv(VectorEnv):
             "render_fps": max(1, round(20 / action_chunk)),
             "autoreset_mode": AutoresetMode(autoreset_mode),
         }
-        self._reward = resolve_reward(reward)
+        self.set_reward(reward)
         scenes = {task: load_scene(suite, task, str(assets)) for task in dict.fromkeys(task_ids)}
         self.simulations = [Simulation(scenes[task]) for task in task_ids]
         self.tasks = [simulation.scene.task for simulation in self.simulations]
@@ -254,6 +259,10 @@ class LiberoVectorEnv(VectorEnv):
             "instruction": np.array(self.instructions),
         }
 
+    def set_reward(self, reward: str | Reward) -> None:
+        """Pay ``reward``, as the constructor takes it, from the next step on."""
+        self._reward = resolve_reward(reward)
+
     # ---- Gymnasium -------------------------------------------------------------------------------
 
     def reset(
@@ -297,20 +306,20 @@ class LiberoVectorEnv(VectorEnv):
                 count = len(recorded_init_states(self.tasks[i]))
                 if not 0 <= int(ids[i] or 0) < count:
                     raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {count - 1}")
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        if isinstance(seed, Sequence | np.ndarray):
+            seeds = list(seed)
         else:
-            seeds = [None if s is None else int(s) for s in seed]
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {self.num_envs}")
+            seeds = [seed + i if isinstance(seed, int | np.integer) else seed for i in range(self.num_envs)]
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {self.num_envs}")
         for s in seeds:
-            if s is not None and s < 0:
-                raise ValueError(f"seed {s} is negative; expected an int of at least 0")
+            if s is not None and (not isinstance(s, int | np.integer) or s < 0):
+                raise ValueError(f"seed {s!r} is no int of at least 0")
+        seeds = [None if s is None else int(s) for s in seeds]
         return mask, ids, seeds
 
-    def _reset(
-        self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]
-    ) -> None:
+    def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
+        """Reset ``indices``: settle the init states not seen lately, then copy, draw each once, and read."""
         indices = list(indices)
         keys: dict[int, tuple[int, bytes]] = {}
         to_settle: dict[tuple[int, bytes], tuple[int, NDArray[np.float64]]] = {}
@@ -362,7 +371,8 @@ class LiberoVectorEnv(VectorEnv):
         if array.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {array.shape}; expected {self.action_space.shape}")
         if np.isnan(array).any():
-            raise ValueError(f"actions of environments {np.flatnonzero(np.isnan(array).any(axis=tuple(range(1, array.ndim)))).tolist()} are NaN; expected numbers in [-1, 1]")
+            where = np.unique(np.argwhere(np.isnan(array))[:, 0]).tolist()
+            raise ValueError(f"actions of environments {where} are NaN; expected numbers in [-1, 1]")
         if not self._ready.all():
             raise gym.error.ResetNeeded("step was called before reset")
         return np.clip(array, -1.0, 1.0).reshape(self.num_envs, self.action_chunk, 7)

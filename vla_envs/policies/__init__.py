@@ -3,7 +3,9 @@
 A checkpoint is a folder with ``config.json`` and ``model.safetensors``: numbers and JSON, never pickles.
 """
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from vla_envs.policies.nano import NanoConfig, NanoPolicy
-from vla_envs.tasks import nearest
+# LIBERO's dependencies bring PyPI's torchvision. Beside a CPU build of torch it cannot be loaded, and
+# transformers, which peft imports, then fails to load anything: hide it. Nothing here uses it.
+if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
+    _found = importlib.util.find_spec("torchvision")
+    if _found and _found.origin and "+cpu" not in Path(_found.origin).with_name("version.py").read_text():
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+from vla_envs.policies.nano import NanoConfig, NanoPolicy  # noqa: E402
+from vla_envs.tasks import nearest  # noqa: E402
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 #: The policies, each with the function that builds it from a checkpoint's configuration.

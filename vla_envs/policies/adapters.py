@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,8 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
     for parameter in policy.parameters():
         parameter.requires_grad = train == "all"
     if train.startswith("lora"):
+        import peft  # takes seconds, so only where it is used
+
         config = peft.LoraConfig(
             r=rank, lora_alpha=min(rank, 16), lora_dropout=0.0, target_modules=LORA_TARGETS, init_lora_weights="gaussian"
         )
@@ -50,10 +51,14 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
     return policy
 
 
+def _lora_layers(policy: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+
+
 @contextlib.contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[None]:
     """The policy without its LoRA adapter: the reference of a KL term."""
-    layers = [module for module in policy.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    layers: list[Any] = [module for _, module in _lora_layers(policy)]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -65,7 +70,7 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
 
 def merged(policy: Any) -> dict[str, Tensor]:
     """The policy's weights with its LoRA adapter added in, under the names of the plain policy."""
-    layers = {name: module for name, module in policy.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
     for name, value in policy.state_dict().items():
         if "lora_" in name:
@@ -73,13 +78,15 @@ def merged(policy: Any) -> dict[str, Tensor]:
         plain = name.replace(".base_layer", "")
         layer = layers.get(plain.rpartition(".")[0])
         if layer is not None and plain.endswith("weight"):
-            value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)  # type: ignore[operator]
+            value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         weights[plain] = value.detach().clone()
     return weights
 
 
 def save_adapter(policy: Any, folder: Path) -> None:
     """Write the LoRA adapter in peft's own format, readable by ``PeftModel.from_pretrained``."""
+    import peft
+
     config = policy.peft_config["default"]
     tensors = peft.get_peft_model_state_dict(policy)
     folder.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,10 @@ class NanoPolicy(nn.Module):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy, hidden[:, 0]
 
+    def encode(self, actions: Tensor) -> Tensor:
+        """Tokens ``(B, 56)`` of demonstrated actions ``(B, C, 7)``."""
+        return action_tokens(actions).flatten(1)
+
     def describe(self) -> dict[str, Any]:
         """The configuration, for a checkpoint's ``config.json``."""
         return asdict(self.config)

@@ -1,0 +1,214 @@
+"""How fast: this package against LIBERO's own vector environment, measured in one run.
+
+    python benchmarks/throughput.py                                   # built-in assets on both sides
+    LIBERO_ASSETS=/path/to/libero_assets python benchmarks/throughput.py   # and LIBERO on its real assets
+
+LIBERO's side is its ``SubprocVectorEnv`` of ``OffScreenRenderEnv``, at the best of several worker counts.
+Machines are noisy: every figure is the best of ``--repeats`` measurements, both sides in the same run.
+"""
+
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import psutil
+import tyro
+
+import vla_envs  # noqa: F401
+from vla_envs.assets import write_builtin
+from vla_envs.scene import write_libero_config
+from vla_envs.tasks import get_task
+
+PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+@dataclass
+class Args:
+    task_id: int = 4
+    """LIBERO-Object task"""
+    repeats: int = 3
+    """Measurements of each figure; the best counts"""
+    steps: int = 60
+    """Control steps of each of LIBERO's measurements"""
+    workers: tuple[int, ...] = (2, 3, 4)
+    """Worker counts tried for LIBERO; the best counts"""
+
+
+# ---- LIBERO's side -----------------------------------------------------------------------------------
+
+
+def _make_libero(bddl_file: str, assets: str, cameras: tuple[str, ...]) -> Any:
+    import libero.libero
+    from libero.libero.envs import OffScreenRenderEnv
+
+    libero.libero._assets_path_cache = assets
+    env = OffScreenRenderEnv(
+        bddl_file_name=bddl_file, camera_heights=128, camera_widths=128, camera_names=list(cameras)
+    )
+    env.reset = env.env.reset  # its own reset swallows every exception
+    return env
+
+
+def libero_speed(assets: str, cameras: tuple[str, ...], args: Args) -> tuple[float, float, int]:
+    """LIBERO's env-steps/s and seconds a reset, at the best worker count, and that count."""
+    from functools import partial
+
+    from libero.libero.envs import SubprocVectorEnv
+
+    bddl_file = str(get_task("LiberoObject", args.task_id).bddl_file)
+    best = (0.0, 0.0, 0)
+    for workers in args.workers:
+        envs = SubprocVectorEnv([partial(_make_libero, bddl_file, assets, cameras) for _ in range(workers)])
+        envs.reset()
+        start = time.perf_counter()
+        envs.reset()
+        reset_s = (time.perf_counter() - start) / workers
+        rng = np.random.default_rng(0)
+        speed = 0.0
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            for _ in range(args.steps // workers):
+                envs.step(rng.uniform(-0.5, 0.5, (workers, 7)))
+            speed = max(speed, args.steps // workers * workers / (time.perf_counter() - start))
+        envs.close()
+        best = max(best, (speed, reset_s, workers))
+    return best
+
+
+# ---- Our side ----------------------------------------------------------------------------------------
+
+
+def our_speed(args: Args, chunk: int, num_threads: int | None = None, pictures: bool = True) -> float:
+    """Env-steps/s of 8 environments with one 128 px camera, an image every ``chunk`` control steps."""
+    envs = gym.make_vec(
+        "vla_envs/LiberoObject-v0", num_envs=8, task_id=args.task_id, action_chunk=chunk, max_episode_steps=100_000,
+        num_threads=num_threads,
+    )  # fmt: skip
+    envs.reset(seed=[7] * 8)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.5, 0.5, (20, *envs.action_space.shape))
+    speed = 0.0
+    for _ in range(args.repeats):
+        envs.reset(seed=[7] * 8)
+        before = dict(envs.seconds)
+        start = time.perf_counter()
+        for action in actions:
+            envs.step(action)
+        wall = time.perf_counter() - start
+        speed = max(speed, 20 * 8 * chunk / (wall if pictures else envs.seconds["physics"] - before["physics"]))
+    envs.close()
+    return speed
+
+
+def control_step_ratio(args: Args) -> float:
+    """Time of one control step over that of 25 bare ``mj_step`` calls from the same states, one thread."""
+    envs = gym.make_vec("vla_envs/LiberoObject-v0", num_envs=1, task_id=args.task_id, num_threads=1)
+    simulation = envs.simulations[0]
+    model, data = simulation.scene.model, simulation.data
+    state = np.empty(mujoco.mj_stateSize(model, PHYSICS))
+    actions = np.random.default_rng(0).uniform(-0.5, 0.5, (60, 1, 7))
+    ratios = []
+    for _ in range(args.repeats):
+        envs.reset(seed=[0])
+        bare = control = 0.0
+        for action in actions:
+            mujoco.mj_getState(model, data, state, PHYSICS)
+            start = time.perf_counter()
+            for _ in range(25):
+                mujoco.mj_step(model, data)
+            bare += time.perf_counter() - start
+            mujoco.mj_setState(model, data, state, PHYSICS)
+            start = time.perf_counter()
+            simulation.run(action)
+            control += time.perf_counter() - start
+        ratios.append(control / bare)
+    envs.close()
+    return min(ratios)
+
+
+def reset_seconds(args: Args) -> tuple[float, float]:
+    """Seconds to reset a group of 8: to its scene again, and to a scene never seen."""
+    envs = gym.make_vec("vla_envs/LiberoObject-v0", num_envs=8, task_id=args.task_id, action_chunk=8)
+    envs.reset(seed=[0] * 8)
+    again, fresh = [], []
+    for seed in range(1, 1 + 5 * args.repeats):
+        for times in (fresh, again):
+            start = time.perf_counter()
+            envs.reset(seed=[seed] * 8)
+            times.append(time.perf_counter() - start)
+    envs.close()
+    return min(again), min(fresh)
+
+
+def memory_per_environment(args: Args) -> float:
+    """Resident MB that each environment beyond the eighth adds, in use."""
+
+    def resident(num_envs: int) -> float:
+        code = (
+            "import gymnasium as gym, numpy as np, psutil, vla_envs\n"
+            f"envs = gym.make_vec('vla_envs/LiberoObject-v0', num_envs={num_envs}, task_id={args.task_id})\n"
+            "envs.reset(seed=0)\n"
+            "for _ in range(5): envs.step(np.zeros(envs.action_space.shape))\n"
+            "print(psutil.Process().memory_info().rss / 2**20)\n"
+        )
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    return (resident(72) - resident(8)) / 64
+
+
+def main(args: Args) -> None:
+    """Measure both sides and print the table."""
+    # LIBERO's import asks a question unless it finds a configuration: give it one of its own.
+    scratch = Path(tempfile.mkdtemp(prefix="vla_envs-"))
+    write_libero_config(scratch)
+    os.environ["LIBERO_CONFIG_PATH"] = str(scratch)
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    write_builtin(scratch / "assets")
+    columns = {"built-in": str(scratch / "assets")}
+    if os.environ.get("LIBERO_ASSETS"):
+        columns = {"real": os.environ["LIBERO_ASSETS"], **columns}
+    else:
+        print("LIBERO_ASSETS is not set: LIBERO is measured on the built-in assets alone.")
+
+    every, chunked = our_speed(args, 1), our_speed(args, 8)
+    again, fresh = reset_seconds(args)
+    rows: list[tuple[str, Callable[[Any, Any], str]]] = [
+        ("env-steps/s, one camera, an image every control step", lambda one, two: f"{every:.0f} / {one[0]:.0f} = {every / one[0]:.1f} x"),
+        ("the same, ours in chunks of 8", lambda one, two: f"{chunked:.0f} / {one[0]:.0f} = {chunked / one[0]:.1f} x"),
+        ("as the scripts run / LIBERO as it comes (two cameras)", lambda one, two: f"{chunked:.0f} / {two[0]:.0f} = {chunked / two[0]:.1f} x"),
+        ("reset of a group of 8, again / LIBERO", lambda one, two: f"{again * 1e3:.1f} / {8e3 * one[1]:.0f} ms = {8 * one[1] / again:.0f} x"),
+        ("reset of a group of 8, new scene / LIBERO", lambda one, two: f"{fresh * 1e3:.1f} / {8e3 * one[1]:.0f} ms = {8 * one[1] / fresh:.0f} x"),
+    ]  # fmt: skip
+    measured = {}
+    for name, assets in columns.items():
+        one = libero_speed(assets, ("agentview",), args)
+        two = libero_speed(assets, ("agentview", "robot0_eye_in_hand"), args)
+        measured[name] = one, two
+        print(f"LIBERO on {name} assets: {one[0]:.0f} env-steps/s with one camera ({one[2]} workers), "
+              f"{two[0]:.0f} with two ({two[2]} workers)")  # fmt: skip
+    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, MuJoCo {mujoco.__version__}\n")
+    print("| ours / LIBERO's | " + " | ".join(f"LIBERO on {name} assets" for name in columns) + " |")
+    print("| --- |" + " --- |" * len(columns))
+    for label, cell in rows:
+        print(f"| {label} | " + " | ".join(cell(*measured[name]) for name in columns) + " |")
+    one_thread, two_threads = our_speed(args, 8, 1, pictures=False), our_speed(args, 8, 2, pictures=False)
+    print("\n| ours alone | |\n| --- | --- |")
+    print(f"| one control step / 25 bare mj_step, one thread | {control_step_ratio(args):.2f} x |")
+    print(f"| physics on two threads / one | {two_threads / one_thread:.2f} x |")
+    print(f"| memory per further environment | {memory_per_environment(args):.1f} MB |")
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn", force=True)
+    main(tyro.cli(Args))
