@@ -6,7 +6,7 @@ past the end). Demonstrations are read in the layout of LIBERO's HDF5 data sets,
 writes them; where ``expert_actions`` is there (the expert's actions without its noise), it is what to imitate.
 
     python -m vla_envs.experts --out demos
-    python sft_vla.py --demos demos
+    python sft_vla.py --demos demos --episodes 8 8 8 8 8 8 8 8 5 8
     python sft_vla.py --demos demos --task-ids 4 --episodes 24
 """
 
@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs.policies import POLICIES, count_parameters, load_policy, save_policy
+from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
 from vla_envs.runs import make_run_folder, one_line_errors, parse_args, write_json
 
 
@@ -62,8 +62,8 @@ class Args:
     # ---- Algorithm ----
     demos: Path = Path("demos")
     """Folder with <suite>_<task id>_demo.hdf5"""
-    episodes: int = 8
-    """Demonstrations a task"""
+    episodes: tuple[int, ...] = (8,)
+    """Demonstrations a task: one number for all, or one for each of --task-ids"""
     num_steps: int = 3000
     """Optimiser steps"""
     batch_size: int = 64
@@ -83,11 +83,15 @@ def load_demonstrations(path: Path, episodes: int, chunk: int) -> dict[str, Any]
         ValueError: When the file is missing, is not in LIBERO's layout, or has fewer demonstrations.
     """
     if not path.is_file():
-        raise ValueError(f"no demonstrations at {str(path)!r}; make them with: python -m vla_envs.experts --out {path.parent}")
+        raise ValueError(
+            f"no demonstrations at {str(path)!r}; make them with: python -m vla_envs.experts --out {path.parent}"
+        )
     parts: dict[str, list[np.ndarray]] = {"image": [], "state": [], "actions": []}
     with h5py.File(path) as file:
         if "data" not in file or "problem_info" not in file["data"].attrs:
-            raise ValueError(f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data/problem_info")
+            raise ValueError(
+                f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data/problem_info"
+            )
         data = file["data"]
         instruction = json.loads(data.attrs["problem_info"])["language_instruction"]
         if len(data) < episodes:
@@ -95,9 +99,11 @@ def load_demonstrations(path: Path, episodes: int, chunk: int) -> dict[str, Any]
         for k in range(episodes):
             demo = data[f"demo_{k}"]
             actions = demo["expert_actions" if "expert_actions" in demo else "actions"][:]  # (T, 7)
-            following = np.minimum(np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1)  # (T, C)
+            following = np.minimum(
+                np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1
+            )  # (T, C)
             parts["actions"].append(actions[following])
-            parts["image"].append(demo["obs/agentview_rgb"][:, ::-1, ::-1])  # stored turned by 180 degrees
+            parts["image"].append(demo["obs/agentview_rgb"][:][:, ::-1, ::-1])  # stored turned by 180 degrees
             parts["state"].append(np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"instruction": instruction}
 
@@ -114,7 +120,13 @@ def evaluate(envs: Any, policy: Any, episodes: int, temperature: float) -> dict[
         obs, _, terminated, _, _ = envs.step(actions)
     successes = int(terminated.sum())
     low, high = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return {"successes": successes, "trials": episodes, "rate": successes / episodes, "low": low, "high": high}
+    return {
+        "successes": successes,
+        "trials": episodes,
+        "rate": successes / episodes,
+        "low": low,
+        "high": high,
+    }
 
 
 def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
@@ -129,19 +141,28 @@ if __name__ == "__main__":
     args = parse_args(Args)
     with one_line_errors():
         torch.manual_seed(args.seed)
-        policy = load_policy(args.policy, args.checkpoint) if args.checkpoint else POLICIES[args.policy]({})
+        policy = load_policy(args.policy, args.checkpoint) if args.checkpoint else new_policy(args.policy)
         chunk = policy.action_chunk
         files = [args.demos / f"{args.suite}_{task_id}_demo.hdf5" for task_id in args.task_ids]
-        tasks = [load_demonstrations(file, args.episodes, chunk) for file in files]
+        episodes = args.episodes * len(files) if len(args.episodes) == 1 else args.episodes
+        if len(episodes) != len(files):
+            raise ValueError(
+                f"episodes has {len(episodes)} numbers; expected one, or one for each of {len(files)} tasks"
+            )
+        tasks = [load_demonstrations(file, count, chunk) for file, count in zip(files, episodes)]
         run = make_run_folder(args.run_dir, args.suite, args.task_ids[0], "sft_vla", args.seed)
-    samples: dict[str, Any] = {name: np.concatenate([task[name] for task in tasks]) for name in ("image", "state", "actions")}
+    samples: dict[str, Any] = {
+        name: np.concatenate([task[name] for task in tasks]) for name in ("image", "state", "actions")
+    }
     samples["instruction"] = [task["instruction"] for task in tasks for _ in task["actions"]]
     write_json(run / "args.json", dataclasses.asdict(args))
     writer = SummaryWriter(str(run))
     print(f"{run}: {len(samples['actions']):,} samples, {count_parameters(policy)[1]:,} parameters")
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.num_steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, args.num_steps, pct_start=0.05
+    )
     rng = np.random.default_rng(args.seed)
     started = time.perf_counter()
     progress = tqdm(range(args.num_steps), desc="SFT", unit="step")
@@ -166,7 +187,9 @@ if __name__ == "__main__":
         )  # fmt: skip
         torch.manual_seed(args.seed)
         results[task_id] = evaluate(envs, policy, args.eval_episodes, args.eval_temperature)
-        print(f"task {task_id}: success {results[task_id]['successes']}/{args.eval_episodes}, {envs.instructions[0]}")
+        print(
+            f"task {task_id}: success {results[task_id]['successes']}/{args.eval_episodes}, {envs.instructions[0]}"
+        )
         envs.close()
     write_json(
         run / "result.json",

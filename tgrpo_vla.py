@@ -57,7 +57,18 @@ from vla_envs.runs import (
 )
 
 # The paper's pairs for LIBERO-Object's tasks, by --task-id (its tasks 1 to 10); 0.3, 0.7 elsewhere.
-PAPER_ALPHAS = [(10, 1), (1, 0.1), (10, 5), (0.35, 0.65), (0.3, 0.7), (0.3, 0.7), (10, 1), (10, 1), (0.3, 0.7), (0.3, 0.7)]
+PAPER_ALPHAS = [
+    (10, 1),
+    (1, 0.1),
+    (10, 5),
+    (0.35, 0.65),
+    (0.3, 0.7),
+    (0.3, 0.7),
+    (10, 1),
+    (10, 1),
+    (0.3, 0.7),
+    (0.3, 0.7),
+]
 
 
 @dataclass
@@ -193,7 +204,12 @@ def tgrpo_advantages(rewards: Tensor, alive: Tensor, group_size: int, alpha1: fl
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Equation 9 with PPO's clip, negated: a mean over D tokens, then over B samples weighted by ``mask``.
 
@@ -259,7 +275,9 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Ar
     return batch
 
 
-def evaluate(envs: Any, policy: Any, episodes: int, temperature: float, video: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    envs: Any, policy: Any, episodes: int, temperature: float, video: Path | None = None
+) -> dict[str, Any]:
     """Success on recorded init states 0 to ``episodes`` - 1, with its Wilson interval (95 %)."""
     obs, _ = envs.reset(options={"init_state_id": [i % 50 for i in range(episodes)]})
     frames = [obs["image"][:4]]
@@ -276,14 +294,25 @@ def evaluate(envs: Any, policy: Any, episodes: int, temperature: float, video: P
         imageio.mimwrite(video, strips, fps=5, macro_block_size=8)
     successes = int(terminated.sum())
     low, high = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return {"successes": successes, "trials": episodes, "rate": successes / episodes, "low": low, "high": high}
+    return {
+        "successes": successes,
+        "trials": episodes,
+        "rate": successes / episodes,
+        "low": low,
+        "high": high,
+    }
 
 
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
 def update(
-    policy: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any], advantages: Tensor, instruction: str, args: Args
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Any],
+    advantages: Tensor,
+    instruction: str,
+    args: Args,
 ) -> dict[str, float]:
     """Maximise equation 9 on one batch; the means of what was measured on the way."""
     alive = batch["alive"].bool()  # (T, N)
@@ -291,18 +320,24 @@ def update(
     b_obs = {name: batch[name][when, who] for name in ("image", "state")}  # (S, ...)
     b_tokens = batch["tokens"][when, who].to(args.device)  # (S, D)
     b_advantages = advantages[when, who].to(args.device)  # (S,)
-    b_weights = (1.0 / alive.sum(dim=0).float())[who].to(args.device)  # (S,) 1 / |o_i|: every trajectory counts alike
+    b_weights = (1.0 / alive.sum(dim=0).float())[who].to(
+        args.device
+    )  # (S,) 1 / |o_i|: every trajectory counts alike
 
     def logprobs_of(inds: Tensor) -> tuple[Tensor, Tensor]:
         obs = {name: array[inds] for name, array in b_obs.items()}
-        logprobs, entropy, _ = policy.evaluate(obs, [instruction] * len(inds), b_tokens[inds], args.temperature)
+        logprobs, entropy, _ = policy.evaluate(
+            obs, [instruction] * len(inds), b_tokens[inds], args.temperature
+        )
         if args.ratio_level == "action":
             logprobs = logprobs.sum(dim=1, keepdim=True)  # (B, 1)
         return logprobs, entropy
 
     # From the forward pass that trains, so that the first ratio is 1 whatever rounding the rollout had.
     with torch.no_grad():
-        b_old = torch.cat([logprobs_of(inds)[0] for inds in torch.arange(len(when)).split(args.minibatch_size)])
+        b_old = torch.cat(
+            [logprobs_of(inds)[0] for inds in torch.arange(len(when)).split(args.minibatch_size)]
+        )
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
     logs: dict[str, list[float]] = {}
     for _ in range(args.update_epochs):
@@ -324,15 +359,23 @@ def update(
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(
-                [p for p in policy.parameters() if p.requires_grad], args.max_grad_norm, error_if_nonfinite=True
+                [p for p in policy.parameters() if p.requires_grad],
+                args.max_grad_norm,
+                error_if_nonfinite=True,
             )
-            measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach(), "grad_norm": grad_norm}
+            measured |= {
+                "policy_loss": pg_loss.detach(),
+                "entropy": entropy.mean().detach(),
+                "grad_norm": grad_norm,
+            }
             for name, value in measured.items():
                 logs.setdefault(name, []).append(float(value))
             if measured["approx_kl"] > args.target_kl:
                 break  # before the step that would go further
             optimizer.step()
-    return {"ratio_first_minibatch": logs["ratio"][0]} | {name: float(np.mean(values)) for name, values in logs.items()}
+    return {"ratio_first_minibatch": logs["ratio"][0]} | {
+        name: float(np.mean(values)) for name, values in logs.items()
+    }
 
 
 def check(args: Args) -> Args:
@@ -343,11 +386,15 @@ def check(args: Args) -> Args:
     """
     paper = args.suite == "LiberoObject" and 0 <= args.task_id < len(PAPER_ALPHAS)
     defaults = PAPER_ALPHAS[args.task_id] if paper else (0.3, 0.7)
-    alphas = [given if given is not None else float(d) for given, d in zip((args.alpha1, args.alpha2), defaults)]
+    alphas = [
+        given if given is not None else float(d) for given, d in zip((args.alpha1, args.alpha2), defaults)
+    ]
     if not np.isfinite(alphas).all():
         raise ValueError(f"alpha1, alpha2 are {alphas[0]}, {alphas[1]}; expected finite numbers")
     if args.group_size < 2:
-        raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members with one another")
+        raise ValueError(
+            f"group_size is {args.group_size}; expected at least 2, to compare members with one another"
+        )
     for name in ("num_groups", "num_iterations", "update_epochs", "minibatch_size", "lora_rank", "last_k"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; expected an int of at least 1")
@@ -357,7 +404,9 @@ def check(args: Args) -> Args:
     if not 1 <= args.eval_episodes <= 50:
         raise ValueError(f"eval_episodes is {args.eval_episodes}; expected 1 to 50, the recorded init states")
     if args.kl_coef and args.train != "lora":
-        raise ValueError(f"kl_coef needs --train lora, whose reference is the adapter switched off; got {args.train!r}")
+        raise ValueError(
+            f"kl_coef needs --train lora, whose reference is the adapter switched off; got {args.train!r}"
+        )
     return dataclasses.replace(args, alpha1=alphas[0], alpha2=alphas[1])
 
 
@@ -368,7 +417,9 @@ if __name__ == "__main__":
         args = check(load_args(resume, Args) if resume else args)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         if policy.action_chunk != args.action_chunk:
-            raise ValueError(f"action_chunk is {args.action_chunk}; the policy decides {policy.action_chunk} at once")
+            raise ValueError(
+                f"action_chunk is {args.action_chunk}; the policy decides {policy.action_chunk} at once"
+            )
         policy = make_trainable(policy, args.train, args.lora_rank, args.last_k)
 
         def make_envs(num_envs: int) -> Any:
@@ -391,14 +442,23 @@ if __name__ == "__main__":
     def assess(iteration: int) -> dict[str, Any]:
         seed_all(0)  # the same draws at every evaluation
         return evaluate(
-            eval_envs, policy, args.eval_episodes, args.eval_temperature, run / "videos" / f"iteration_{iteration:04d}.mp4"
+            eval_envs,
+            policy,
+            args.eval_episodes,
+            args.eval_temperature,
+            run / "videos" / f"iteration_{iteration:04d}.mp4",
         )
 
     if args.evaluate:
         result = assess(0)
         write_json(run / "args.json", dataclasses.asdict(args))
-        write_json(run / "result.json", {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": result})
-        print(f"success {result['successes']}/{result['trials']} (95 %: {result['low']:.2f} to {result['high']:.2f})")
+        write_json(
+            run / "result.json",
+            {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": result},
+        )
+        print(
+            f"success {result['successes']}/{result['trials']} (95 %: {result['low']:.2f} to {result['high']:.2f})"
+        )
         raise SystemExit
 
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -470,7 +530,9 @@ if __name__ == "__main__":
         state["after"] = last
         save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
         progress.update()
-        progress.set_postfix(rollout=f"{float(batch['success'].float().mean()):.2f}", kl=f"{losses['approx_kl']:.4f}")
+        progress.set_postfix(
+            rollout=f"{float(batch['success'].float().mean()):.2f}", kl=f"{losses['approx_kl']:.4f}"
+        )
 
     plain = load_policy(args.policy, args.checkpoint)
     plain.load_state_dict(merged(policy))

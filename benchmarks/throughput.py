@@ -106,7 +106,9 @@ def our_speed(args: Args, chunk: int, num_threads: int | None = None, pictures: 
         for action in actions:
             envs.step(action)
         wall = time.perf_counter() - start
-        speed = max(speed, 20 * 8 * chunk / (wall if pictures else envs.seconds["physics"] - before["physics"]))
+        speed = max(
+            speed, 20 * 8 * chunk / (wall if pictures else envs.seconds["physics"] - before["physics"])
+        )
     envs.close()
     return speed
 
@@ -162,7 +164,9 @@ def memory_per_environment(args: Args) -> float:
             "for _ in range(5): envs.step(np.zeros(envs.action_space.shape))\n"
             "print(psutil.Process().memory_info().rss / 2**20)\n"
         )
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        return float(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        )
 
     return (resident(72) - resident(8)) / 64
 
@@ -197,7 +201,9 @@ def main(args: Args) -> None:
         measured[name] = one, two
         print(f"LIBERO on {name} assets: {one[0]:.0f} env-steps/s with one camera ({one[2]} workers), "
               f"{two[0]:.0f} with two ({two[2]} workers)")  # fmt: skip
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, MuJoCo {mujoco.__version__}\n")
+    print(
+        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, MuJoCo {mujoco.__version__}\n"
+    )
     print("| ours / LIBERO's | " + " | ".join(f"LIBERO on {name} assets" for name in columns) + " |")
     print("| --- |" + " --- |" * len(columns))
     for label, cell in rows:

@@ -266,7 +266,9 @@ def _rotate(command, rotation, out):  # type: ignore[no-untyped-def]
     )
     for i in range(3):
         for j in range(3):
-            out[i, j] = turn[i, 0] * rotation[0, j] + turn[i, 1] * rotation[1, j] + turn[i, 2] * rotation[2, j]
+            out[i, j] = (
+                turn[i, 0] * rotation[0, j] + turn[i, 1] * rotation[1, j] + turn[i, 2] * rotation[2, j]
+            )
 
 
 @numba.njit(cache=True, nogil=True)

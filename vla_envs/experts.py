@@ -23,7 +23,11 @@ from vla_envs.tasks import num_tasks
 from vla_envs.vector import LiberoVectorEnv
 
 REACH = 0.035  # m, how far below an object's top the fingertips get before the palm touches it
-SHIFTS = {"cream": -0.02, "tomato": -0.012, "bbq": -0.008}  # m along x: clear of a neighbour that the hand would hit
+SHIFTS = {
+    "cream": -0.02,
+    "tomato": -0.012,
+    "bbq": -0.008,
+}  # m along x: clear of a neighbour that the hand would hit
 FLOOR = 0.012  # m, lowest that the fingertips go
 HOVER = 0.12  # m above the object before the descent
 CARRY = 0.27  # m, height of the fingertips on the way to the basket
@@ -47,7 +51,9 @@ class ScriptedExpert:
 
     def __init__(self, envs: LiberoVectorEnv, noise: float = 0.0, seed: int = 0) -> None:
         if envs.action_chunk != 1:
-            raise ValueError(f"the expert acts every control step; expected action_chunk=1, got {envs.action_chunk}")
+            raise ValueError(
+                f"the expert acts every control step; expected action_chunk=1, got {envs.action_chunk}"
+            )
         self.envs, self.noise = envs, noise
         self.rng = np.random.default_rng(seed)
         self.reset()
@@ -63,7 +69,9 @@ class ScriptedExpert:
         simulation = self.envs.simulations[i]
         model, data = simulation.scene.model, simulation.data
         boxes = simulation.facts.is_object & (model.geom_group == 0)
-        reach = np.einsum("gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes])
+        reach = np.einsum(
+            "gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes]
+        )
         low, high = (data.geom_xpos[boxes] - reach).min(axis=0), (data.geom_xpos[boxes] + reach).max(axis=0)
         point = (low + high) / 2
         point[0] += SHIFTS.get(self.envs.tasks[i].name.split("_")[3], 0.0)
@@ -101,7 +109,9 @@ class ScriptedExpert:
         action[:3] = np.clip(error * GAIN, -1.0, 1.0)
         # Keep the fingers pointing down and square to the world, as they were when the arm was reset.
         rotation = data.site_xmat[simulation.scene.arm.site].reshape(3, 3)
-        action[3:6] = np.clip(np.cross(rotation, simulation.scene.arm.reset_rotation, axis=0).sum(axis=1), -1.0, 1.0)
+        action[3:6] = np.clip(
+            np.cross(rotation, simulation.scene.arm.reset_rotation, axis=0).sum(axis=1), -1.0, 1.0
+        )
         action[6] = 1.0 if self.phase[i] in (2, 3, 4) else -1.0
         if self.phase[i] == 5 and error[2] < -0.03:
             action[6] = 1.0
@@ -160,10 +170,14 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
             demo["actions"], demo["expert_actions"] = episode["actions"], episode["expert_actions"]
             demo["dones"] = demo["rewards"] = (np.arange(length) == length - 1).astype(np.uint8)
             pictures = episode["image"][:, ::-1, ::-1]
-            demo.create_dataset("obs/agentview_rgb", data=pictures, chunks=(1, *pictures.shape[1:]), compression="lzf")
+            demo.create_dataset(
+                "obs/agentview_rgb", data=pictures, chunks=(1, *pictures.shape[1:]), compression="lzf"
+            )
             state = episode["state"]
             demo["obs/ee_states"] = state[:, :6]
-            demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/gripper_states"] = np.split(state, [3, 6], axis=1)
+            demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/gripper_states"] = np.split(
+                state, [3, 6], axis=1
+            )
     partial.replace(path)
 
 
@@ -204,7 +218,9 @@ def main(args: Args) -> None:
         write_hdf5(args.out / f"{args.suite}_{task_id}_demo.hdf5", envs, episodes)
         if args.videos:
             frames = np.concatenate([episode["image"] for episode in episodes[:4]])
-            imageio.mimwrite(args.out / f"{args.suite}_{task_id}.mp4", list(frames), fps=20, macro_block_size=8)
+            imageio.mimwrite(
+                args.out / f"{args.suite}_{task_id}.mp4", list(frames), fps=20, macro_block_size=8
+            )
         envs.close()
 
 

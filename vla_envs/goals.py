@@ -58,7 +58,8 @@ class FactReader:
         self.site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, "gripper0_grip_site")
         self.is_object = model.geom_bodyid == goal.object_body  # (ngeom,)
         self.pads = [
-            mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, f"gripper0_finger{i}_pad_collision") for i in (1, 2)
+            mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, f"gripper0_finger{i}_pad_collision")
+            for i in (1, 2)
         ]
 
     def read(self, rest_height: float, peak_height: float, success: bool) -> dict[str, float]:

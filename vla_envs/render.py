@@ -30,7 +30,9 @@ def _opengl_context() -> Any:
             _context = importlib.import_module(f"mujoco.{backend}").GLContext(256, 256)
             _context.make_current()
             return _context
-        except Exception as error:  # each backend fails in its own way: ImportError, EGLError, AttributeError ...
+        except (
+            Exception
+        ) as error:  # each backend fails in its own way: ImportError, EGLError, AttributeError ...
             _context = None
             failures.append(f"{backend} ({type(error).__name__})")
     raise RuntimeError(
@@ -70,7 +72,13 @@ class Renderer:
         self._gl.make_current()
         self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         mujoco.mjv_updateScene(
-            self.model, data, self._option, self._perturb, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+            self.model,
+            data,
+            self._option,
+            self._perturb,
+            self._camera,
+            mujoco.mjtCatBit.mjCAT_ALL,
+            self._scene,
         )
         # Models share one OpenGL context: whichever drew last has left its own buffer bound.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)

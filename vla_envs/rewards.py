@@ -95,14 +95,20 @@ def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], 
     Raises:
         ValueError: When the function's rewards are not finite numbers, one per environment.
     """
-    result = reward({name: np.array(values) for name, values in facts.items()})  # copies, to do with as it likes
+    result = reward(
+        {name: np.array(values) for name, values in facts.items()}
+    )  # copies, to do with as it likes
     expected = np.shape(facts["success"])
     if isinstance(result, tuple) and len(result) != 2:
-        raise ValueError(f"the reward function returned {len(result)} things; expected rewards, or rewards and stages")
+        raise ValueError(
+            f"the reward function returned {len(result)} things; expected rewards, or rewards and stages"
+        )
     values, stage = result if isinstance(result, tuple) else (result, multi_stage(facts)[1])
     values = np.asarray(values, dtype=np.float64)
     if values.shape != expected or np.shape(stage) != expected or not np.all(np.isfinite(values)):
-        raise ValueError(f"the reward function returned {result!r}; expected finite numbers of shape {expected}")
+        raise ValueError(
+            f"the reward function returned {result!r}; expected finite numbers of shape {expected}"
+        )
     return values, np.asarray(stage, dtype=np.int64)
 
 

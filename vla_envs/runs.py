@@ -57,7 +57,9 @@ def make_run_folder(run_dir: Path | None, suite: str, task_id: int, script: str,
     name = f"{suite}_{task_id}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name if run_dir is None else run_dir
     if (folder / "args.json").exists():
-        raise ValueError(f"run folder {str(folder)!r} holds a run already; expected a new folder, or --resume {folder}")
+        raise ValueError(
+            f"run folder {str(folder)!r} holds a run already; expected a new folder, or --resume {folder}"
+        )
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "videos").mkdir(exist_ok=True)
@@ -65,7 +67,9 @@ def make_run_folder(run_dir: Path | None, suite: str, task_id: int, script: str,
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"run folder {str(folder)!r} cannot be written: {error.strerror}; expected --run-dir elsewhere") from None
+        raise OSError(
+            f"run folder {str(folder)!r} cannot be written: {error.strerror}; expected --run-dir elsewhere"
+        ) from None
     return folder
 
 
@@ -105,7 +109,9 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
     if not folder.exists():
         folder = folder.with_name(folder.name + ".previous")
     if not (folder / "counters.json").is_file():
-        raise ValueError(f"{str(folder.parent)!r} holds no training state; expected the folder of a run to resume")
+        raise ValueError(
+            f"{str(folder.parent)!r} holds no training state; expected the folder of a run to resume"
+        )
     trained: dict[str, Tensor] = safetensors.torch.load_file(folder / "trained.safetensors")
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if trained.keys() != parameters.keys():

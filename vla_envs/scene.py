@@ -150,7 +150,9 @@ def resolve_assets(assets: str | os.PathLike[str], suite: str) -> str:
     if assets == "libero":
         assets = os.environ.get("LIBERO_ASSETS", "")
         if not assets:
-            raise ValueError("assets='libero' needs the folder of LIBERO's assets in LIBERO_ASSETS; it is not set")
+            raise ValueError(
+                "assets='libero' needs the folder of LIBERO's assets in LIBERO_ASSETS; it is not set"
+            )
     folder = Path(assets).expanduser().resolve()
     if not (folder / "scenes").is_dir() or not (folder / "stable_hope_objects").is_dir():
         hint = nearest(str(assets), ["builtin", "libero"])
@@ -221,15 +223,33 @@ def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
 
 
 def _build_in_child(task: Task, assets: str, base: Path) -> None:
-    print(f"Building the scene of {task.suite} task {task.task_id}; once, about 10 s.", file=sys.stderr, flush=True)
+    print(
+        f"Building the scene of {task.suite} task {task.task_id}; once, about 10 s.",
+        file=sys.stderr,
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="vla_envs-") as scratch:
-        command = [sys.executable, "-m", "vla_envs.scene", task.suite, str(task.task_id), assets, str(base), scratch]
+        command = [
+            sys.executable,
+            "-m",
+            "vla_envs.scene",
+            task.suite,
+            str(task.task_id),
+            assets,
+            str(base),
+            scratch,
+        ]
         environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}
         path = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         try:
             result = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=BUILD_TIMEOUT_S,
+                env=environment,
             )
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"LIBERO did not build {task.name} within {BUILD_TIMEOUT_S} s") from None
@@ -317,7 +337,9 @@ def write_libero_config(folder: Path) -> None:
         "datasets": root.parent / "datasets",
         "assets": root / "assets",
     }
-    (folder / "config.yaml").write_text("".join(f"{key}: {json.dumps(str(value))}\n" for key, value in entries.items()))
+    (folder / "config.yaml").write_text(
+        "".join(f"{key}: {json.dumps(str(value))}\n" for key, value in entries.items())
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def _task_map() -> dict[str, list[str]]:
 def num_tasks(suite: str) -> int:
     """Number of tasks in a suite."""
     if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(suite, list(SUITES))}")
+        raise ValueError(
+            f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(suite, list(SUITES))}"
+        )
     return len(_task_map()[SUITES[suite]])
 
 
@@ -114,7 +116,12 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
     import torch
     from numpy._core.multiarray import _reconstruct
 
-    allowed = [(_reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(np.dtype(np.float64))]
+    allowed = [
+        (_reconstruct, "numpy.core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.float64)),
+    ]
     with torch.serialization.safe_globals(allowed):
         states = torch.load(task.init_states_file, weights_only=True)
     return np.asarray(states, dtype=np.float64)

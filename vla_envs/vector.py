@@ -63,7 +63,13 @@ class Simulation:
     def run(self, actions: NDArray[np.float64]) -> tuple[int, bool]:
         """Execute ``actions`` (C, 7); the number of control steps done, and whether the goal is met."""
         steps, success = run_chunk(
-            *self._addresses, self.views, self.scene.arm, self.control, self.scene.goal, actions, self.just_restored
+            *self._addresses,
+            self.views,
+            self.scene.arm,
+            self.control,
+            self.scene.goal,
+            actions,
+            self.just_restored,
         )
         self.just_restored = False
         return steps, success
@@ -149,7 +155,9 @@ class LiberoVectorEnv(VectorEnv):
         render_mode: str | None = None,
     ) -> None:
         if num_threads is None:
-            num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            num_threads = (
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            )
         for name, value, least in (
             ("num_envs", num_envs, 1),
             ("image_size", image_size, 8),
@@ -171,7 +179,11 @@ class LiberoVectorEnv(VectorEnv):
             raise ValueError(f"autoreset_mode is {autoreset_mode!r}; expected one of {modes}")
 
         self.num_envs = num_envs
-        self.image_size, self.action_chunk, self.max_episode_steps = image_size, action_chunk, max_episode_steps
+        self.image_size, self.action_chunk, self.max_episode_steps = (
+            image_size,
+            action_chunk,
+            max_episode_steps,
+        )
         self.settle_steps, self.render_mode = settle_steps, render_mode
         self.metadata = {
             "render_modes": ["rgb_array"],
@@ -183,7 +195,9 @@ class LiberoVectorEnv(VectorEnv):
         self.simulations = [Simulation(scenes[task]) for task in task_ids]
         self.tasks = [simulation.scene.task for simulation in self.simulations]
         self.instructions = [task.instruction for task in self.tasks]
-        self._cameras = {name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])}
+        self._cameras = {
+            name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])
+        }
         self._renderers: dict[tuple[int, int], Renderer] = {}
         self._settled: OrderedDict[tuple[int, bytes], Settled] = OrderedDict()
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
@@ -192,7 +206,8 @@ class LiberoVectorEnv(VectorEnv):
 
         picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict(
-            {name: picture for name in self._cameras} | {"state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
+            {name: picture for name in self._cameras}
+            | {"state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
         )
         shape = (7,) if action_chunk == 1 else (action_chunk, 7)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
@@ -243,7 +258,9 @@ class LiberoVectorEnv(VectorEnv):
     def _observe(self, i: int) -> None:
         simulation = self.simulations[i]
         self._obs["state"][i] = simulation.state()
-        facts = simulation.facts.read(simulation.rest_height, simulation.control.peak[0], bool(self._terminated[i]))
+        facts = simulation.facts.read(
+            simulation.rest_height, simulation.control.peak[0], bool(self._terminated[i])
+        )
         for name, value in facts.items():
             self._facts[name][i] = value
 
@@ -288,7 +305,9 @@ class LiberoVectorEnv(VectorEnv):
     ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
         unknown = set(options) - {"init_state_id", "reset_mask"}
         if unknown:
-            raise ValueError(f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask")
+            raise ValueError(
+                f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask"
+            )
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(
@@ -379,7 +398,9 @@ class LiberoVectorEnv(VectorEnv):
 
     def step(
         self, actions: ArrayLike
-    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+    ) -> tuple[
+        dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+    ]:
         """Execute ``actions``, ``(N, 7)`` or ``(N, C, 7)``, in the environments that have not finished.
 
         Returns:
@@ -430,7 +451,12 @@ class LiberoVectorEnv(VectorEnv):
         final_obs = np.full(self.num_envs, None, dtype=object)
         for i in np.flatnonzero(done):
             final_obs[i] = {name: array[i].copy() for name, array in self._obs.items()}
-        return {"final_obs": final_obs, "_final_obs": done.copy(), "final_info": info, "_final_info": done.copy()}
+        return {
+            "final_obs": final_obs,
+            "_final_obs": done.copy(),
+            "final_info": info,
+            "_final_info": done.copy(),
+        }
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""

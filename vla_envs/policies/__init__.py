@@ -26,9 +26,28 @@ from vla_envs.tasks import nearest  # noqa: E402
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 #: The policies, each with the function that builds it from a checkpoint's configuration.
-POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"nano": lambda config: NanoPolicy(NanoConfig(**config))}
+POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "nano": lambda config: NanoPolicy(NanoConfig(**config))
+}
 #: The checkpoint that is shipped for each policy.
 SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object"}
+
+
+def _check_name(name: str) -> None:
+    if name not in POLICIES:
+        raise ValueError(
+            f"policy {name!r} is unknown; expected one of {list(POLICIES)}{nearest(name, list(POLICIES))}"
+        )
+
+
+def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
+    """A policy with random weights.
+
+    Raises:
+        ValueError: When there is no such policy.
+    """
+    _check_name(name)
+    return POLICIES[name](config or {})
 
 
 def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Any:
@@ -42,17 +61,18 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
-    if name not in POLICIES:
-        raise ValueError(f"policy {name!r} is unknown; expected one of {list(POLICIES)}{nearest(name, list(POLICIES))}")
+    _check_name(name)
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
     missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
     if missing:
-        raise ValueError(f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both")
+        raise ValueError(
+            f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both"
+        )
     try:
         config = json.loads((folder / "config.json").read_text())
         if config.pop("policy") != name:
             raise ValueError("it is of another policy")
-        policy = POLICIES[name](config)
+        policy = new_policy(name, config)
         policy.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

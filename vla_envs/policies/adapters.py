@@ -37,7 +37,11 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
         import peft  # takes seconds, so only where it is used
 
         config = peft.LoraConfig(
-            r=rank, lora_alpha=min(rank, 16), lora_dropout=0.0, target_modules=LORA_TARGETS, init_lora_weights="gaussian"
+            r=rank,
+            lora_alpha=min(rank, 16),
+            lora_dropout=0.0,
+            target_modules=LORA_TARGETS,
+            init_lora_weights="gaussian",
         )
         peft.inject_adapter_in_model(config, policy)
     extra: list[nn.Module] = []
@@ -102,7 +106,11 @@ def trainable_state(policy: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An Adam optimiser's state as named tensors: number of the parameter, name of the moment."""
-    return {f"{i}.{key}": value for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    return {
+        f"{i}.{key}": value
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

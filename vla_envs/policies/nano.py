@@ -139,7 +139,9 @@ class NanoPolicy(nn.Module):
         return {
             "image": image / 127.5 - 1.0,
             "state": ((state - self.state_centre) / self.state_scale).clamp(-5.0, 5.0),
-            "words": torch.tensor([self._token_cache[instruction] for instruction in instructions], device=device),
+            "words": torch.tensor(
+                [self._token_cache[instruction] for instruction in instructions], device=device
+            ),
         }
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
