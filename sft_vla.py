@@ -1,9 +1,9 @@
 """SFT: behaviour cloning of demonstrations, which makes the starting checkpoints of online RL.
 
-The loss is the cross-entropy of the demonstrated action tokens, -1/B sum_b 1/D sum_d log pi(token_bd | obs_b).
+The loss is the cross-entropy of the demonstrated tokens, -1/B sum_b 1/D sum_d log pi(token_bd | obs_b).
 A sample is one control step of a demonstration with the C actions that follow it (the last one repeated
 past the end). Demonstrations are read in the layout of LIBERO's HDF5 data sets, as ``vla_envs.experts``
-writes them; where ``expert_actions`` is there (the expert's actions without its noise), it is what to imitate.
+writes them; where ``expert_actions`` is there (the expert's actions without its noise), it is imitated.
 
     python -m vla_envs.experts --out demos
     python sft_vla.py --demos demos --episodes 8 8 8 8 8 8 8 8 5 8
@@ -84,7 +84,7 @@ def load_demonstrations(path: Path, episodes: int, chunk: int) -> dict[str, Any]
     """
     if not path.is_file():
         raise ValueError(
-            f"no demonstrations at {str(path)!r}; make them with: python -m vla_envs.experts --out {path.parent}"
+            f"no demonstrations at {str(path)!r}; make them: python -m vla_envs.experts --out {path.parent}"
         )
     parts: dict[str, list[np.ndarray]] = {"image": [], "state": [], "actions": []}
     with h5py.File(path) as file:
@@ -188,7 +188,7 @@ if __name__ == "__main__":
         torch.manual_seed(args.seed)
         results[task_id] = evaluate(envs, policy, args.eval_episodes, args.eval_temperature)
         print(
-            f"task {task_id}: success {results[task_id]['successes']}/{args.eval_episodes}, {envs.instructions[0]}"
+            f"task {task_id}: {results[task_id]['successes']}/{args.eval_episodes} succeed: {envs.instructions[0]}"
         )
         envs.close()
     write_json(

@@ -1,4 +1,4 @@
-"""TGRPO: fine-tune a vision-language-action policy online, without a critic (Chen et al. 2025, arXiv 2506.08440).
+"""TGRPO: fine-tune a vision-language-action policy without a critic (Chen et al. 2025, arXiv 2506.08440).
 
 A group is K environments that start from the same scene. Its members are compared with one another twice:
 by the reward of the moment (step term) and by the reward of the whole trajectory (trajectory term).
@@ -13,7 +13,7 @@ time-major, (T, N). alive[t, i]: environment i had not finished before decision 
     equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)             policy_loss
 
 Where we depart from the paper, or it is silent (a flag restores the paper's letter):
- 1. Every environment runs to its own end and is masked afterwards (--stop group: all stop at a first success).
+ 1. Every environment runs to its own end and is masked afterwards (--stop group: all stop at a success).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
     (--ratio-level action: one a decision).
  3. One epoch of minibatches over the whole batch (--update-every step: Algorithm 1's update a decision step).
@@ -44,17 +44,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs.policies import count_parameters, load_policy, save_policy
-from vla_envs.policies.adapters import adapter_off, make_trainable, merged, save_adapter
-from vla_envs.runs import (
-    load_args,
-    load_training_state,
-    make_run_folder,
-    one_line_errors,
-    parse_args,
-    save_training_state,
-    write_json,
-)
+from vla_envs import runs
+from vla_envs.policies import adapters, count_parameters, load_policy, save_policy
 
 # The paper's pairs for LIBERO-Object's tasks, by --task-id (its tasks 1 to 10); 0.3, 0.7 elsewhere.
 PAPER_ALPHAS = [
@@ -82,7 +73,7 @@ class Args:
     """Folder of a stopped run to go on with, with its own arguments"""
     evaluate: bool = False
     """Only evaluate --checkpoint"""
-    eval_every: int = 10
+    eval_every: int = 12
     """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
     eval_episodes: int = 50
     """Episodes of an evaluation: recorded init states 0, 1, ... (50 are recorded)"""
@@ -126,7 +117,7 @@ class Args:
     """Weight of the step term [the paper's for this task; 0.3 elsewhere]"""
     alpha2: float | None = None
     """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere]"""
-    num_iterations: int = 60
+    num_iterations: int = 36
     """Iterations of collecting and updating"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
@@ -271,7 +262,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Ar
     batch["rewards"] = batch["rewards"].float()  # (T, N)
     batch["tokens"] = torch.stack(steps["tokens"])  # (T, N, D)
     batch["success"] = torch.from_numpy(success)  # (N,)
-    batch["policy_s"] = policy_s
+    batch["policy_s"], batch["control_steps"] = policy_s, envs.steps.sum()
     return batch
 
 
@@ -352,7 +343,7 @@ def update(
             )
             loss = pg_loss
             if args.kl_coef:
-                with torch.no_grad(), adapter_off(policy):
+                with torch.no_grad(), adapters.adapter_off(policy):
                     reference = logprobs_of(mb_inds)[0]  # (B, D)
                 log_ref = reference - newlogprob  # (B, D)
                 loss = loss + args.kl_coef * (log_ref.exp() - 1.0 - log_ref).mean()  # k3
@@ -379,48 +370,39 @@ def update(
 
 
 def check(args: Args) -> Args:
-    """Fill in the defaults that depend on other arguments.
-
-    Raises:
-        ValueError: When arguments do not fit; says what came and what was expected.
-    """
+    """Fill in the alphas; a ValueError says which argument does not fit, and what was expected."""
     paper = args.suite == "LiberoObject" and 0 <= args.task_id < len(PAPER_ALPHAS)
     defaults = PAPER_ALPHAS[args.task_id] if paper else (0.3, 0.7)
-    alphas = [
-        given if given is not None else float(d) for given, d in zip((args.alpha1, args.alpha2), defaults)
-    ]
-    if not np.isfinite(alphas).all():
-        raise ValueError(f"alpha1, alpha2 are {alphas[0]}, {alphas[1]}; expected finite numbers")
+    given = (args.alpha1, args.alpha2)
+    alpha1, alpha2 = (float(d) if g is None else g for g, d in zip(given, defaults))
+    if not np.isfinite([alpha1, alpha2]).all():
+        raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
     if args.group_size < 2:
-        raise ValueError(
-            f"group_size is {args.group_size}; expected at least 2, to compare members with one another"
-        )
-    for name in ("num_groups", "num_iterations", "update_epochs", "minibatch_size", "lora_rank", "last_k"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected an int of at least 1")
-    for name in ("temperature", "learning_rate", "target_kl", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected a number above 0")
+        raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
     if not 1 <= args.eval_episodes <= 50:
         raise ValueError(f"eval_episodes is {args.eval_episodes}; expected 1 to 50, the recorded init states")
     if args.kl_coef and args.train != "lora":
         raise ValueError(
-            f"kl_coef needs --train lora, whose reference is the adapter switched off; got {args.train!r}"
+            f"kl_coef refers to the policy without its adapter: expected --train lora, got {args.train!r}"
         )
-    return dataclasses.replace(args, alpha1=alphas[0], alpha2=alphas[1])
+    for name in ("num_groups", "num_iterations", "update_epochs", "minibatch_size", "lora_rank", "last_k",
+                 "temperature", "learning_rate", "target_kl", "max_grad_norm"):  # fmt: skip
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name} is {getattr(args, name)}; expected a number above 0")
+    return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
 
 
 if __name__ == "__main__":
-    args = parse_args(Args)
-    with one_line_errors():
+    args = runs.parse_args(Args)
+    with runs.one_line_errors():
         resume = args.resume
-        args = check(load_args(resume, Args) if resume else args)
+        args = check(runs.load_args(resume, Args) if resume else args)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         if policy.action_chunk != args.action_chunk:
             raise ValueError(
-                f"action_chunk is {args.action_chunk}; the policy decides {policy.action_chunk} at once"
+                f"action_chunk is {args.action_chunk}; the policy decides {policy.action_chunk} steps"
             )
-        policy = make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        policy = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
 
         def make_envs(num_envs: int) -> Any:
             return gym.make_vec(
@@ -432,49 +414,42 @@ if __name__ == "__main__":
         eval_envs = make_envs(args.eval_episodes)
         eval_envs.reset(seed=0)
         envs = None if args.evaluate else make_envs(args.num_groups * args.group_size)
-        run = resume or make_run_folder(args.run_dir, args.suite, args.task_id, "tgrpo_vla", args.seed)
+        run = resume or runs.make_run_folder(args.run_dir, args.suite, args.task_id, "tgrpo_vla", args.seed)
+
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
+        state: dict[str, Any] = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None}
+        if resume:
+            state = runs.load_training_state(run / "checkpoints" / "latest", policy, optimizer)
+        else:
+            runs.write_json(run / "args.json", dataclasses.asdict(args))
     trainable, total = count_parameters(policy)
     print(f"{run}: training {trainable:,} of {total:,} parameters; alphas {args.alpha1:g}/{args.alpha2:g}")
+    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if resume else None)
+    started = time.perf_counter() - state["wall_s"]
+    common = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
 
     def seed_all(*numbers: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence([args.seed, *numbers]).generate_state(1)[0]))
 
     def assess(iteration: int) -> dict[str, Any]:
         seed_all(0)  # the same draws at every evaluation
-        return evaluate(
-            eval_envs,
-            policy,
-            args.eval_episodes,
-            args.eval_temperature,
-            run / "videos" / f"iteration_{iteration:04d}.mp4",
+        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
+        policy.eval()
+        result = evaluate(eval_envs, policy, args.eval_episodes, args.eval_temperature, video)
+        writer.add_scalar("charts/success_rate", result["rate"], state["env_steps"])
+        tqdm.write(
+            f"iteration {iteration}: success {result['successes']}/{result['trials']}"
+            f" (95 %: {100 * result['low']:.0f} to {100 * result['high']:.0f} %)"
         )
+        return result
 
     if args.evaluate:
-        result = assess(0)
-        write_json(run / "args.json", dataclasses.asdict(args))
-        write_json(
-            run / "result.json",
-            {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": result},
-        )
-        print(
-            f"success {result['successes']}/{result['trials']} (95 %: {result['low']:.2f} to {result['high']:.2f})"
-        )
+        runs.write_json(run / "result.json", {**common, "success": assess(0)})
         raise SystemExit
 
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-    state: dict[str, Any] = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None}
-    if resume:
-        with one_line_errors():
-            state = load_training_state(run / "checkpoints" / "latest", policy, optimizer)
-    else:
-        write_json(run / "args.json", dataclasses.asdict(args))
-    writer = SummaryWriter(str(run), purge_step=state["env_steps"] if resume else None)
-    started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
-        state["before"] = last = assess(0)
-        writer.add_scalar("charts/success_rate", last["rate"], 0)
-        print(f"before: success {last['successes']}/{last['trials']}")
+        state["before"] = state["after"] = assess(0)
     progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="TGRPO", unit="it")
     while state["iteration"] < args.num_iterations:
         iteration = state["iteration"] = state["iteration"] + 1
@@ -487,66 +462,56 @@ if __name__ == "__main__":
 
         start = time.perf_counter()
         rewards, alive = batch["rewards"], batch["alive"]  # (T, N)
+        advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, args.alpha2)  # (T, N)
         if args.return_mode == "mean":
-            total_rewards = rewards / alive.sum(dim=0)  # (T, N): their sum is the mean reward
-            step = step_advantages(rewards, alive, args.group_size)  # (T, N)
-            trajectory = trajectory_advantages(total_rewards, alive, args.group_size)  # (N,)
-            advantages = (args.alpha1 * step + args.alpha2 * trajectory) * alive  # (T, N)
-        else:
-            advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, args.alpha2)  # (T, N)
+            means = rewards / alive.sum(dim=0)  # (T, N): their sum is the mean reward
+            advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, 0.0)  # (T, N)
+            advantages += tgrpo_advantages(means, alive, args.group_size, 0.0, args.alpha2)  # (T, N)
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / args.warmup_iterations)
         policy.train()
         losses = update(policy, optimizer, batch, advantages, envs.instructions[0], args)
         update_s = time.perf_counter() - start
 
-        lengths = alive.sum(dim=0)  # (N,) decisions
-        state["env_steps"] += int(envs._steps.sum())
+        state["env_steps"] += int(batch["control_steps"])
         state["episodes"] += envs.num_envs
+        if (args.eval_every and iteration % args.eval_every == 0) or iteration == args.num_iterations:
+            state["after"] = assess(iteration)
         state["wall_s"] = time.perf_counter() - started
-        step_spread = _grouped(rewards, args.group_size).std(dim=-1)  # (T, G)
-        trajectory_spread = _grouped(batch["success"].float(), args.group_size).std(dim=-1)  # (G,)
+        success_rate = float(batch["success"].float().mean())
         scalars = {
-            "charts/rollout_success": batch["success"].float().mean(),
+            "charts/rollout_success": success_rate,
             "charts/episodic_return": (rewards * alive).sum(dim=0).mean(),
-            "charts/episodic_length": lengths.float().mean() * args.action_chunk,
+            "charts/episodic_length": batch["control_steps"] / envs.num_envs,
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/zero_std_frac": (step_spread < 1e-6).float().mean(),
-            "group/kept_frac": (trajectory_spread > 0).float().mean(),
-            "group/success_mean": batch["success"].float().mean(),
+            "group/zero_std_frac": (_grouped(rewards, args.group_size).std(dim=-1) < 1e-6).float().mean(),
+            "group/kept_frac": (_grouped(batch["success"].float(), args.group_size).std(dim=-1) > 0)
+            .float()
+            .mean(),
+            "group/success_mean": success_rate,
             "time/rollout_s": rollout_s,
-            "time/update_s": update_s,
             "time/policy_s": batch["policy_s"],
             "time/render_s": envs.seconds["render"] - seconds["render"],
             "time/physics_s": envs.seconds["physics"] - seconds["physics"],
+            "time/update_s": update_s,
         } | {f"losses/{name}": value for name, value in losses.items()}
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
-        if (args.eval_every and iteration % args.eval_every == 0) or iteration == args.num_iterations:
-            policy.eval()
-            last = assess(iteration)
-            writer.add_scalar("charts/success_rate", last["rate"], state["env_steps"])
-            tqdm.write(f"iteration {iteration}: success {last['successes']}/{last['trials']}")
-        state["after"] = last
-        save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
+        runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
         progress.update()
-        progress.set_postfix(
-            rollout=f"{float(batch['success'].float().mean()):.2f}", kl=f"{losses['approx_kl']:.4f}"
-        )
+        progress.set_postfix(rollout=f"{success_rate:.2f}", kl=f"{losses['approx_kl']:.4f}")
+    progress.close()
 
     plain = load_policy(args.policy, args.checkpoint)
-    plain.load_state_dict(merged(policy))
+    plain.load_state_dict(adapters.merged(policy))
     save_policy(plain, args.policy, run / "checkpoints" / "final")
     if args.train.startswith("lora"):
-        save_adapter(policy, run / "checkpoints" / "adapter")
-    write_json(
-        run / "result.json",
-        {
-            "suite": args.suite, "task_id": args.task_id, "seed": args.seed,
-            "success_before": state["before"], "success_after": state["after"],
-            "env_steps": state["env_steps"], "episodes": state["episodes"], "wall_s": state["wall_s"],
-        },
-    )  # fmt: skip
-    print(f"success {state['before']['successes']}/{state['before']['trials']} -> "
-          f"{state['after']['successes']}/{state['after']['trials']} in {state['wall_s'] / 60:.1f} min; {run}")  # fmt: skip
+        adapters.save_adapter(policy, run / "checkpoints" / "adapter")
+    before, after = state["before"], state["after"]
+    totals = {name: state[name] for name in ("env_steps", "episodes", "wall_s")}
+    runs.write_json(
+        run / "result.json", {**common, "success_before": before, "success_after": after, **totals}
+    )
+    print(f"success {before['successes']}/{before['trials']} -> {after['successes']}/{after['trials']}"
+          f" in {state['wall_s'] / 60:.1f} min; {run}")  # fmt: skip
     writer.close()

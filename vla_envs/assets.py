@@ -243,7 +243,7 @@ def read_figures(folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------
 # The folder.
 
-# Source: LIBERO scenes/libero_floor_base_style.xml (floor, walls, lights and cameras; LIBERO's problem classes
+# Source: LIBERO scenes/libero_floor_base_style.xml (floor, walls, lights, cameras; LIBERO's problem classes
 # move the cameras afterwards). LIBERO swaps in the texture files of the style it wants, by name.
 FLOOR_ARENA = """\
 <mujoco model="floor_arena">

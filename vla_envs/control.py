@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from vla_envs.goals import Goal, goal_met
+from vla_envs.goals import goal_met
 
 ARM_DOF = 7
 SUBSTEPS = 25  # 20 Hz control over 500 Hz physics

@@ -20,10 +20,10 @@ class LiberoEnv(gym.Env):
     """One LIBERO task as a Gymnasium environment.
 
     Arguments, observation, action, ``reset`` and ``info`` are those of ``LiberoVectorEnv``, without the
-    leading axis: an action is ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C; ``options={"init_state_id": 3}``
-    starts from LIBERO's recorded state 3.
+    leading axis: an action is ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C;
+    ``options={"init_state_id": 3}`` starts from LIBERO's recorded state 3.
 
-    ``gym.make`` keeps an argument ``max_episode_steps`` to itself, for its ``TimeLimit`` wrapper, which counts
+    ``gym.make`` keeps an argument ``max_episode_steps`` to itself, for a ``TimeLimit`` wrapper that counts
     decisions: with it an episode can be made shorter than 200 control steps, but not longer. ``LiberoEnv``
     itself and ``gym.make_vec`` take any limit.
 

@@ -65,7 +65,7 @@ class ScriptedExpert:
         self.offsets = np.stack([self._grasp_offset(i) for i in range(self.envs.num_envs)])
 
     def _grasp_offset(self, i: int) -> NDArray[np.float64]:
-        """From the object's origin to where the fingertips close (3, m): its middle, or as low as they reach."""
+        """From the object's origin to where the fingers close (3, m): its middle, or as low as they reach."""
         simulation = self.envs.simulations[i]
         model, data = simulation.scene.model, simulation.data
         boxes = simulation.facts.is_object & (model.geom_group == 0)
@@ -89,7 +89,7 @@ class ScriptedExpert:
         if self.phase[i] in (3, 4) and not near:
             self.phase[i] = 0  # lost it
         targets = [
-            grasp + [0.0, 0.0, HOVER],
+            grasp + np.array([0.0, 0.0, HOVER]),
             grasp,
             grasp,
             np.array([hand[0], hand[1], CARRY]),

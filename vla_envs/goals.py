@@ -20,7 +20,7 @@ class Goal(NamedTuple):
 def goal_met(goal, xpos, site_xpos, site_xmat):  # type: ignore[no-untyped-def]
     """LIBERO's ``In`` (``SiteObject.in_box``): the region's box, turned and taken axis-aligned, 1 cm deeper.
 
-    Compiled into ``control.run_chunk``, whose cache does not see an edit here: delete ``__pycache__`` after one.
+    Compiled into ``control.run_chunk``, whose cache sees no edit here: delete ``__pycache__`` after one.
     """
     for i in range(3):
         half = 0.0

@@ -1,4 +1,4 @@
-"""What every script does around its algorithm: read the command line, keep a run's folder, save and resume."""
+"""What every script does around its algorithm: the command line, a run's folder, saving and resuming."""
 
 import contextlib
 import dataclasses
@@ -83,7 +83,7 @@ def write_json(path: Path, content: Any) -> None:
 def save_training_state(
     folder: Path, policy: Any, optimizer: torch.optim.Optimizer, counters: dict[str, Any]
 ) -> None:
-    """Write all that a resumed run needs, whole or not at all; the last one stays until the new one stands."""
+    """Write all that a resumed run needs, whole or not at all; the old one stays until the new one stands."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

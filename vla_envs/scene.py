@@ -91,7 +91,7 @@ class Scene:
 
 
 def _sample_quat(rotation: list[tuple[str, float, float]], rng: np.random.Generator) -> NDArray[np.float64]:
-    """LIBERO's ``TableRegionSampler._sample_quat``: products of (x, y, z, w) quaternions, stored as they are."""
+    """LIBERO's ``TableRegionSampler._sample_quat``: products of xyzw quaternions, stored as they are."""
     x0, y0, z0, w0 = 0.0, 0.0, 0.0, 1.0
     for axis, low, high in rotation:
         angle = low + (high - low) * rng.random()
@@ -114,7 +114,7 @@ def check_versions() -> None:
     """
     if mujoco.__version__ != MUJOCO_VERSION:
         raise ImportError(
-            f"mujoco {mujoco.__version__} is installed; expected {MUJOCO_VERSION}, because other versions change "
+            f"mujoco {mujoco.__version__} is installed; expected {MUJOCO_VERSION}, because others change "
             f"pictures and physics of LIBERO: pip install mujoco=={MUJOCO_VERSION}"
         )
 

@@ -89,7 +89,7 @@ def get_task(suite: str, task_id: int) -> Task:
     if not 0 <= task_id < count:
         closest = min(max(int(task_id), 0), count - 1)
         raise ValueError(
-            f"task_id {task_id} does not exist in {suite}; expected 0 to {count - 1}, the nearest is {closest}"
+            f"task_id {task_id} does not exist in {suite}; expected 0 to {count - 1}, nearest {closest}"
         )
     folder = SUITES[suite]
     name = _task_map()[folder][task_id]

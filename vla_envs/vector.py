@@ -93,7 +93,7 @@ class Simulation:
         self.control.peak[0] = self.rest_height
 
     def state(self) -> NDArray[np.float32]:
-        """End-effector position (3, m), axis-angle (3, rad) and gripper joints (2, m), as OpenVLA reads them."""
+        """End-effector position (3, m), axis-angle (3, rad), gripper joints (2, m), as OpenVLA reads them."""
         w, *xyz = self.data.xquat[self.hand]
         w = min(1.0, max(-1.0, w))
         sine = np.sqrt(1.0 - w * w)
@@ -125,8 +125,8 @@ class LiberoVectorEnv(VectorEnv):
         render_mode: ``"rgb_array"`` or None.
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
-    degrees, as published policies see them (upright, mirrored: see ``vla_envs/render.py``); the state is end-effector
-    position (3, m), axis-angle (3, rad), gripper joints (2, m). Action: ``(N, 7)``, or ``(N, C, 7)``
+    degrees, as published policies see them (upright, mirrored: see ``vla_envs/render.py``); the state is
+    end-effector position (3, m), axis-angle (3, rad), gripper joints (2, m). Action: ``(N, 7)``, or ``(N, C, 7)``
     when ``action_chunk`` C is over 1, in [-1, 1].
 
     Raises:
@@ -233,6 +233,11 @@ class LiberoVectorEnv(VectorEnv):
     def frozen(self) -> NDArray[np.bool_]:
         """Environments ``(N,)`` that have finished and wait for a reset."""
         return self._terminated | self._truncated
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """Control steps ``(N,)`` of the episodes so far."""
+        return self._steps.copy()
 
     @property
     def qpos(self) -> NDArray[np.float64]:

@@ -21,8 +21,8 @@ if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
     if _found and _found.origin and "+cpu" not in Path(_found.origin).with_name("version.py").read_text():
         sys.modules["torchvision"] = None  # type: ignore[assignment]
 
-from vla_envs.policies.nano import NanoConfig, NanoPolicy  # noqa: E402
-from vla_envs.tasks import nearest  # noqa: E402
+from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.tasks import nearest
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 #: The policies, each with the function that builds it from a checkpoint's configuration.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 BINS = 256
 ACTION_DIM = 7
-# Typical end-effector positions (m), axis-angles (rad) and gripper joints (m), to bring the state near [-1, 1].
+# Typical positions (m), axis-angles (rad) and gripper joints (m), to bring the state near [-1, 1].
 STATE_CENTRE = (-0.05, 0.0, 0.15, 3.14, 0.0, 0.0, 0.03, -0.03)
 STATE_SCALE = (0.15, 0.2, 0.12, 0.2, 0.2, 0.2, 0.015, 0.015)
 
@@ -41,7 +41,7 @@ class NanoConfig:
 
 
 def tokenize(instruction: str, config: NanoConfig) -> list[int]:
-    """Word numbers of an instruction, padded with 0 to ``max_words``; equal words get equal numbers anywhere."""
+    """Word numbers of an instruction, padded with 0 to ``max_words``; equal words get equal numbers."""
     words = [1 + zlib.crc32(word.encode()) % (config.vocabulary - 1) for word in instruction.lower().split()]
     return (words + [0] * config.max_words)[: config.max_words]
 
@@ -183,7 +183,7 @@ class NanoPolicy(nn.Module):
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities ``(B, 56)`` and entropies ``(B, 56)`` (nats) of tokens, hidden state ``(B, width)``."""
+        """Log-probabilities ``(B, 56)`` of tokens, entropies ``(B, 56)`` (nats), hidden ``(B, width)``."""
         logits, hidden = self(self.prepare(obs, instructions))
         logprobs = F.log_softmax(logits.flatten(1, 2) / (temperature if temperature > 0 else 1.0), dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
