@@ -187,9 +187,8 @@ if __name__ == "__main__":
         )  # fmt: skip
         torch.manual_seed(args.seed)
         results[task_id] = evaluate(envs, policy, args.eval_episodes, args.eval_temperature)
-        print(
-            f"task {task_id}: {results[task_id]['successes']}/{args.eval_episodes} succeed: {envs.instructions[0]}"
-        )
+        successes = results[task_id]["successes"]
+        print(f"task {task_id}: {successes}/{args.eval_episodes} succeed, {envs.instructions[0]}")
         envs.close()
     write_json(
         run / "result.json",

@@ -124,5 +124,5 @@ def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper |
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
     """
-    env.unwrapped.set_reward(reward)  # type: ignore[attr-defined]
+    env.unwrapped.set_reward(reward)  # type: ignore[union-attr]
     return VectorWrapper(env) if isinstance(env, VectorEnv) else gym.Wrapper(env)

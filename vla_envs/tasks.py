@@ -9,6 +9,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +117,7 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
     import torch
     from numpy._core.multiarray import _reconstruct
 
-    allowed = [
+    allowed: list[Any] = [
         (_reconstruct, "numpy.core.multiarray._reconstruct"),
         np.ndarray,
         np.dtype,

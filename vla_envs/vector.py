@@ -126,8 +126,8 @@ class LiberoVectorEnv(VectorEnv):
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright, mirrored: see ``vla_envs/render.py``); the state is
-    end-effector position (3, m), axis-angle (3, rad), gripper joints (2, m). Action: ``(N, 7)``, or ``(N, C, 7)``
-    when ``action_chunk`` C is over 1, in [-1, 1].
+    end-effector position (3, m), axis-angle (3, rad), gripper joints (2, m). Action: ``(N, 7)``, or
+    ``(N, C, 7)`` when ``action_chunk`` C is over 1, in [-1, 1].
 
     Raises:
         ValueError: For an argument that does not exist or does not fit; says what was expected.
@@ -421,7 +421,7 @@ class LiberoVectorEnv(VectorEnv):
         restarted = frozen & (self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP)
         if restarted.any():
             self._reset(np.flatnonzero(restarted), [None] * self.num_envs, [None] * self.num_envs)
-        alive = np.flatnonzero(~frozen)
+        alive = np.flatnonzero(~frozen).tolist()
 
         def advance(i: int) -> None:
             left = self.max_episode_steps - self._steps[i]

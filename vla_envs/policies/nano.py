@@ -99,6 +99,8 @@ class NanoPolicy(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, ACTION_DIM * BINS)
+        self.state_centre: Tensor
+        self.state_scale: Tensor
         self.register_buffer("state_centre", torch.tensor(STATE_CENTRE))
         self.register_buffer("state_scale", torch.tensor(STATE_SCALE))
         self._initialise()

@@ -1,0 +1,193 @@
+"""What is trained, and LoRA adapters in peft's format."""
+
+import numpy as np
+import pytest
+import torch
+
+from vla_envs.policies import count_parameters, load_policy, save_policy
+from vla_envs.policies.adapters import (
+    TRAINABLE_SETS,
+    adapter_off,
+    load_optimizer_state,
+    make_trainable,
+    merged,
+    optimizer_state,
+    save_adapter,
+    trainable_state,
+)
+from vla_envs.policies.nano import NanoConfig, NanoPolicy
+
+SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=3, heads=2)
+SENTENCES = ["pick up the milk", "pick up the ketchup"]
+LINEAR = ("qkv", "proj", "fc1", "fc2")
+HEAD = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+LORA = {f"blocks.{i}.{layer}.lora_{ab}.default.weight" for i in range(3) for layer in LINEAR for ab in "AB"}
+
+
+def plain(seed=0):
+    torch.manual_seed(seed)
+    policy = NanoPolicy(SMALL)
+    torch.nn.init.normal_(policy.film.weight, std=0.1)  # else the words get no gradient
+    return policy
+
+
+def logprobs(policy):
+    """Log-probabilities of fixed tokens on fixed observations."""
+    rng = np.random.default_rng(0)
+    obs = {
+        "image": rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
+        "state": rng.standard_normal((2, 8)).astype(np.float32),
+    }
+    return policy.evaluate(obs, SENTENCES, torch.from_numpy(rng.integers(0, 256, (2, 14))))[0]
+
+
+def optimise(policy, steps=2, lr=0.05):
+    """Two steps: after the first one LoRA's A has a gradient too."""
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-logprobs(policy).mean()).backward()
+        optimizer.step()
+    return optimizer
+
+
+def expected_changes(policy, train, last_k):
+    """Names of the parameters that ``train`` stands for, written out anew."""
+    names = {name for name, _ in policy.named_parameters()}
+    if train == "all":
+        return names
+    chosen = set(LORA) if train.startswith("lora") else set()
+    if train != "lora":
+        chosen |= HEAD
+    if train == "lora+last-k":
+        chosen |= {name for name in names if any(name.startswith(f"blocks.{i}.") for i in range(3 - last_k, 3))}
+    return chosen
+
+
+@pytest.mark.parametrize("train", TRAINABLE_SETS)
+@pytest.mark.parametrize("last_k", [1, 2])
+def test_exactly_what_is_named_changes(train, last_k):
+    policy = make_trainable(plain(), train, rank=2, last_k=last_k)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimise(policy)
+    changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == expected_changes(policy, train, last_k)
+    assert set(trainable_state(policy)) == changed
+
+
+def test_all_trains_everything():
+    policy = make_trainable(plain(), "all")
+    assert count_parameters(policy)[0] == count_parameters(policy)[1] == sum(p.numel() for p in plain().parameters())
+
+
+def test_the_number_of_lora_parameters():
+    """r (in + out) for each of the four layers of a block: 16 to 48, 16 to 16, 16 to 64, 64 to 16."""
+    policy = make_trainable(plain(), "lora", rank=2)
+    assert count_parameters(policy)[0] == 3 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+
+
+@pytest.mark.parametrize("train", ["lorra", "", "last-k", "lora+head+last-k"])
+def test_unknown_sets(train):
+    with pytest.raises(ValueError, match=r"lora, head, lora\+head, lora\+last-k, all"):
+        make_trainable(plain(), train)
+
+
+@pytest.mark.parametrize("train", ["lora", "lora+head", "lora+last-k"])
+def test_a_fresh_adapter_changes_nothing(train):
+    assert torch.equal(logprobs(make_trainable(plain(), train, rank=4)), logprobs(plain()))
+
+
+def test_adapter_off_is_the_policy_without_it():
+    policy = make_trainable(plain(), "lora", rank=4)
+    optimise(policy)
+    adapted = logprobs(policy)
+    with torch.no_grad(), adapter_off(policy):
+        assert torch.equal(logprobs(policy), logprobs(plain()))
+    assert torch.equal(logprobs(policy), adapted) and (adapted - logprobs(plain())).abs().max() > 1e-2
+
+
+def test_the_adapter_comes_back_after_an_error_and_goes_on_learning():
+    policy = make_trainable(plain(), "lora", rank=4)
+    optimise(policy)
+    adapted = logprobs(policy)
+    with pytest.raises(KeyError), adapter_off(policy):
+        raise KeyError
+    assert torch.equal(logprobs(policy), adapted)
+    assert set(trainable_state(policy)) == LORA
+    optimise(policy)
+    assert not torch.equal(logprobs(policy), adapted)
+
+
+def test_k3_is_zero_at_the_start_and_positive_after():
+    """The KL term of the scripts, on a policy that has not moved yet, and on one that has."""
+    policy = make_trainable(plain(), "lora", rank=4)
+
+    def k3():
+        with torch.no_grad(), adapter_off(policy):
+            reference = logprobs(policy)
+        gap = reference - logprobs(policy)
+        return gap.exp() - 1 - gap
+
+    assert k3().eq(0).all()
+    optimise(policy)
+    assert (k3() >= -1e-7).all() and k3().mean() > 1e-4
+
+
+@pytest.mark.parametrize("train", TRAINABLE_SETS)
+@pytest.mark.parametrize("rank", [4, 32])
+def test_merged_weights_are_the_adapted_policy(train, rank):
+    policy = make_trainable(plain(), train, rank=rank)
+    optimise(policy, lr=0.01)
+    other = NanoPolicy(SMALL)
+    other.load_state_dict(merged(policy))
+    torch.testing.assert_close(logprobs(other), logprobs(policy), atol=1e-5, rtol=1e-6)
+    assert (logprobs(other) - logprobs(plain())).abs().max() > 1e-3
+
+
+def test_merging_leaves_the_policy_alone():
+    policy = make_trainable(plain(), "lora", rank=4)
+    optimise(policy)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    for value in merged(policy).values():
+        value.fill_(7)
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
+def test_a_merged_checkpoint_is_a_plain_one(tmp_path):
+    policy = make_trainable(plain(), "lora", rank=4)
+    optimise(policy)
+    other = NanoPolicy(SMALL)
+    other.load_state_dict(merged(policy))
+    save_policy(other, "nano", tmp_path / "final")
+    loaded = load_policy("nano", tmp_path / "final")
+    torch.testing.assert_close(logprobs(loaded), logprobs(policy), atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_peft_reads_the_adapter(tmp_path, rank):
+    import peft
+
+    policy = make_trainable(plain(), "lora", rank=rank)
+    optimise(policy)
+    save_adapter(policy, tmp_path / "adapter")
+    config = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (rank, min(rank, 16), 0.0)
+    theirs = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "adapter"))
+    assert torch.equal(logprobs(theirs.base_model.model), logprobs(policy))
+    assert not torch.equal(logprobs(plain()), logprobs(policy))
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}  # no pickles
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_an_optimiser_goes_on_from_its_state(train):
+    first, second = (make_trainable(plain(), train, rank=2) for _ in range(2))
+    optimizer = optimise(first, steps=3)
+    second.load_state_dict(first.state_dict())
+    other = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+    load_optimizer_state(other, {name: value.clone() for name, value in optimizer_state(optimizer).items()})
+    for policy, opt in ((first, optimizer), (second, other)):
+        opt.zero_grad()
+        (-logprobs(policy).mean()).backward()
+        opt.step()
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())

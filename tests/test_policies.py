@@ -1,0 +1,306 @@
+"""The nano policy, its tokens, and checkpoints."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from vla_envs.policies import SHIPPED, count_parameters, load_policy, new_policy, save_policy
+from vla_envs.policies.nano import NanoConfig, NanoPolicy, action_tokens, token_actions, tokenize
+from vla_envs.tasks import get_task
+
+SMALL = {"action_chunk": 2, "image_size": 32, "width": 16, "depth": 2, "heads": 2}
+SENTENCES = [get_task("LiberoObject", task_id).instruction for task_id in range(10)]
+
+
+def observations(batch, size=128, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    state = np.array([-0.05, 0, 0.2, 3.1, 0, 0, 0.03, -0.03]) + 0.05 * rng.standard_normal((batch, 8))
+    return {"image": image, "state": state.astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_policy("nano").eval()
+
+
+@pytest.fixture(params=["shipped", "new", "small"])
+def policy(request, shipped):
+    torch.manual_seed(0)
+    return {"shipped": shipped, "new": NanoPolicy(), "small": NanoPolicy(NanoConfig(**SMALL))}[request.param]
+
+
+# ---- Tokens and words --------------------------------------------------------------------------------
+
+
+def test_every_token_comes_back():
+    tokens = torch.arange(256)
+    actions = token_actions(tokens)
+    assert torch.equal(action_tokens(actions), tokens)
+    assert actions.min().item() == -1 + 1 / 256 and actions.max().item() == 1 - 1 / 256
+
+
+def test_actions_come_back_within_half_a_bin():
+    actions = torch.linspace(-1, 1, 4001).view(-1, 1)
+    back = token_actions(action_tokens(actions))
+    assert back.shape == actions.shape and (back - actions).abs().max() <= 1 / 256 + 1e-6
+    assert action_tokens(torch.tensor([-1.0, 0.0, 1.0, -7.0, 7.0])).tolist() == [0, 128, 255, 0, 255]
+
+
+def test_words():
+    config = NanoConfig(max_words=6)
+    numbers = tokenize("Put the ketchup in the basket now please", config)
+    assert len(numbers) == 6 and numbers[1] == numbers[4] and 0 not in numbers
+    assert all(0 < number < config.vocabulary for number in numbers)
+    assert tokenize("put the", config) == [numbers[0], numbers[1], 0, 0, 0, 0]
+    assert tokenize("", config) == [0] * 6
+
+
+def test_the_sentences_of_the_suite_stay_apart():
+    assert len({tuple(tokenize(sentence, NanoConfig())) for sentence in SENTENCES}) == 10
+
+
+# ---- sample and evaluate -----------------------------------------------------------------------------
+
+
+def test_shapes_and_dtypes(policy):
+    chunk, width = policy.config.action_chunk, policy.config.width
+    obs, size = observations(3), 7 * policy.config.action_chunk
+    actions, tokens, logprobs = policy.sample(obs, SENTENCES[:3], 1.0)
+    assert (actions.shape, actions.dtype) == ((3, chunk, 7), np.float32) and np.abs(actions).max() < 1
+    assert (tokens.shape, tokens.dtype) == ((3, size), torch.int64) and 0 <= tokens.min() <= tokens.max() < 256
+    assert (logprobs.shape, logprobs.dtype) == ((3, size), torch.float32) and not logprobs.requires_grad
+    logprobs, entropy, hidden = policy.evaluate(obs, SENTENCES[:3], tokens)
+    assert logprobs.shape == entropy.shape == (3, size) and hidden.shape == (3, width) == (3, policy.hidden_size)
+    assert logprobs.requires_grad and logprobs.dtype == entropy.dtype == torch.float32
+    assert (logprobs <= 0).all() and (entropy > 0).all() and (entropy <= math.log(256) + 1e-5).all()
+    assert policy.action_chunk == chunk
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
+def test_evaluation_repeats_the_sampled_logprobs(policy, temperature):
+    obs = observations(4)
+    _, tokens, sampled = policy.sample(obs, SENTENCES[:4], temperature)
+    again = policy.evaluate(obs, SENTENCES[:4], tokens, temperature)[0]
+    torch.testing.assert_close(again, sampled, atol=1e-5, rtol=0)
+
+
+def test_the_temperature_divides_the_logits(shipped):
+    obs = observations(2)
+    tokens = torch.arange(112).view(2, 56)
+    with torch.no_grad():
+        logits = shipped(shipped.prepare(obs, SENTENCES[:2]))[0].reshape(2, 56, 256)
+        cool, cool_entropy, _ = shipped.evaluate(obs, SENTENCES[:2], tokens, 0.7)
+        hot_entropy = shipped.evaluate(obs, SENTENCES[:2], tokens, 2.0)[1]
+    scaled = logits.double() / 0.7
+    expected = torch.gather(scaled, 2, tokens[..., None])[..., 0] - scaled.logsumexp(dim=2)
+    torch.testing.assert_close(cool, expected.float(), atol=1e-4, rtol=1e-5)
+    probabilities = scaled.softmax(dim=2)
+    entropy = -(probabilities * probabilities.log()).nan_to_num().sum(dim=2)
+    torch.testing.assert_close(cool_entropy, entropy.float(), atol=1e-4, rtol=1e-4)
+    assert (hot_entropy > cool_entropy).all()
+
+
+def test_samples_follow_the_probabilities():
+    """A policy of known probabilities: frequencies of 4000 draws, within five standard errors."""
+    policy = NanoPolicy(NanoConfig(**SMALL))
+    with torch.no_grad():
+        policy.head.weight.zero_()
+        policy.head.bias.fill_(-1e4)
+        for token, weight in ((3, 0.5), (200, 0.3), (255, 0.2)):
+            policy.head.bias.view(7, 256)[:, token] = math.log(weight)
+    torch.manual_seed(0)
+    obs = {name: np.repeat(array, 4000, axis=0) for name, array in observations(1, size=32).items()}
+    for temperature in (1.0, 0.5):
+        _, tokens, logprobs = policy.sample(obs, SENTENCES[:1] * 4000, temperature)
+        weights = np.array([0.5, 0.3, 0.2]) ** (1 / temperature)
+        for token, p in zip((3, 200, 255), weights / weights.sum()):
+            hits = tokens[:, 0] == token
+            assert abs(hits.float().mean() - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+            assert logprobs[:, 0][hits][0].item() == pytest.approx(math.log(p), abs=1e-4)
+
+
+def test_actions_are_those_of_the_tokens(policy):
+    actions, tokens, _ = policy.sample(observations(2), SENTENCES[:2], 1.0)
+    bins = tokens.view(2, -1, 7).numpy()
+    np.testing.assert_allclose(actions, -1 + (bins + 0.5) / 128, atol=1e-6)
+    assert torch.equal(policy.encode(torch.from_numpy(actions)), tokens)
+
+
+def test_a_batch_equals_its_members_alone(policy):
+    obs = observations(4)
+    tokens = torch.randint(0, 256, (4, 7 * policy.config.action_chunk), generator=torch.Generator().manual_seed(0))
+    together = policy.evaluate(obs, SENTENCES[:4], tokens)
+    for i in range(4):
+        alone = policy.evaluate({n: a[i : i + 1] for n, a in obs.items()}, SENTENCES[i : i + 1], tokens[i : i + 1])
+        for mine, theirs in zip(alone, together):
+            torch.testing.assert_close(mine[0], theirs[i], atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_takes_the_likeliest(policy):
+    obs = observations(2)
+    torch.manual_seed(1)
+    actions, tokens, _ = policy.sample(obs, SENTENCES[:2], 0.0)
+    torch.manual_seed(2)
+    assert np.array_equal(policy.sample(obs, SENTENCES[:2], 0.0)[0], actions)
+    best = policy.evaluate(obs, SENTENCES[:2], tokens)[0]
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        others = torch.randint(0, 256, tokens.shape, generator=rng)
+        assert (policy.evaluate(obs, SENTENCES[:2], others)[0] <= best + 1e-6).all()
+
+
+def test_sampling_follows_torchs_seed(policy):
+    obs, draws = observations(2), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(policy.sample(obs, SENTENCES[:2], 1.0)[1])
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_instructions_pictures_and_states_matter(shipped):
+    obs = observations(1)
+    with torch.no_grad():
+        logits = shipped(shipped.prepare(obs, SENTENCES[4:5]))[0]
+        for sentence in SENTENCES[:4]:
+            assert (shipped(shipped.prepare(obs, [sentence]))[0] - logits).abs().max() > 0.1
+        for name, array in obs.items():
+            changed = obs | {name: array[:, ::-1] if name == "image" else array + np.float32(0.05)}
+            assert (shipped(shipped.prepare(changed, SENTENCES[4:5]))[0] - logits).abs().max() > 0.1
+
+
+def test_tensors_and_arrays_are_the_same_to_it(policy):
+    obs = observations(2)
+    tensors = {name: torch.from_numpy(array) for name, array in obs.items()}
+    tokens = torch.zeros(2, 7 * policy.config.action_chunk, dtype=torch.int64)
+    mine, theirs = policy.evaluate(obs, SENTENCES[:2], tokens), policy.evaluate(tensors, SENTENCES[:2], tokens)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+def test_gradients_reach_every_parameter():
+    """From the second step on: the film layer starts at zero, which holds the words' gradient back."""
+    torch.manual_seed(0)
+    policy = NanoPolicy(NanoConfig(**SMALL))
+    torch.nn.init.normal_(policy.film.weight)
+    tokens = torch.randint(0, 256, (3, 14))
+    policy.evaluate(observations(3, size=32), SENTENCES[:3], tokens)[0].sum().backward()
+    assert [name for name, p in policy.named_parameters() if not p.grad.abs().max() > 0] == []
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_again(tmp_path, policy):
+    save_policy(policy, "nano", tmp_path / "a" / "checkpoint")
+    loaded = load_policy("nano", tmp_path / "a" / "checkpoint")
+    assert loaded.config == policy.config and loaded.state_dict().keys() == policy.state_dict().keys()
+    assert all(torch.equal(value, policy.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint"]
+
+
+def test_saving_over_a_checkpoint(tmp_path):
+    first, second = (NanoPolicy(NanoConfig(**SMALL)) for _ in range(2))
+    assert not torch.equal(first.head.weight, second.head.weight)
+    for each in (first, second):
+        save_policy(each, "nano", tmp_path / "checkpoint")
+    assert torch.equal(load_policy("nano", str(tmp_path / "checkpoint")).head.weight, second.head.weight)
+
+
+def test_the_shipped_checkpoint(shipped):
+    assert count_parameters(shipped)[0] == count_parameters(shipped)[1] > 1_000_000
+    assert all(torch.isfinite(p).all() for p in shipped.parameters())
+    assert shipped.config == NanoConfig()
+    assert sum(file.stat().st_size for file in SHIPPED["nano"].iterdir()) < 20e6
+    torch.manual_seed(0)
+    obs, tokens = observations(1), torch.zeros(1, 56, dtype=torch.int64)
+    trained, untrained = (p.evaluate(obs, SENTENCES[:1], tokens)[1].mean() for p in (shipped, NanoPolicy()))
+    assert trained < untrained - 1  # nats: it has learnt something
+
+
+def test_new_policies_are_new():
+    torch.manual_seed(0)
+    first, second = new_policy("nano"), new_policy("nano", SMALL)
+    assert first.config == NanoConfig() and second.config == NanoConfig(**SMALL)
+    for name in ("nanoo", "openpi"):
+        with pytest.raises(ValueError, match="expected one of"):
+            new_policy(name)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A sound checkpoint to damage."""
+    save_policy(NanoPolicy(NanoConfig(**SMALL)), "nano", tmp_path / "checkpoint")
+    load_policy("nano", tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def refusal(name, folder):
+    with pytest.raises(ValueError) as error:
+        load_policy(name, folder)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_unknown_policy(checkpoint):
+    message = refusal("nanno", checkpoint)
+    assert "'nanno'" in message and "did you mean 'nano'" in message
+
+
+def test_missing_files(checkpoint, tmp_path):
+    assert str(tmp_path / "absent") in refusal("nano", tmp_path / "absent")
+    assert "model.safetensors" in refusal("nano", checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    message = refusal("nano", checkpoint)
+    assert str(checkpoint) in message and "model.safetensors" in message and "no config.json" not in message
+
+
+def set_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text("[1, 2]"),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+        lambda folder: set_config(folder, policy="openvla"),
+        lambda folder: set_config(folder, colour="red"),
+        lambda folder: set_config(folder, width="wide"),
+        lambda folder: set_config(folder, heads=3),
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors at all"),
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]),
+    ],
+)
+def test_damaged_files(checkpoint, damage):
+    damage(checkpoint)
+    assert str(checkpoint) in refusal("nano", checkpoint)
+
+
+def test_weights_that_do_not_fit(checkpoint):
+    """The line says which tensor does not fit, and how."""
+    set_config(checkpoint, vocabulary=100)
+    message = refusal("nano", checkpoint)
+    assert str(checkpoint) in message and "words.weight" in message and "512" in message and "100" in message
+
+
+def test_weights_that_are_missing(checkpoint):
+    tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    del tensors["head.bias"]
+    safetensors.torch.save_file(tensors, checkpoint / "model.safetensors")
+    assert "head.bias" in refusal("nano", checkpoint)
+
+
+def test_weights_that_are_not_finite(checkpoint):
+    tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    tensors["head.bias"][5] = float("nan")
+    safetensors.torch.save_file(tensors, checkpoint / "model.safetensors")
+    assert "head.bias" in refusal("nano", checkpoint)
