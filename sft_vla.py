@@ -40,7 +40,7 @@ class Args:
     """Folder of this run [runs/<suite>_<first task id>__sft_vla__<seed>__<time>]"""
     eval_episodes: int = 50
     """Episodes a task of the evaluation after training: recorded init states 0, 1, ...; 0 leaves it out"""
-    eval_temperature: float = 1.0
+    eval_temperature: float = 1.2
     """Sampling temperature of the evaluation; 0 is greedy"""
     num_threads: int | None = None
     """Simulator threads [one per core]"""

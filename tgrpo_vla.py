@@ -73,12 +73,12 @@ class Args:
     """Folder of a stopped run to go on with, with its own arguments"""
     evaluate: bool = False
     """Only evaluate --checkpoint"""
-    eval_every: int = 12
+    eval_every: int = 7
     """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
     eval_episodes: int = 50
     """Episodes of an evaluation: recorded init states 0, 1, ... (50 are recorded)"""
-    eval_temperature: float = 1.0
-    """Sampling temperature of evaluations; 0 is greedy"""
+    eval_temperature: float | None = None
+    """Sampling temperature of evaluations; 0 is greedy [--temperature]"""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1, ..."""
 
@@ -109,7 +109,7 @@ class Args:
     """LoRA's r"""
     last_k: int = 1
     """Blocks trained in full with --train lora+last-k"""
-    temperature: float = 1.0
+    temperature: float = 1.2
     """Divides the logits, in rollout and update alike"""
 
     # ---- Algorithm ----
@@ -117,13 +117,13 @@ class Args:
     """Weight of the step term [the paper's for this task; 0.3 elsewhere]"""
     alpha2: float | None = None
     """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere]"""
-    num_iterations: int = 36
+    num_iterations: int = 28
     """Iterations of collecting and updating"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
     """Members a group (K)"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """AdamW's learning rate"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""
@@ -389,7 +389,8 @@ def check(args: Args) -> Args:
                  "temperature", "learning_rate", "target_kl", "max_grad_norm"):  # fmt: skip
         if not getattr(args, name) > 0:
             raise ValueError(f"{name} is {getattr(args, name)}; expected a number above 0")
-    return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
+    eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+    return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2, eval_temperature=eval_temperature)
 
 
 if __name__ == "__main__":

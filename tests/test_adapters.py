@@ -43,7 +43,9 @@ def logprobs(policy):
 
 def optimise(policy, steps=2, lr=0.05):
     """Two steps: after the first one LoRA's A has a gradient too."""
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         (-logprobs(policy).mean()).backward()
@@ -60,7 +62,9 @@ def expected_changes(policy, train, last_k):
     if train != "lora":
         chosen |= HEAD
     if train == "lora+last-k":
-        chosen |= {name for name in names if any(name.startswith(f"blocks.{i}.") for i in range(3 - last_k, 3))}
+        chosen |= {
+            name for name in names if any(name.startswith(f"blocks.{i}.") for i in range(3 - last_k, 3))
+        }
     return chosen
 
 
@@ -77,7 +81,11 @@ def test_exactly_what_is_named_changes(train, last_k):
 
 def test_all_trains_everything():
     policy = make_trainable(plain(), "all")
-    assert count_parameters(policy)[0] == count_parameters(policy)[1] == sum(p.numel() for p in plain().parameters())
+    assert (
+        count_parameters(policy)[0]
+        == count_parameters(policy)[1]
+        == sum(p.numel() for p in plain().parameters())
+    )
 
 
 def test_the_number_of_lora_parameters():

@@ -72,10 +72,16 @@ def test_shapes_and_dtypes(policy):
     obs, size = observations(3), 7 * policy.config.action_chunk
     actions, tokens, logprobs = policy.sample(obs, SENTENCES[:3], 1.0)
     assert (actions.shape, actions.dtype) == ((3, chunk, 7), np.float32) and np.abs(actions).max() < 1
-    assert (tokens.shape, tokens.dtype) == ((3, size), torch.int64) and 0 <= tokens.min() <= tokens.max() < 256
+    assert (tokens.shape, tokens.dtype) == (
+        (3, size),
+        torch.int64,
+    ) and 0 <= tokens.min() <= tokens.max() < 256
     assert (logprobs.shape, logprobs.dtype) == ((3, size), torch.float32) and not logprobs.requires_grad
     logprobs, entropy, hidden = policy.evaluate(obs, SENTENCES[:3], tokens)
-    assert logprobs.shape == entropy.shape == (3, size) and hidden.shape == (3, width) == (3, policy.hidden_size)
+    assert logprobs.shape == entropy.shape == (3, size) and hidden.shape == (3, width) == (
+        3,
+        policy.hidden_size,
+    )
     assert logprobs.requires_grad and logprobs.dtype == entropy.dtype == torch.float32
     assert (logprobs <= 0).all() and (entropy > 0).all() and (entropy <= math.log(256) + 1e-5).all()
     assert policy.action_chunk == chunk
@@ -133,10 +139,14 @@ def test_actions_are_those_of_the_tokens(policy):
 
 def test_a_batch_equals_its_members_alone(policy):
     obs = observations(4)
-    tokens = torch.randint(0, 256, (4, 7 * policy.config.action_chunk), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, 256, (4, 7 * policy.config.action_chunk), generator=torch.Generator().manual_seed(0)
+    )
     together = policy.evaluate(obs, SENTENCES[:4], tokens)
     for i in range(4):
-        alone = policy.evaluate({n: a[i : i + 1] for n, a in obs.items()}, SENTENCES[i : i + 1], tokens[i : i + 1])
+        alone = policy.evaluate(
+            {n: a[i : i + 1] for n, a in obs.items()}, SENTENCES[i : i + 1], tokens[i : i + 1]
+        )
         for mine, theirs in zip(alone, together):
             torch.testing.assert_close(mine[0], theirs[i], atol=1e-5, rtol=1e-5)
 
@@ -177,7 +187,10 @@ def test_tensors_and_arrays_are_the_same_to_it(policy):
     obs = observations(2)
     tensors = {name: torch.from_numpy(array) for name, array in obs.items()}
     tokens = torch.zeros(2, 7 * policy.config.action_chunk, dtype=torch.int64)
-    mine, theirs = policy.evaluate(obs, SENTENCES[:2], tokens), policy.evaluate(tensors, SENTENCES[:2], tokens)
+    mine, theirs = (
+        policy.evaluate(obs, SENTENCES[:2], tokens),
+        policy.evaluate(tensors, SENTENCES[:2], tokens),
+    )
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
 
 
@@ -277,7 +290,9 @@ def set_config(folder, **changes):
         lambda folder: set_config(folder, heads=3),
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
         lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors at all"),
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]),
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:-100]
+        ),
     ],
 )
 def test_damaged_files(checkpoint, damage):

@@ -614,7 +614,14 @@ TINY = {
 RESULT = {"suite", "task_id", "seed", "success_before", "success_after", "env_steps", "episodes", "wall_s"}
 TAGS = {
     "charts": {"success_rate", "episodic_return", "episodic_length", "SPS", "learning_rate"},
-    "losses": {"policy_loss", "entropy", "approx_kl", "clipfrac_low", "clipfrac_high", "ratio_first_minibatch"},
+    "losses": {
+        "policy_loss",
+        "entropy",
+        "approx_kl",
+        "clipfrac_low",
+        "clipfrac_high",
+        "ratio_first_minibatch",
+    },
     "group": {"zero_std_frac", "kept_frac", "success_mean"},
     "time": {"rollout_s", "update_s", "render_s", "physics_s"},
 }
@@ -652,7 +659,11 @@ def start(tmp_path, reward, monkeypatch):
 def finished(tmp_path_factory, reward):
     """The folder of a run of three iterations, by a process of its own."""
     folder = tmp_path_factory.mktemp("finished")
-    words = [sys.executable, str(ROOT / "tgrpo_vla.py"), *command(folder / "run", reward, {"num_iterations": 3})]
+    words = [
+        sys.executable,
+        str(ROOT / "tgrpo_vla.py"),
+        *command(folder / "run", reward, {"num_iterations": 3}),
+    ]
     result = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return folder / "run"
@@ -675,7 +686,9 @@ def same(a, b):
 def scalars(run):
     events = EventAccumulator(str(run))
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_import_runs_nothing(monkeypatch, capfd):
@@ -691,7 +704,10 @@ def test_what_a_run_leaves(finished):
     assert (result["env_steps"], result["episodes"]) == (3 * 2 * 24, 3 * 2) and result["wall_s"] > 0
     for when in ("success_before", "success_after"):
         assert set(result[when]) == {"successes", "trials", "rate", "low", "high"}
-        assert result[when]["trials"] == 2 and result[when]["low"] <= result[when]["rate"] <= result[when]["high"]
+        assert (
+            result[when]["trials"] == 2
+            and result[when]["low"] <= result[when]["rate"] <= result[when]["high"]
+        )
     args = json.loads((finished / "args.json").read_text())
     assert (args["num_iterations"], args["group_size"], args["alpha1"], args["alpha2"]) == (3, 2, 0.3, 0.7)
     film = imageio.mimread(finished / "videos" / "iteration_0003.mp4")
@@ -753,7 +769,9 @@ def test_the_papers_letter(start, flags):
     run = start("run", num_iterations=1, **flags)
     assert not same(weights(run), load_policy("nano").state_dict())
     args = json.loads((run / "args.json").read_text())
-    assert {name: args[name] for name in flags if name != "no_clip"} == {k: v for k, v in flags.items() if v is not None}
+    assert {name: args[name] for name in flags if name != "no_clip"} == {
+        k: v for k, v in flags.items() if v is not None
+    }
     assert args["clip"] == ("no_clip" not in flags)
 
 
@@ -770,7 +788,10 @@ def test_lora_with_a_kl_term(start):
     assert same(after, weights(other))
     torch.manual_seed(123)
     third = start("third", num_iterations=1, train="lora", kl_coef=0.1, lora_rank=4, seed=2)
-    adapters = [safetensors.torch.load_file(r / "checkpoints/adapter/adapter_model.safetensors") for r in (other, third)]
+    adapters = [
+        safetensors.torch.load_file(r / "checkpoints/adapter/adapter_model.safetensors")
+        for r in (other, third)
+    ]
     name = next(name for name in adapters[0] if "lora_A" in name)
     assert (adapters[0][name] - adapters[1][name]).abs().mean() > 0.01  # drawn anew, not the same draw moved
 
@@ -847,7 +868,9 @@ def test_no_gpu(start, capfd):
 
 def test_a_damaged_checkpoint(start, capfd, tmp_path):
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "config.json").write_text((ROOT / "vla_envs/checkpoints/nano_libero_object/config.json").read_text())
+    (tmp_path / "damaged" / "config.json").write_text(
+        (ROOT / "vla_envs/checkpoints/nano_libero_object/config.json").read_text()
+    )
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a tensor")
     expect_error(start, capfd, "damaged", checkpoint=tmp_path / "damaged")
 
