@@ -21,14 +21,13 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
-from vla_envs.runs import make_run_folder, one_line_errors, parse_args, write_json
+from vla_envs.runs import check_numbers, make_run_folder, one_line_errors, parse_args, success, write_json
 
 
 @dataclass
@@ -87,6 +86,8 @@ def load_demonstrations(path: Path, episodes: int, chunk: int) -> dict[str, Any]
             f"no demonstrations at {str(path)!r}; make them: python -m vla_envs.experts --out {path.parent}"
         )
     parts: dict[str, list[np.ndarray]] = {"image": [], "state": [], "actions": []}
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{str(path)!r} is no HDF5 file")
     with h5py.File(path) as file:
         if "data" not in file or "problem_info" not in file["data"].attrs:
             raise ValueError(
@@ -98,6 +99,10 @@ def load_demonstrations(path: Path, episodes: int, chunk: int) -> dict[str, Any]
             raise ValueError(f"{str(path)!r} holds {len(data)} demonstrations; expected at least {episodes}")
         for k in range(episodes):
             demo = data[f"demo_{k}"]
+            needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
+            missing = [name for name in needed if name not in demo]
+            if missing:
+                raise ValueError(f"{str(path)!r} is not in LIBERO's layout: demo_{k} has no {missing[0]}")
             actions = demo["expert_actions" if "expert_actions" in demo else "actions"][:]  # (T, 7)
             following = np.minimum(
                 np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1
@@ -118,15 +123,7 @@ def evaluate(envs: Any, policy: Any, episodes: int, temperature: float) -> dict[
         actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
         actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
         obs, _, terminated, _, _ = envs.step(actions)
-    successes = int(terminated.sum())
-    low, high = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return {
-        "successes": successes,
-        "trials": episodes,
-        "rate": successes / episodes,
-        "low": low,
-        "high": high,
-    }
+    return success(int(terminated.sum()), episodes)
 
 
 def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
@@ -140,6 +137,13 @@ def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
 if __name__ == "__main__":
     args = parse_args(Args)
     with one_line_errors():
+        check_numbers(args, "num_steps batch_size learning_rate max_grad_norm", above=True)
+        if not args.task_ids or min(args.episodes, default=0) < 1 or args.seed < 0:
+            raise ValueError("task_ids is empty, episodes below 1 or seed negative")
+        if not 0 <= args.eval_episodes <= 50:
+            raise ValueError(
+                f"eval_episodes is {args.eval_episodes}; expected 0 to 50, the recorded init states"
+            )
         torch.manual_seed(args.seed)
         policy = load_policy(args.policy, args.checkpoint) if args.checkpoint else new_policy(args.policy)
         chunk = policy.action_chunk

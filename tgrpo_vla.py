@@ -38,7 +38,6 @@ import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -140,7 +139,7 @@ class Args:
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the starting policy (beta)"""
     target_kl: float = 0.05
-    """An update stops when its approximate KL a token exceeds this"""
+    """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
     stop: Literal["each", "group"] = "each"
@@ -165,15 +164,26 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
 
 def _standardize(x: Tensor, group_size: int) -> Tensor:
     """(x - mean) / std over the members of each group (std with n - 1); 0 where the std is below 1e-6."""
-    groups = _grouped(x.float(), group_size)  # (..., G, K)
+    groups = _grouped(x.double(), group_size)  # (..., G, K)
+    groups = (
+        groups - groups[..., :1]
+    )  # (..., G, K) equal members are exactly 0, whatever the rounding of a mean
     std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
     scores = (groups - groups.mean(dim=-1, keepdim=True)) / std.clamp(min=1e-6)  # (..., G, K)
-    return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2)  # (..., N)
+    return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
+
+
+def _held(rewards: Tensor, alive: Tensor) -> Tensor:
+    """(T, N) rewards of which a finished member keeps its last."""
+    held = rewards.double().clone()  # (T, N)
+    for t in range(1, len(held)):
+        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])  # (N,)
+    return held
 
 
 def trajectory_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
     """Equation 7, (N,): total rewards of (T, N), standardised within groups."""
-    return _standardize((rewards * alive).sum(dim=0), group_size)  # (N,)
+    return _standardize((rewards.double() * alive).sum(dim=0), group_size)  # (N,)
 
 
 def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
@@ -181,10 +191,7 @@ def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
 
     A finished member keeps its last reward in the statistics; its own advantage is then 0.
     """
-    held = rewards.float().clone()  # (T, N)
-    for t in range(1, len(held)):
-        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])  # (N,)
-    return _standardize(held, group_size) * alive  # (T, N)
+    return _standardize(_held(rewards, alive), group_size) * alive  # (T, N)
 
 
 def tgrpo_advantages(rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float) -> Tensor:
@@ -237,7 +244,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Ar
     alive = np.ones(envs.num_envs, bool)  # (N,)
     success = np.zeros(envs.num_envs, bool)  # (N,)
     steps: dict[str, list[Any]] = {name: [] for name in ("image", "state", "tokens", "rewards", "alive")}
-    policy_s = 0.0
+    policy_s, control_steps = 0.0, 0
     while alive.any():
         start = time.perf_counter()
         acting = np.flatnonzero(alive)  # finished environments leave the batch
@@ -252,7 +259,9 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Ar
         steps["state"].append(obs["state"])
         steps["tokens"].append(all_tokens)
         steps["alive"].append(alive.copy())
+        before = envs.steps  # (N,)
         obs, reward, terminated, truncated, _ = envs.step(actions)
+        control_steps += int((envs.steps - before)[acting].sum())
         steps["rewards"].append(np.where(alive, reward, 0.0))
         success |= terminated & alive
         alive = alive & ~terminated & ~truncated
@@ -262,7 +271,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Ar
     batch["rewards"] = batch["rewards"].float()  # (T, N)
     batch["tokens"] = torch.stack(steps["tokens"])  # (T, N, D)
     batch["success"] = torch.from_numpy(success)  # (N,)
-    batch["policy_s"], batch["control_steps"] = policy_s, envs.steps.sum()
+    batch["policy_s"], batch["control_steps"] = policy_s, control_steps
     return batch
 
 
@@ -283,15 +292,7 @@ def evaluate(
     if video is not None:
         strips = [np.concatenate(list(frame), axis=1) for frame in frames]  # four episodes side by side
         imageio.mimwrite(video, strips, fps=5, macro_block_size=8)
-    successes = int(terminated.sum())
-    low, high = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return {
-        "successes": successes,
-        "trials": episodes,
-        "rate": successes / episodes,
-        "low": low,
-        "high": high,
-    }
+    return runs.success(int(terminated.sum()), episodes)
 
 
 # ---- Learning ----------------------------------------------------------------------------------------
@@ -311,9 +312,7 @@ def update(
     b_obs = {name: batch[name][when, who] for name in ("image", "state")}  # (S, ...)
     b_tokens = batch["tokens"][when, who].to(args.device)  # (S, D)
     b_advantages = advantages[when, who].to(args.device)  # (S,)
-    b_weights = (1.0 / alive.sum(dim=0).float())[who].to(
-        args.device
-    )  # (S,) 1 / |o_i|: every trajectory counts alike
+    b_weights = (1.0 / alive.sum(dim=0))[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
 
     def logprobs_of(inds: Tensor) -> tuple[Tensor, Tensor]:
         obs = {name: array[inds] for name, array in b_obs.items()}
@@ -331,39 +330,39 @@ def update(
         )
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
     logs: dict[str, list[float]] = {}
+    minibatches: list[Tensor] = []
     for _ in range(args.update_epochs):
         if args.update_every == "step":
-            minibatches = [torch.nonzero(when == t).flatten() for t in range(len(alive))]
+            minibatches += [torch.nonzero(when == t).flatten() for t in range(len(alive))]
         else:
-            minibatches = list(torch.randperm(len(when)).split(args.minibatch_size))
-        for mb_inds in minibatches:
-            newlogprob, entropy = logprobs_of(mb_inds)  # (B, D)
-            pg_loss, measured = policy_loss(
-                newlogprob, b_old[mb_inds], b_advantages[mb_inds], b_weights[mb_inds], clip_low, clip_high
-            )
-            loss = pg_loss
-            if args.kl_coef:
-                with torch.no_grad(), adapters.adapter_off(policy):
-                    reference = logprobs_of(mb_inds)[0]  # (B, D)
-                log_ref = reference - newlogprob  # (B, D)
-                loss = loss + args.kl_coef * (log_ref.exp() - 1.0 - log_ref).mean()  # k3
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                [p for p in policy.parameters() if p.requires_grad],
-                args.max_grad_norm,
-                error_if_nonfinite=True,
-            )
-            measured |= {
-                "policy_loss": pg_loss.detach(),
-                "entropy": entropy.mean().detach(),
-                "grad_norm": grad_norm,
-            }
-            for name, value in measured.items():
-                logs.setdefault(name, []).append(float(value))
-            if measured["approx_kl"] > args.target_kl:
-                break  # before the step that would go further
-            optimizer.step()
+            minibatches += torch.randperm(len(when)).split(args.minibatch_size)
+    for mb_inds in minibatches:
+        newlogprob, entropy = logprobs_of(mb_inds)  # (B, D)
+        pg_loss, measured = policy_loss(
+            newlogprob, b_old[mb_inds], b_advantages[mb_inds], b_weights[mb_inds], clip_low, clip_high
+        )
+        loss = pg_loss
+        if args.kl_coef:
+            with torch.no_grad(), adapters.adapter_off(policy):
+                reference = logprobs_of(mb_inds)[0]  # (B, D)
+            log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
+            k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
+            weight = b_weights[mb_inds] / b_weights[mb_inds].sum()  # (B,)
+            loss = loss + args.kl_coef * (weight * k3).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm, error_if_nonfinite=True)
+        measured |= {
+            "policy_loss": pg_loss.detach(),
+            "entropy": entropy.mean().detach(),
+            "grad_norm": grad_norm,
+        }
+        for name, value in measured.items():
+            logs.setdefault(name, []).append(float(value))
+        if measured["approx_kl"] > args.target_kl:
+            break  # before the step that would go further
+        optimizer.step()
     return {"ratio_first_minibatch": logs["ratio"][0]} | {
         name: float(np.mean(values)) for name, values in logs.items()
     }
@@ -385,10 +384,13 @@ def check(args: Args) -> Args:
         raise ValueError(
             f"kl_coef refers to the policy without its adapter: expected --train lora, got {args.train!r}"
         )
-    for name in ("num_groups", "num_iterations", "update_epochs", "minibatch_size", "lora_rank", "last_k",
-                 "temperature", "learning_rate", "target_kl", "max_grad_norm"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected a number above 0")
+    runs.check_numbers(args, "seed kl_coef clip_low clip_high eval_every eval_temperature", above=False)
+    runs.check_numbers(
+        args, "num_groups num_iterations update_epochs minibatch_size lora_rank last_k", above=True
+    )
+    runs.check_numbers(
+        args, "warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
+    )
     eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
     return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2, eval_temperature=eval_temperature)
 
@@ -397,12 +399,18 @@ if __name__ == "__main__":
     args = runs.parse_args(Args)
     with runs.one_line_errors():
         resume = args.resume
+        if resume and args.evaluate:
+            raise ValueError(
+                "--resume goes on with training; to evaluate, give --checkpoint RUN/checkpoints/final"
+            )
         args = check(runs.load_args(resume, Args) if resume else args)
+        runs.check_suite(args.suite)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         if policy.action_chunk != args.action_chunk:
             raise ValueError(
                 f"action_chunk is {args.action_chunk}; the policy decides {policy.action_chunk} steps"
             )
+        torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         policy = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
 
         def make_envs(num_envs: int) -> Any:
@@ -424,6 +432,7 @@ if __name__ == "__main__":
             state = runs.load_training_state(run / "checkpoints" / "latest", policy, optimizer)
         else:
             runs.write_json(run / "args.json", dataclasses.asdict(args))
+            runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
     trainable, total = count_parameters(policy)
     print(f"{run}: training {trainable:,} of {total:,} parameters; alphas {args.alpha1:g}/{args.alpha2:g}")
     writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if resume else None)
@@ -447,6 +456,7 @@ if __name__ == "__main__":
 
     if args.evaluate:
         runs.write_json(run / "result.json", {**common, "success": assess(0)})
+        writer.close()
         raise SystemExit
 
     if state["before"] is None:
@@ -473,19 +483,21 @@ if __name__ == "__main__":
         losses = update(policy, optimizer, batch, advantages, envs.instructions[0], args)
         update_s = time.perf_counter() - start
 
-        state["env_steps"] += int(batch["control_steps"])
+        state["env_steps"] += batch["control_steps"]
         state["episodes"] += envs.num_envs
         if (args.eval_every and iteration % args.eval_every == 0) or iteration == args.num_iterations:
             state["after"] = assess(iteration)
         state["wall_s"] = time.perf_counter() - started
         success_rate = float(batch["success"].float().mean())
+        step_spread = _grouped(_held(rewards, alive), args.group_size).std(dim=-1)  # (T, G)
+        running = _grouped(alive, args.group_size).any(dim=-1)  # (T, G)
         scalars = {
             "charts/rollout_success": success_rate,
             "charts/episodic_return": (rewards * alive).sum(dim=0).mean(),
             "charts/episodic_length": batch["control_steps"] / envs.num_envs,
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/zero_std_frac": (_grouped(rewards, args.group_size).std(dim=-1) < 1e-6).float().mean(),
+            "group/zero_std_frac": float((step_spread < 1e-6)[running].float().mean()),
             "group/kept_frac": (_grouped(batch["success"].float(), args.group_size).std(dim=-1) > 0)
             .float()
             .mean(),

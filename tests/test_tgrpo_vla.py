@@ -1,5 +1,6 @@
-"""TGRPO: advantages and loss by hand and against the equations; acting on a scripted environment; the script."""
+"""TGRPO: advantages and loss by hand and against the equations, acting by a script, the program."""
 
+import ctypes.util
 import json
 import math
 import os
@@ -440,7 +441,9 @@ def small_batch(lengths=(1, 3, 2, 3), seed=0):
 
 def learn(policy, batch, advantages, optimizer=None, **kwargs):
     """What ``update`` measured, and how many optimiser steps it took."""
-    args = tgrpo_vla.Args(**{"minibatch_size": 4, "max_grad_norm": 1e9, "target_kl": 1e9} | kwargs)
+    args = tgrpo_vla.Args(
+        **{"minibatch_size": 4, "max_grad_norm": 1e9, "target_kl": 1e9, "temperature": 1.0} | kwargs
+    )
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(parameters, lr=1e-3)
     steps = []
@@ -476,7 +479,7 @@ def test_update_makes_good_actions_likelier():
 
 
 def test_update_takes_the_gradient_of_equation_9():
-    """At ratio 1 the gradient is that of -1/M sum_i 1/|o_i| sum_t A_it mean_d log pi, at the policy's temperature."""
+    """At ratio 1 the gradient is that of -1/M sum_i 1/|o_i| sum_t A_it mean_d log pi, at its temperature."""
     policy, batch, lengths = small_policy(), small_batch(), (1, 3, 2, 3)
     advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     learn(
@@ -882,11 +885,14 @@ def test_a_folder_that_cannot_be_written(start, capfd, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="EGL")
-def test_without_opengl(tmp_path, reward):
-    """EGL is there but finds no driver."""
+@pytest.mark.skipif(sys.platform != "linux", reason="EGL and OSMesa are Linux's")
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_without_opengl(tmp_path, reward, backend):
+    """EGL that finds no driver, and OSMesa that is not installed."""
+    if backend == "osmesa" and ctypes.util.find_library("OSMesa"):
+        pytest.skip("OSMesa is installed")
     words = [sys.executable, str(ROOT / "tgrpo_vla.py"), *command(tmp_path / "run", reward, {})]
-    changes = {"MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
+    changes = {"MUJOCO_GL": backend, "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
     result = subprocess.run(words, env=environment(**changes), capture_output=True, text=True, timeout=300)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error:"), result.stderr

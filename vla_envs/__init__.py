@@ -3,7 +3,17 @@
 Importing this package registers ``vla_envs/LiberoObject-v0`` with Gymnasium.
 """
 
+import os
+
 from gymnasium.envs.registration import register
+
+# MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not installed;
+# vla_envs/render.py does it later, and says what is missing.
+_backend = os.environ.pop("MUJOCO_GL", None)
+import mujoco  # noqa: F401
+
+if _backend is not None:
+    os.environ["MUJOCO_GL"] = _backend
 
 from vla_envs.env import LiberoEnv
 from vla_envs.rewards import FactsReward

@@ -15,10 +15,10 @@ from typing import Any
 import h5py
 import imageio.v2 as imageio
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from vla_envs.runs import one_line_errors, parse_args
 from vla_envs.tasks import num_tasks
 from vla_envs.vector import LiberoVectorEnv
 
@@ -212,6 +212,10 @@ def main(args: Args) -> None:
         episodes: list[dict[str, NDArray[Any]]] = []
         seed = args.seed
         while len(episodes) < args.episodes:
+            if seed > args.seed + 20 * args.episodes + 100:
+                raise RuntimeError(
+                    f"the expert succeeds too seldom at task {task_id} with noise {args.noise}"
+                )
             episodes += record(envs, list(range(seed, seed + envs.num_envs)), args.noise)
             seed += envs.num_envs
         episodes = episodes[: args.episodes]
@@ -225,4 +229,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args(Args)
+    with one_line_errors():
+        main(arguments)

@@ -27,7 +27,9 @@ def _opengl_context() -> Any:
     failures = []
     for backend in (wanted,) if wanted in known else default:
         try:
-            _context = importlib.import_module(f"mujoco.{backend}").GLContext(256, 256)
+            context_type = importlib.import_module(f"mujoco.{backend}").GLContext
+            context_type._context = None  # else one that fails complains again when it is collected
+            _context = context_type(256, 256)
             _context.make_current()
             return _context
         except (

@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import tyro
+from scipy.stats import binomtest
 from torch import Tensor
 
+from vla_envs.policies import replace_folder
 from vla_envs.policies.adapters import load_optimizer_state, optimizer_state, trainable_state
+from vla_envs.tasks import BUILTIN_SUITES, nearest
 
 ArgsT = TypeVar("ArgsT")
 
@@ -43,8 +46,39 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_numbers(args: Any, names: str, above: bool) -> None:
+    """Refuse arguments that are not finite numbers above 0, or of at least 0.
+
+    Raises:
+        ValueError: Names the first that does not fit. None passes: it stands for a default.
+    """
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not (0 < value < float("inf") or (value == 0 and not above)):
+            raise ValueError(f"{name} is {value}; expected a number {'above' if above else 'of at least'} 0")
+
+
+def check_suite(suite: str) -> None:
+    """Refuse a suite that has no environment.
+
+    Raises:
+        ValueError: Names those that have one.
+    """
+    if suite not in BUILTIN_SUITES:
+        known = list(BUILTIN_SUITES)
+        raise ValueError(
+            f"suite {suite!r} has no environment; expected one of {known}{nearest(suite, known)}"
+        )
+
+
+def success(successes: int, trials: int) -> dict[str, Any]:
+    """A success rate with its Wilson interval (95 %), as ``result.json`` has it."""
+    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    return {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
 
 
 def make_run_folder(run_dir: Path | None, suite: str, task_id: int, script: str, seed: int) -> Path:
@@ -92,12 +126,7 @@ def save_training_state(
     moments = {name: value.detach().cpu().clone() for name, value in optimizer_state(optimizer).items()}
     safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
     write_json(partial / "counters.json", counters)
-    previous = folder.with_name(folder.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    replace_folder(partial, folder)
 
 
 def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -112,15 +141,20 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
         raise ValueError(
             f"{str(folder.parent)!r} holds no training state; expected the folder of a run to resume"
         )
-    trained: dict[str, Tensor] = safetensors.torch.load_file(folder / "trained.safetensors")
+    try:
+        trained: dict[str, Tensor] = safetensors.torch.load_file(folder / "trained.safetensors")
+        moments = safetensors.torch.load_file(folder / "optimizer.safetensors")
+        counters = json.loads((folder / "counters.json").read_text())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"the training state {str(folder)!r} is damaged: {error}") from None
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    if trained.keys() != parameters.keys():
+    if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in parameters.items()}:
         raise ValueError(f"{str(folder)!r} is of another policy or another trainable set")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trained[name])
-    load_optimizer_state(optimizer, safetensors.torch.load_file(folder / "optimizer.safetensors"))
-    return json.loads((folder / "counters.json").read_text())
+    load_optimizer_state(optimizer, moments)
+    return counters
 
 
 def load_args(run: Path, args_type: type[ArgsT]) -> ArgsT:
@@ -131,7 +165,11 @@ def load_args(run: Path, args_type: type[ArgsT]) -> ArgsT:
     """
     if not (run / "args.json").is_file():
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json")
-    stored = json.loads((run / "args.json").read_text())
+    try:
+        stored = json.loads((run / "args.json").read_text())
+        stored.items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{str(run / 'args.json')!r} is damaged: {error}") from None
     known = {field.name: field for field in dataclasses.fields(args_type)}  # type: ignore[arg-type]
     paths = {name for name, field in known.items() if "Path" in str(field.type)}
     values = {

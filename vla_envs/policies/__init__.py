@@ -5,6 +5,7 @@ A checkpoint is a folder with ``config.json`` and ``model.safetensors``: numbers
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,9 +76,25 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
         policy = new_policy(name, config)
         policy.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(folder)!r} is no checkpoint of {name!r}: {reason}") from error
-    return policy.to(device)
+    broken = [name for name, p in policy.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise ValueError(f"checkpoint {str(folder)!r} has numbers that are not finite in {broken[0]}")
+    try:
+        return policy.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give ``partial`` the name ``folder``; what was there stays, as ``*.previous``, until that is done."""
+    previous = folder.with_name(folder.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def save_policy(policy: Any, name: str, folder: Path) -> None:
@@ -87,19 +104,10 @@ def save_policy(policy: Any, name: str, folder: Path) -> None:
     (partial / "config.json").write_text(json.dumps({"policy": name, **policy.describe()}, indent=2) + "\n")
     tensors = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
     safetensors.torch.save_file(tensors, partial / "model.safetensors")
-    if folder.exists():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    partial.rename(folder)
+    replace_folder(partial, folder)
 
 
 def count_parameters(policy: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters."""
     counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in policy.parameters()]
     return sum(c[0] for c in counts), sum(c[1] for c in counts)
-
-
-def finite(policy: nn.Module) -> bool:
-    """Whether every parameter is finite."""
-    return all(bool(torch.isfinite(p).all()) for p in policy.parameters())

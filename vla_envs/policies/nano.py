@@ -39,6 +39,12 @@ class NanoConfig:
     max_words: int = 16
     vocabulary: int = 512  # words are hashed into this many embeddings
 
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.image_size % 16:
+            raise ValueError(
+                f"width {self.width} must divide by heads {self.heads}, image_size {self.image_size} by 16"
+            )
+
 
 def tokenize(instruction: str, config: NanoConfig) -> list[int]:
     """Word numbers of an instruction, padded with 0 to ``max_words``; equal words get equal numbers."""

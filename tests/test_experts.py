@@ -1,0 +1,152 @@
+"""The scripted expert: it succeeds, here and in LIBERO's own environment, and its demonstrations replay."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from vla_envs import experts
+from vla_envs.experts import ScriptedExpert
+from vla_envs.tasks import get_task, recorded_init_states
+
+STILL = [0, 0, 0, 0, 0, 0, -1.0]
+
+
+def episode(envs, expert, after_step=lambda actions: None):
+    """Act until every environment has finished."""
+    while not envs.unwrapped.frozen.all():
+        actions, _ = expert()
+        envs.step(actions)
+        after_step(actions)
+    return envs.unwrapped._terminated
+
+
+def test_it_succeeds_on_recorded_states(make_vec):
+    envs = make_vec(4)
+    envs.reset(options={"init_state_id": [0, 13, 26, 39]})
+    assert episode(envs, ScriptedExpert(envs.unwrapped)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task_id", range(10))
+def test_it_succeeds_on_all_recorded_states(make_vec, task_id):
+    envs = make_vec(50, task_id=task_id)
+    envs.reset(options={"init_state_id": list(range(50))})
+    assert episode(envs, ScriptedExpert(envs.unwrapped)).sum() >= 48
+
+
+@pytest.mark.parametrize("task_id", range(10))
+def test_it_succeeds_in_liberos_environment(libero_env, make_vec, task_id):
+    """Its actions, replayed as they are made, succeed there too, at the same control step."""
+    env, envs = libero_env(task_id), make_vec(1, task_id=task_id)
+    state_id = 2 * task_id
+    env.set_init_state(recorded_init_states(get_task("LiberoObject", task_id))[state_id])
+    for _ in range(10):
+        env.step(STILL)
+    envs.reset(options={"init_state_id": state_id})
+    flags = []
+
+    def compare(actions):
+        env.step(actions[0])
+        flags.append((bool(env.check_success()), bool(envs.unwrapped._terminated[0])))
+
+    episode(envs, ScriptedExpert(envs.unwrapped), compare)
+    assert flags == [(False, False)] * (len(flags) - 1) + [(True, True)] and len(flags) > 30
+
+
+def test_noise_is_on_the_motion_and_follows_the_seed(make_vec):
+    envs = make_vec(3).unwrapped
+    envs.reset(seed=[0, 0, 0])
+    quiet, intended = ScriptedExpert(envs)()
+    assert np.array_equal(quiet, intended) and np.abs(quiet).max() <= 1
+    noisy, labels = ScriptedExpert(envs, noise=0.3, seed=1)()
+    assert np.array_equal(labels, intended)
+    assert np.array_equal(noisy[:, 6], intended[:, 6]) and (noisy[:, :6] != intended[:, :6]).any(axis=1).all()
+    assert not np.array_equal(noisy[0], noisy[1])  # each environment its own
+    assert np.array_equal(ScriptedExpert(envs, noise=0.3, seed=1)()[0], noisy)
+    assert not np.array_equal(ScriptedExpert(envs, noise=0.3, seed=2)()[0], noisy)
+    wild = ScriptedExpert(envs, noise=50.0)()[0]
+    assert np.abs(wild).max() == 1  # kept in range
+
+
+def test_it_acts_every_control_step(make_vec):
+    with pytest.raises(ValueError, match=r"action_chunk=1, got 8"):
+        ScriptedExpert(make_vec(1, action_chunk=8).unwrapped)
+
+
+# ---- Demonstrations ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """The file that the program writes: two noisy demonstrations of the ketchup task."""
+    folder = tmp_path_factory.mktemp("demos") / "deeper"
+    experts.main(experts.Args(out=folder, task_ids=(4,), episodes=2, image_size=32, noise=0.3, videos=True))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"LiberoObject_4_demo.hdf5", "LiberoObject_4.mp4"}
+    with h5py.File(folder / "LiberoObject_4_demo.hdf5") as file:
+        yield file["data"]
+
+
+def test_the_layout_is_liberos(demos):
+    """What ``libero/lifelong/datasets.py`` and the converters of others read."""
+    assert set(demos) == {"demo_0", "demo_1"}
+    info = json.loads(demos.attrs["problem_info"])
+    assert info["language_instruction"] == "pick up the ketchup and place it in the basket"
+    assert demos.attrs["num_demos"] == 2
+    lengths = []
+    for demo in demos.values():
+        length = demo.attrs["num_samples"]
+        lengths.append(length)
+        shapes = {
+            "actions": (7,), "expert_actions": (7,), "rewards": (), "dones": (),
+            "obs/agentview_rgb": (32, 32, 3), "obs/ee_states": (6,),
+            "obs/ee_pos": (3,), "obs/ee_ori": (3,), "obs/gripper_states": (2,),
+        }  # fmt: skip
+        assert {name: demo[name].shape for name in shapes} == {n: (length, *s) for n, s in shapes.items()}
+        assert demo["obs/agentview_rgb"].dtype == np.uint8
+        assert demo["dones"][:].tolist() == demo["rewards"][:].tolist() == [0] * (length - 1) + [1]
+        assert np.abs(demo["actions"][:]).max() <= 1
+        motion = np.abs(demo["actions"][:] - demo["expert_actions"][:])[:, :6]
+        assert 0.05 < motion.mean() < 0.5  # the executed ones carry the noise
+        position, turn = demo["obs/ee_pos"][:], demo["obs/ee_ori"][:]
+        np.testing.assert_array_equal(np.hstack([position, turn]), demo["obs/ee_states"][:])
+    assert demos.attrs["total"] == sum(lengths) and min(lengths) > 30
+
+
+def test_a_demonstration_replays(demos, make_vec):
+    """From its seed the recorded actions give the recorded pictures and states, and succeed at the last."""
+    envs = make_vec(1, image_size=32)
+    found = []
+    for demo in demos.values():
+        actions, stored = demo["actions"][:], demo["obs/agentview_rgb"][:]
+        for seed in range(4):  # of the first ones that were tried, those that succeeded
+            obs, _ = envs.reset(seed=[seed])
+            if np.array_equal(np.rot90(obs["image"][0], 2), stored[0]):
+                break
+        found.append(seed)
+        for t, action in enumerate(actions):
+            assert np.array_equal(np.rot90(obs["image"][0], 2), stored[t]), t
+            assert np.array_equal(obs["state"][0, :6], demo["obs/ee_states"][t])
+            assert np.array_equal(obs["state"][0, 6:], demo["obs/gripper_states"][t])
+            obs, _, terminated, _, _ = envs.step(action[None])
+            assert terminated[0] == (t == len(actions) - 1)
+    assert len(set(found)) == 2
+
+
+def test_the_script_reads_what_the_expert_writes(demos):
+    import sft_vla
+
+    samples = sft_vla.load_demonstrations(Path(demos.file.filename), 2, chunk=8)
+    first = demos["demo_0"]
+    np.testing.assert_array_equal(samples["actions"][0], first["expert_actions"][:8])
+    np.testing.assert_array_equal(samples["image"][5], np.rot90(first["obs/agentview_rgb"][5], 2))
+    assert len(samples["image"]) == demos.attrs["total"]
+
+
+def test_failures_are_not_demonstrations(make_vec):
+    """Twenty control steps are too few to succeed."""
+    envs = make_vec(2, max_episode_steps=20).unwrapped
+    assert experts.record(envs, [0, 1], noise=0.0) == []
