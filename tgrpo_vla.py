@@ -47,18 +47,8 @@ from vla_envs import runs
 from vla_envs.policies import adapters, count_parameters, load_policy, save_policy
 
 # The paper's pairs for LIBERO-Object's tasks, by --task-id (its tasks 1 to 10); 0.3, 0.7 elsewhere.
-PAPER_ALPHAS = [
-    (10, 1),
-    (1, 0.1),
-    (10, 5),
-    (0.35, 0.65),
-    (0.3, 0.7),
-    (0.3, 0.7),
-    (10, 1),
-    (10, 1),
-    (0.3, 0.7),
-    (0.3, 0.7),
-]
+PAPER_ALPHA1 = (10.0, 1.0, 10.0, 0.35, 0.3, 0.3, 10.0, 10.0, 0.3, 0.3)
+PAPER_ALPHA2 = (1.0, 0.1, 5.0, 0.65, 0.7, 0.7, 1.0, 1.0, 0.7, 0.7)
 
 
 @dataclass
@@ -275,11 +265,9 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Ar
     return batch
 
 
-def evaluate(
-    envs: Any, policy: Any, episodes: int, temperature: float, video: Path | None = None
-) -> dict[str, Any]:
+def evaluate(envs: Any, policy: Any, episodes: int, temperature: float, video: Path) -> dict[str, Any]:
     """Success on recorded init states 0 to ``episodes`` - 1, with its Wilson interval (95 %)."""
-    obs, _ = envs.reset(options={"init_state_id": [i % 50 for i in range(episodes)]})
+    obs, _ = envs.reset(options={"init_state_id": list(range(episodes))})
     frames = [obs["image"][:4]]
     while not envs.unwrapped.frozen.all():
         acting = np.flatnonzero(~envs.unwrapped.frozen)
@@ -289,9 +277,8 @@ def evaluate(
         actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
         obs, _, terminated, _, _ = envs.step(actions)
         frames.append(obs["image"][:4])
-    if video is not None:
-        strips = [np.concatenate(list(frame), axis=1) for frame in frames]  # four episodes side by side
-        imageio.mimwrite(video, strips, fps=5, macro_block_size=8)
+    strips = [np.concatenate(list(frame), axis=1) for frame in frames]  # four episodes side by side
+    imageio.mimwrite(video, strips, fps=5, macro_block_size=8)
     return runs.success(int(terminated.sum()), episodes)
 
 
@@ -299,12 +286,7 @@ def evaluate(
 
 
 def update(
-    policy: Any,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Any],
-    advantages: Tensor,
-    instruction: str,
-    args: Args,
+    policy: Any, optimizer: Any, batch: dict[str, Any], advantages: Tensor, instruction: str, args: Args
 ) -> dict[str, float]:
     """Maximise equation 9 on one batch; the means of what was measured on the way."""
     alive = batch["alive"].bool()  # (T, N)
@@ -370,10 +352,10 @@ def update(
 
 def check(args: Args) -> Args:
     """Fill in the alphas; a ValueError says which argument does not fit, and what was expected."""
-    paper = args.suite == "LiberoObject" and 0 <= args.task_id < len(PAPER_ALPHAS)
-    defaults = PAPER_ALPHAS[args.task_id] if paper else (0.3, 0.7)
-    given = (args.alpha1, args.alpha2)
-    alpha1, alpha2 = (float(d) if g is None else g for g, d in zip(given, defaults))
+    paper = args.suite == "LiberoObject" and 0 <= args.task_id < len(PAPER_ALPHA1)
+    defaults = (PAPER_ALPHA1[args.task_id], PAPER_ALPHA2[args.task_id]) if paper else (0.3, 0.7)
+    alpha1 = defaults[0] if args.alpha1 is None else args.alpha1
+    alpha2 = defaults[1] if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all():
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
     if args.group_size < 2:
@@ -382,7 +364,7 @@ def check(args: Args) -> Args:
         raise ValueError(f"eval_episodes is {args.eval_episodes}; expected 1 to 50, the recorded init states")
     if args.kl_coef and args.train != "lora":
         raise ValueError(
-            f"kl_coef refers to the policy without its adapter: expected --train lora, got {args.train!r}"
+            f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
         )
     runs.check_numbers(args, "seed kl_coef clip_low clip_high eval_every eval_temperature", above=False)
     runs.check_numbers(
@@ -400,16 +382,12 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         resume = args.resume
         if resume and args.evaluate:
-            raise ValueError(
-                "--resume goes on with training; to evaluate, give --checkpoint RUN/checkpoints/final"
-            )
+            raise ValueError("--resume trains on; to evaluate, give --checkpoint RUN/checkpoints/final")
         args = check(runs.load_args(resume, Args) if resume else args)
         runs.check_suite(args.suite)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         if policy.action_chunk != args.action_chunk:
-            raise ValueError(
-                f"action_chunk is {args.action_chunk}; the policy decides {policy.action_chunk} steps"
-            )
+            raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         policy = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
 
@@ -432,7 +410,8 @@ if __name__ == "__main__":
             state = runs.load_training_state(run / "checkpoints" / "latest", policy, optimizer)
         else:
             runs.write_json(run / "args.json", dataclasses.asdict(args))
-            runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
+            if not args.evaluate:
+                runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
     trainable, total = count_parameters(policy)
     print(f"{run}: training {trainable:,} of {total:,} parameters; alphas {args.alpha1:g}/{args.alpha2:g}")
     writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if resume else None)

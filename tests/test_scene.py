@@ -22,11 +22,11 @@ def reload():
     """``load_scene`` as a new process would call it."""
 
     def reload(*args):
-        load_scene.cache_clear()
+        vla_envs.scene._load.cache_clear()
         return load_scene(*args)
 
     yield reload
-    load_scene.cache_clear()
+    vla_envs.scene._load.cache_clear()
 
 
 @pytest.fixture

@@ -67,9 +67,9 @@ def test_reading_init_states_runs_no_code(tmp_path):
     [
         ("LiberoObjects", 0, ["'LiberoObjects'", "did you mean 'LiberoObject'"]),
         ("libero_goal", 0, ["'libero_goal'", "LiberoGoal"]),
-        ("LiberoObject", 10, ["10", "0 to 9", "nearest is 9"]),
-        ("Libero90", 90, ["90", "0 to 89", "nearest is 89"]),
-        ("LiberoObject", -1, ["-1", "0 to 9", "nearest is 0"]),
+        ("LiberoObject", 10, ["10", "0 to 9", "nearest 9"]),
+        ("Libero90", 90, ["90", "0 to 89", "nearest 89"]),
+        ("LiberoObject", -1, ["-1", "0 to 9", "nearest 0"]),
         ("LiberoObject", True, ["True", "int"]),
         ("LiberoObject", "4", ["'4'", "int"]),
         ("LiberoObject", 1.0, ["1.0", "int"]),

@@ -503,8 +503,8 @@ def test_step_before_reset(make_vec):
     ("arguments", "words"),
     [
         ({"suite": "LiberoObjekt"}, ["'LiberoObjekt'", "did you mean 'LiberoObject'"]),
-        ({"task_id": 10}, ["10", "0 to 9", "nearest is 9"]),
-        ({"task_id": -1}, ["-1", "0 to 9", "nearest is 0"]),
+        ({"task_id": 10}, ["10", "0 to 9", "nearest 9"]),
+        ({"task_id": -1}, ["-1", "0 to 9", "nearest 0"]),
         ({"task_id": [0, 1, 2]}, ["3 entries", "2"]),
         ({"task_id": [0, 10]}, ["10", "0 to 9"]),
         ({"task_id": 1.0}, ["1.0", "int"]),
