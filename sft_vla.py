@@ -6,7 +6,7 @@ past the end). Demonstrations are read in the layout of LIBERO's HDF5 data sets,
 writes them; where ``expert_actions`` is there (the expert's actions without its noise), it is imitated.
 
     python -m vla_envs.experts --out demos
-    python sft_vla.py --demos demos --episodes 8 8 8 8 8 8 8 8 5 8
+    python sft_vla.py --demos demos
     python sft_vla.py --demos demos --task-ids 4 --episodes 24
 """
 
