@@ -155,9 +155,7 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
 def _standardize(x: Tensor, group_size: int) -> Tensor:
     """(x - mean) / std over the members of each group (std with n - 1); 0 where the std is below 1e-6."""
     groups = _grouped(x.double(), group_size)  # (..., G, K)
-    groups = (
-        groups - groups[..., :1]
-    )  # (..., G, K) equal members are exactly 0, whatever the rounding of a mean
+    groups = groups - groups[..., :1]  # (..., G, K): equal members are exactly 0, however a mean rounds
     std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
     scores = (groups - groups.mean(dim=-1, keepdim=True)) / std.clamp(min=1e-6)  # (..., G, K)
     return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
@@ -333,7 +331,7 @@ def update(
             loss = loss + args.kl_coef * (weight * k3).sum()
         optimizer.zero_grad()
         loss.backward()
-        trained = [p for p in policy.parameters() if p.requires_grad]
+        trained = optimizer.param_groups[0]["params"]
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm, error_if_nonfinite=True)
         measured |= {
             "policy_loss": pg_loss.detach(),
@@ -403,8 +401,8 @@ if __name__ == "__main__":
         envs = None if args.evaluate else make_envs(args.num_groups * args.group_size)
         run = resume or runs.make_run_folder(args.run_dir, args.suite, args.task_id, "tgrpo_vla", args.seed)
 
-        parameters = [p for p in policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
         state: dict[str, Any] = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None}
         if resume:
             state = runs.load_training_state(run / "checkpoints" / "latest", policy, optimizer)
@@ -452,8 +450,9 @@ if __name__ == "__main__":
 
         start = time.perf_counter()
         rewards, alive = batch["rewards"], batch["alive"]  # (T, N)
-        advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, args.alpha2)  # (T, N)
-        if args.return_mode == "mean":
+        if args.return_mode == "sum":
+            advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, args.alpha2)  # (T, N)
+        else:
             means = rewards / alive.sum(dim=0)  # (T, N): their sum is the mean reward
             advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, 0.0)  # (T, N)
             advantages += tgrpo_advantages(means, alive, args.group_size, 0.0, args.alpha2)  # (T, N)
