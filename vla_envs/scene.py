@@ -291,7 +291,7 @@ def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
 
     ((predicate, object_name, region_name),) = env.parsed_problem["goal_state"]
     if predicate != "in":
-        raise NotImplementedError(f"the goal predicate {predicate!r} of {task.name} is not supported")
+        raise ValueError(f"{task.name} has the goal predicate {predicate!r}; expected 'in'")
     placements = []
     for sampler in env.placement_initializer.samplers.values():
         (item,) = sampler.mujoco_objects
