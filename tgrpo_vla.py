@@ -4,16 +4,16 @@ A group is K environments that start from the same scene. Its members are compar
 by the reward of the moment (step term) and by the reward of the whole trajectory (trajectory term).
 
 Symbols: G groups, K members a group, N = G*K environments (environment i is in group i // K), T decision
-steps (one executes C control steps), D action tokens a decision, B samples of a minibatch. Arrays are
-time-major, (T, N). alive[t, i]: environment i had not finished before decision t.
+steps (one executes C control steps), D action tokens a decision, S samples (decisions of those alive), B of
+them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finished before decision t.
 
     equation 6   S_it = (R_it - mean_i R_it) / std_i R_it     step_advantages
-    equation 7   T_i  = the same of the total rewards R_i      trajectory_advantages
-    equation 8   Adv_it = alpha1 * S_it + alpha2 * T_i         tgrpo_advantages
-    equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)             policy_loss
+    equation 7   T_i  = the same of the total rewards R_i     trajectory_advantages
+    equation 8   Adv_it = alpha1 * S_it + alpha2 * T_i        tgrpo_advantages
+    equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)            policy_loss, update
 
 Where we depart from the paper, or it is silent (a flag restores the paper's letter):
- 1. Every environment runs to its own end and is masked afterwards (--stop group: all stop at a success).
+ 1. Every environment runs to its own end (--stop group: what follows a member's success is masked).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
     (--ratio-level action: one a decision).
  3. One epoch of minibatches over the whole batch (--update-every step: Algorithm 1's update a decision step).
@@ -22,7 +22,8 @@ Where we depart from the paper, or it is silent (a flag restores the paper's let
  6. The policy decides a chunk of C control steps at once; the step reward is that of the chunk's last one.
  7. Several groups a batch, each on its own scene, drawn from LIBERO's regions; evaluation is on the 50
     recorded init states, which training never sees.
- 8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up.
+ 8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
+    falls linearly to 0.
 
     python tgrpo_vla.py --task-id 4 --alpha1 0.3 --alpha2 0.7
     python tgrpo_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
@@ -35,7 +36,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs import runs
-from vla_envs.policies import adapters, count_parameters, load_policy, save_policy
+from vla_envs import evaluation, runs
+from vla_envs.policies import adapters, count_parameters, load_policy
 
 # The paper's pairs for LIBERO-Object's tasks, by --task-id (its tasks 1 to 10); 0.3, 0.7 elsewhere.
 PAPER_ALPHA1 = (10.0, 1.0, 10.0, 0.35, 0.3, 0.3, 10.0, 10.0, 0.3, 0.3)
@@ -57,17 +57,21 @@ class Args:
     seed: int = 1
     """Seed of everything: the same seed gives the same run"""
     run_dir: Path | None = None
-    """Folder of this run [runs/<suite>_<task id>__tgrpo_vla__<seed>__<time>]"""
+    """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
     """Folder of a stopped run to go on with, with its own arguments"""
     evaluate: bool = False
-    """Only evaluate --checkpoint"""
-    eval_every: int = 7
+    """Only evaluate --checkpoint, greedy and sampled"""
+    compare: Path | None = None
+    """With --evaluate: a second checkpoint, compared with the first state by state"""
+    protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
+    """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
+    eval_every: int = 5
     """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
-    eval_episodes: int = 50
-    """Episodes of an evaluation: recorded init states 0, 1, ... (50 are recorded)"""
+    eval_episodes: int | None = None
+    """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
-    """Sampling temperature of evaluations; 0 is greedy [--temperature]"""
+    """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
     device: str = "cpu"
     """Where the policy runs: cpu, cuda, cuda:1, ..."""
 
@@ -76,8 +80,6 @@ class Args:
     """LIBERO suite"""
     task_id: int = 4
     """Task in the suite, from 0"""
-    reward: str = "multi_stage"
-    """multi_stage, binary, or path/to/file.py:function"""
     assets: str = "builtin"
     """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     max_episode_steps: int = 200
@@ -102,62 +104,69 @@ class Args:
     """Divides the logits, in rollout and update alike"""
 
     # ---- Algorithm ----
+    reward: str = "multi_stage"
+    """multi_stage, binary, or path/to/file.py:function"""
     alpha1: float | None = None
     """Weight of the step term [the paper's for this task; 0.3 elsewhere]"""
     alpha2: float | None = None
     """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere]"""
-    num_iterations: int = 28
+    return_mode: Literal["sum", "mean"] = "sum"
+    """A trajectory's reward: the sum over its steps, or their mean"""
+    stop: Literal["each", "group"] = "each"
+    """each: every environment runs to its own end; group: all stop at a member's success"""
+    update_every: Literal["batch", "step"] = "batch"
+    """batch: minibatches of the whole batch; step: one update a decision step"""
+    clip: bool = True
+    """Clip the ratio; --no-clip is the paper's version 1"""
+    num_iterations: int = 20
     """Iterations of collecting and updating"""
+    total_env_steps: int | None = None
+    """Control steps of training: the iteration that reaches them is the last [no limit]"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
     """Members a group (K)"""
     learning_rate: float = 7e-4
-    """AdamW's learning rate"""
+    """AdamW's greatest learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""
     update_epochs: int = 1
     """Passes over a batch"""
     minibatch_size: int = 256
-    """Decisions an optimiser step"""
+    """Decisions an optimiser step (B)"""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - this"""
     clip_high: float = 0.28
     """The ratio is clipped at 1 + this"""
-    clip: bool = True
-    """Clip the ratio; --no-clip is the paper's version 1"""
+    ratio_level: Literal["token", "action"] = "token"
+    """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
-    """Weight of the k3 KL divergence from the starting policy (beta)"""
+    """Weight of the k3 KL divergence from the policy with its adapter off (beta)"""
     target_kl: float = 0.05
     """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
-    stop: Literal["each", "group"] = "each"
-    """each: every environment runs to its own end; group: all stop at a member's success"""
-    update_every: Literal["batch", "step"] = "batch"
-    """batch: minibatches of the whole batch; step: one update a decision step"""
-    return_mode: Literal["sum", "mean"] = "sum"
-    """A trajectory's reward: the sum over its steps, or their mean"""
-    ratio_level: Literal["token", "action"] = "token"
-    """One ratio a token, or one for the whole decision"""
 
 
 # ---- Advantages and loss: pure functions of tensors --------------------------------------------------
 
 
-def _grouped(x: Tensor, group_size: int) -> Tensor:
-    """(..., N) as (..., G, K)."""
-    if group_size < 2 or x.shape[-1] % group_size:
-        raise ValueError(f"{x.shape[-1]} environments do not divide into groups of {group_size} (at least 2)")
-    return x.unflatten(-1, (-1, group_size))
+def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """(R - mean) / (std + eps) over the members of each group (std with n - 1), float32.
 
-
-def _standardize(x: Tensor, group_size: int) -> Tensor:
-    """(x - mean) / std over the members of each group (std with n - 1); 0 where the std is below 1e-6."""
-    groups = _grouped(x.double(), group_size)  # (..., G, K)
+    Args:
+        returns: (..., N).
+        group_size: K, which has to divide N.
+        eps: Added to the standard deviation; a group whose own is below 1e-6 gives exactly 0.
+    """
+    if group_size < 2 or returns.shape[-1] % group_size:
+        raise ValueError(
+            f"{returns.shape[-1]} environments do not divide into groups of {group_size} (at least 2)"
+        )
+    groups = returns.double().unflatten(-1, (-1, group_size))  # (..., G, K)
     groups = groups - groups[..., :1]  # (..., G, K): equal members are exactly 0, however a mean rounds
     std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
-    scores = (groups - groups.mean(dim=-1, keepdim=True)) / std.clamp(min=1e-6)  # (..., G, K)
+    scores = (groups - groups.mean(dim=-1, keepdim=True)) / (std + eps).clamp(min=1e-6)  # (..., G, K)
     return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
 
 
@@ -169,9 +178,14 @@ def _held(rewards: Tensor, alive: Tensor) -> Tensor:
     return held
 
 
-def trajectory_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
-    """Equation 7, (N,): total rewards of (T, N), standardised within groups."""
-    return _standardize((rewards.double() * alive).sum(dim=0), group_size)  # (N,)
+def trajectory_advantages(
+    rewards: Tensor, alive: Tensor, group_size: int, return_mode: str = "sum"
+) -> Tensor:
+    """Equation 7, (N,): total rewards of (T, N), or means over the steps, standardised within groups."""
+    returns = (rewards.double() * alive).sum(dim=0)  # (N,)
+    if return_mode == "mean":
+        returns = returns / alive.sum(dim=0)  # (N,)
+    return group_advantages(returns, group_size, eps=0.0)  # (N,)
 
 
 def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
@@ -179,13 +193,15 @@ def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
 
     A finished member keeps its last reward in the statistics; its own advantage is then 0.
     """
-    return _standardize(_held(rewards, alive), group_size) * alive  # (T, N)
+    return group_advantages(_held(rewards, alive), group_size, eps=0.0) * alive  # (T, N)
 
 
-def tgrpo_advantages(rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float) -> Tensor:
+def tgrpo_advantages(
+    rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float, return_mode: str = "sum"
+) -> Tensor:
     """Equation 8, (T, N); 0 where not alive."""
     step = step_advantages(rewards, alive, group_size)  # (T, N)
-    trajectory = trajectory_advantages(rewards, alive, group_size)  # (N,)
+    trajectory = trajectory_advantages(rewards, alive, group_size, return_mode)  # (N,)
     return (alpha1 * step + alpha2 * trajectory) * alive  # (T, N)
 
 
@@ -226,113 +242,148 @@ def policy_loss(
 # ---- Acting ------------------------------------------------------------------------------------------
 
 
-def rollout(envs: Any, policy: Any, seeds: np.ndarray, group_size: int, args: Args) -> dict[str, Any]:
-    """Play one episode in every environment, from the scenes of ``seeds`` (N,); arrays are (T, N, ...)."""
+def make_envs(num_envs: int, task_id: int, reward: str, args: Any, **settings: Any) -> Any:
+    """Environments of one task, as in training unless ``settings`` say otherwise."""
+    return gym.make_vec(
+        f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
+        action_chunk=args.action_chunk, num_threads=args.num_threads,
+        **{"max_episode_steps": args.max_episode_steps, **settings},
+    )  # fmt: skip
+
+
+def act(
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
+    seen = {name: array[acting] for name, array in obs.items()}
+    chunk, some_tokens, some_logprobs = policy.sample(
+        seen, [envs.instructions[i] for i in acting], temperature
+    )  # (A, C, 7), (A, D), (A, D)
+    actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
+    actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
+    tokens = torch.zeros((envs.num_envs, *some_tokens.shape[1:]), dtype=some_tokens.dtype)  # (N, D)
+    tokens[torch.from_numpy(acting)] = some_tokens.cpu()
+    logprobs = torch.zeros((envs.num_envs, some_logprobs.shape[1]))  # (N, D)
+    logprobs[torch.from_numpy(acting)] = some_logprobs.float().cpu()
+    return actions, tokens, logprobs
+
+
+def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
+    """Play one episode in every environment, from the scenes of ``seeds`` (N,).
+
+    Returns:
+        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
+        success; last, the observation after the end; instructions; policy_s, seconds of deciding.
+    """
     obs, _ = envs.reset(seed=[int(s) for s in seeds])
     alive = np.ones(envs.num_envs, bool)  # (N,)
-    success = np.zeros(envs.num_envs, bool)  # (N,)
-    steps: dict[str, list[Any]] = {name: [] for name in ("image", "state", "tokens", "rewards", "alive")}
-    policy_s, control_steps = 0.0, 0
+    decisions: list[dict[str, Any]] = []
+    policy_s = 0.0
     while alive.any():
         start = time.perf_counter()
-        acting = np.flatnonzero(alive)  # finished environments leave the batch
-        seen = {name: array[acting] for name, array in obs.items()}
-        chunk, tokens, _ = policy.sample(seen, [envs.instructions[i] for i in acting], args.temperature)
-        actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
-        actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
-        all_tokens = torch.zeros((envs.num_envs, tokens.shape[1]), dtype=tokens.dtype)  # (N, D)
-        all_tokens[torch.from_numpy(acting)] = tokens.cpu()
+        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
         policy_s += time.perf_counter() - start
-        steps["image"].append(obs["image"])
-        steps["state"].append(obs["state"])
-        steps["tokens"].append(all_tokens)
-        steps["alive"].append(alive.copy())
-        before = envs.steps  # (N,)
-        obs, reward, terminated, truncated, _ = envs.step(actions)
-        control_steps += int((envs.steps - before)[acting].sum())
-        steps["rewards"].append(np.where(alive, reward, 0.0))
-        success |= terminated & alive
-        alive = alive & ~terminated & ~truncated
-        if args.stop == "group":  # the paper's Algorithm 1
-            alive &= ~np.repeat(success.reshape(-1, group_size).any(axis=1), group_size)
-    batch = {name: torch.as_tensor(np.stack(steps[name])) for name in ("image", "state", "rewards", "alive")}
-    batch["rewards"] = batch["rewards"].float()  # (T, N)
-    batch["tokens"] = torch.stack(steps["tokens"])  # (T, N, D)
-    batch["success"] = torch.from_numpy(success)  # (N,)
-    batch["policy_s"], batch["control_steps"] = policy_s, control_steps
+        steps = envs.steps  # (N,)
+        next_obs, reward, terminated, truncated, _ = envs.step(actions)
+        decisions.append({
+            "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
+            "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
+            "steps": np.where(alive, envs.steps - steps, 0),
+        })  # fmt: skip
+        alive = alive & ~terminated & ~truncated  # finished environments leave the batch
+        obs = next_obs
+    batch: dict[str, Any] = {
+        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])  # (T, N, ...)
+        for name in decisions[0]
+    }
+    batch["success"] = torch.from_numpy(terminated.copy())  # (N,)
+    batch["last"] = {name: torch.as_tensor(array) for name, array in obs.items()}  # (N, ...)
+    batch["instructions"] = list(envs.instructions)
+    batch["policy_s"] = policy_s
     return batch
 
 
-def evaluate(envs: Any, policy: Any, episodes: int, temperature: float, video: Path) -> dict[str, Any]:
-    """Success on recorded init states 0 to ``episodes`` - 1, with its Wilson interval (95 %)."""
-    obs, _ = envs.reset(options={"init_state_id": list(range(episodes))})
-    frames = [obs["image"][:4]]
-    while not envs.unwrapped.frozen.all():
-        acting = np.flatnonzero(~envs.unwrapped.frozen)
-        seen = {name: array[acting] for name, array in obs.items()}
-        chunk, _, _ = policy.sample(seen, [envs.instructions[i] for i in acting], temperature)
-        actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
-        actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
-        obs, _, terminated, _, _ = envs.step(actions)
-        frames.append(obs["image"][:4])
-    strips = [np.concatenate(list(frame), axis=1) for frame in frames]  # four episodes side by side
-    imageio.mimwrite(video, strips, fps=5, macro_block_size=8)
-    return runs.success(int(terminated.sum()), episodes)
+def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
+    """Play recorded init states 0, 1, ..., one an environment; which of them succeeded, (N,) bool."""
+    torch.manual_seed(args.seed)
+    policy.eval()
+    obs, _ = envs.reset(options={"init_state_id": list(range(envs.num_envs))})
+    frames = [evaluation.film(obs["image"])]
+    while not (frozen := envs.unwrapped.frozen).all():
+        seen = evaluation.seen(obs, args.protocol)
+        actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
+        obs, _, success, _, _ = envs.step(actions)
+        frames.append(evaluation.film(obs["image"]))
+    evaluation.write_video(video, frames, success)
+    return success
+
+
+def stop_groups(batch: dict[str, Any], group_size: int) -> dict[str, Any]:
+    """The batch as if every group had stopped at its first success, as in the paper's Algorithm 1."""
+    ends = batch["alive"].sum(dim=0)  # (N,) decisions until each member's own end
+    first = torch.where(batch["success"], ends, len(batch["alive"])).view(-1, group_size).amin(dim=1)  # (G,)
+    first = first.repeat_interleave(group_size)  # (N,)
+    before = torch.arange(len(batch["alive"])).unsqueeze(1) < first  # (T, N)
+    return batch | {"alive": batch["alive"] & before, "success": batch["success"] & (ends <= first)}
 
 
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
-def update(
-    policy: Any, optimizer: Any, batch: dict[str, Any], advantages: Tensor, instruction: str, args: Args
-) -> dict[str, float]:
-    """Maximise equation 9 on one batch; the means of what was measured on the way."""
-    alive = batch["alive"].bool()  # (T, N)
-    when, who = torch.nonzero(alive, as_tuple=True)  # (S,) each: S samples
-    b_obs = {name: batch[name][when, who] for name in ("image", "state")}  # (S, ...)
-    b_tokens = batch["tokens"][when, who].to(args.device)  # (S, D)
-    b_advantages = advantages[when, who].to(args.device)  # (S,)
-    b_weights = (1.0 / alive.sum(dim=0))[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
+def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
+    obs = {name: b[name][inds] for name in ("image", "state")}
+    tokens = b["tokens"][inds].to(args.device)  # (B, D)
+    instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
+    logprobs, entropy, hidden = policy.evaluate(obs, instructions, tokens, args.temperature)
+    return (logprobs if args.ratio_level == "token" else logprobs.sum(dim=1, keepdim=True)), entropy, hidden
 
-    def logprobs_of(inds: Tensor) -> tuple[Tensor, Tensor]:
-        obs = {name: array[inds] for name, array in b_obs.items()}
-        logprobs, entropy, _ = policy.evaluate(
-            obs, [instruction] * len(inds), b_tokens[inds], args.temperature
-        )
-        if args.ratio_level == "action":
-            logprobs = logprobs.sum(dim=1, keepdim=True)  # (B, 1)
-        return logprobs, entropy
 
-    # From the forward pass that trains, so that the first ratio is 1 whatever rounding the rollout had.
+def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Args) -> dict[str, Any]:
+    """The S decisions of those alive, with log-probs from the forward pass that trains.
+
+    So the first ratio is 1 whatever rounding the rollout had; ``logprob_gap`` is that rounding.
+    """
+    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
+    b = {name: batch[name][when, who] for name in ("image", "state", "tokens", "logprobs")}  # (S, ...)
+    b |= {"when": when, "who": who, "instructions": batch["instructions"]}
+    b["advantages"] = advantages[when, who].to(args.device)  # (S,)
+    lengths = batch["alive"].sum(dim=0)  # (N,)
+    b["weights"] = (1.0 / lengths)[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
     with torch.no_grad():
-        b_old = torch.cat(
-            [logprobs_of(inds)[0] for inds in torch.arange(len(when)).split(args.minibatch_size)]
-        )
+        parts = [
+            logprobs_of(policy, b, inds, args)[0]
+            for inds in torch.arange(len(who)).split(args.minibatch_size)
+        ]
+    b["old_logprobs"] = torch.cat(parts)  # (S, D)
+    rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
+    b["logprob_gap"] = float((b["old_logprobs"].cpu() - rolled_out).abs().max())
+    return b
+
+
+def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
+    """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
     logs: dict[str, list[float]] = {}
-    minibatches: list[Tensor] = []
-    for _ in range(args.update_epochs):
-        if args.update_every == "step":
-            minibatches += [torch.nonzero(when == t).flatten() for t in range(len(alive))]
-        else:
-            minibatches += torch.randperm(len(when)).split(args.minibatch_size)
     for mb_inds in minibatches:
-        newlogprob, entropy = logprobs_of(mb_inds)  # (B, D)
+        newlogprob, entropy, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D)
+        old_logprob, weights = b["old_logprobs"][mb_inds], b["weights"][mb_inds]  # (B, D), (B,)
         pg_loss, measured = policy_loss(
-            newlogprob, b_old[mb_inds], b_advantages[mb_inds], b_weights[mb_inds], clip_low, clip_high
+            newlogprob, old_logprob, b["advantages"][mb_inds], weights, clip_low, clip_high
         )
         loss = pg_loss
         if args.kl_coef:
             with torch.no_grad(), adapters.adapter_off(policy):
-                reference = logprobs_of(mb_inds)[0]  # (B, D)
+                reference, _, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D)
             log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
             k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
-            weight = b_weights[mb_inds] / b_weights[mb_inds].sum()  # (B,)
-            loss = loss + args.kl_coef * (weight * k3).sum()
+            loss = loss + args.kl_coef * (weights / weights.sum() * k3).sum()
+            measured["kl"] = (weights / weights.sum() * k3).sum().detach()
         optimizer.zero_grad()
         loss.backward()
-        trained = optimizer.param_groups[0]["params"]
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm, error_if_nonfinite=True)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        runs.check_finite(loss=loss, gradient=grad_norm)
         measured |= {
             "policy_loss": pg_loss.detach(),
             "entropy": entropy.mean().detach(),
@@ -343,166 +394,126 @@ def update(
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
-    return {"ratio_first_minibatch": logs["ratio"][0]} | {
-        name: float(np.mean(values)) for name, values in logs.items()
-    }
+    means = {name: float(np.mean(values)) for name, values in logs.items()}
+    return means | {"ratio_first_minibatch": logs["ratio"][0], "logprob_gap": b["logprob_gap"]}
 
 
 def check(args: Args) -> Args:
-    """Fill in the alphas; a ValueError says which argument does not fit, and what was expected."""
+    """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
+    if args.group_size < 2:
+        raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
     paper = args.suite == "LiberoObject" and 0 <= args.task_id < len(PAPER_ALPHA1)
     defaults = (PAPER_ALPHA1[args.task_id], PAPER_ALPHA2[args.task_id]) if paper else (0.3, 0.7)
     alpha1 = defaults[0] if args.alpha1 is None else args.alpha1
     alpha2 = defaults[1] if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all():
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
-    if args.group_size < 2:
-        raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
-    if not 1 <= args.eval_episodes <= 50:
-        raise ValueError(f"eval_episodes is {args.eval_episodes}; expected 1 to 50, the recorded init states")
-    if args.kl_coef and args.train != "lora":
-        raise ValueError(
-            f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
-        )
-    runs.check_numbers(args, "seed kl_coef clip_low clip_high eval_every eval_temperature", above=False)
-    runs.check_numbers(
-        args, "num_groups num_iterations update_epochs minibatch_size lora_rank last_k", above=True
-    )
-    runs.check_numbers(
-        args, "warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
-    )
-    eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-    return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2, eval_temperature=eval_temperature)
+    runs.check_numbers(args, "clip_low clip_high", above=False)
+    runs.check_training(args)
+    return runs.fill_in_evaluation(dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2))
 
 
 if __name__ == "__main__":
     args = runs.parse_args(Args)
     with runs.one_line_errors():
-        resume = args.resume
-        if resume and args.evaluate:
-            raise ValueError("--resume trains on; to evaluate, give --checkpoint RUN/checkpoints/final")
-        args = check(runs.load_args(resume, Args) if resume else args)
-        runs.check_suite(args.suite)
+        args = check(runs.load_args(args) if args.resume else args)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         if policy.action_chunk != args.action_chunk:
             raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
-        policy = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
-
-        def make_envs(num_envs: int) -> Any:
-            return gym.make_vec(
-                f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=args.task_id, reward=args.reward,
-                assets=args.assets, max_episode_steps=args.max_episode_steps, action_chunk=args.action_chunk,
-                num_threads=args.num_threads,
-            )  # fmt: skip
-
-        eval_envs = make_envs(args.eval_episodes)
+        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        protocol = evaluation.settings(args.protocol, args.suite)
+        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
         eval_envs.reset(seed=0)
-        envs = None if args.evaluate else make_envs(args.num_groups * args.group_size)
-        run = resume or runs.make_run_folder(args.run_dir, args.suite, args.task_id, "tgrpo_vla", args.seed)
-
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-        state: dict[str, Any] = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None}
-        if resume:
-            state = runs.load_training_state(run / "checkpoints" / "latest", policy, optimizer)
-        else:
-            runs.write_json(run / "args.json", dataclasses.asdict(args))
-            if not args.evaluate:
-                runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
-    trainable, total = count_parameters(policy)
-    print(f"{run}: training {trainable:,} of {total:,} parameters; alphas {args.alpha1:g}/{args.alpha2:g}")
-    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if resume else None)
-    started = time.perf_counter() - state["wall_s"]
-    common = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
-
-    def seed_all(*numbers: int) -> None:
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, *numbers]).generate_state(1)[0]))
-
-    def assess(iteration: int) -> dict[str, Any]:
-        seed_all(0)  # the same draws at every evaluation
-        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        policy.eval()
-        result = evaluate(eval_envs, policy, args.eval_episodes, args.eval_temperature, video)
-        writer.add_scalar("charts/success_rate", result["rate"], state["env_steps"])
-        tqdm.write(
-            f"iteration {iteration}: success {result['successes']}/{result['trials']}"
-            f" (95 %: {100 * result['low']:.0f} to {100 * result['high']:.0f} %)"
+        num_envs = 1 if args.evaluate else args.num_groups * args.group_size
+        envs = make_envs(num_envs, args.task_id, args.reward, args)
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )
-        return result
-
+        run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
+    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
+    trainable, total = count_parameters(learner)
     if args.evaluate:
-        runs.write_json(run / "result.json", {**common, "success": assess(0)})
-        writer.close()
+        evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
+    def assess() -> dict[str, Any]:
+        iteration = state["evaluated"] = state["iteration"]
+        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
+        result = evaluation.success(evaluate(eval_envs, policy, args.eval_temperature, args, video))
+        writer.add_scalar("charts/success_rate", result["rate"], state["env_steps"])
+        tqdm.write(f"iteration {iteration}: success {evaluation.percent(result)}")
+        return result
+
+    print(f"{run}: training {trainable:,} of {total:,} parameters")
+    started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
-        state["before"] = state["after"] = assess(0)
+        state["before"] = state["after"] = assess()
     progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="TGRPO", unit="it")
-    while state["iteration"] < args.num_iterations:
+    while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
-        seed_all(iteration)  # every iteration seeds itself, so that a resumed run draws the same numbers
-        scenes = np.random.SeedSequence([args.seed, iteration, 1]).generate_state(args.num_groups)  # (G,)
-        seconds, start = dict(envs.seconds), time.perf_counter()
+        runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
+        seconds, start = dict(envs.unwrapped.seconds), time.perf_counter()
         policy.eval()
-        batch = rollout(envs, policy, np.repeat(scenes, args.group_size), args.group_size, args)
+        seeds = np.random.SeedSequence([args.seed, iteration, 1])
+        scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
+        batch = rollout(envs, policy, scenes, args.temperature)
+        if args.stop == "group":
+            batch = stop_groups(batch, args.group_size)
+        rewards, alive, totals = batch["rewards"], batch["alive"], runs.totals(batch)  # (T, N), (T, N)
+        advantages = tgrpo_advantages(
+            rewards, alive, args.group_size, args.alpha1, args.alpha2, args.return_mode
+        )  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
-        rewards, alive = batch["rewards"], batch["alive"]  # (T, N)
-        if args.return_mode == "sum":
-            advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, args.alpha2)  # (T, N)
-        else:
-            means = rewards / alive.sum(dim=0)  # (T, N): their sum is the mean reward
-            advantages = tgrpo_advantages(rewards, alive, args.group_size, args.alpha1, 0.0)  # (T, N)
-            advantages += tgrpo_advantages(means, alive, args.group_size, 0.0, args.alpha2)  # (T, N)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, iteration / args.warmup_iterations)
         policy.train()
-        losses = update(policy, optimizer, batch, advantages, envs.instructions[0], args)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+            1.0 - done, iteration / args.warmup_iterations
+        )
+        b = samples_of(policy, batch, advantages, args)
+        minibatches: list[Tensor] = []
+        for _ in range(args.update_epochs):
+            if args.update_every == "step":
+                minibatches += [torch.nonzero(b["when"] == t).flatten() for t in range(len(alive))]
+                continue
+            minibatches += torch.randperm(len(b["who"])).split(args.minibatch_size)
+        with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
+            losses = update(policy, optimizer, b, minibatches, args)
         update_s = time.perf_counter() - start
 
-        state["env_steps"] += batch["control_steps"]
-        state["episodes"] += envs.num_envs
-        if (args.eval_every and iteration % args.eval_every == 0) or iteration == args.num_iterations:
-            state["after"] = assess(iteration)
+        state["env_steps"] += totals["control_steps"]
+        state["episodes"] += totals["episodes"]
+        if args.eval_every and iteration % args.eval_every == 0:
+            state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started
-        success_rate = float(batch["success"].float().mean())
-        step_spread = _grouped(_held(rewards, alive), args.group_size).std(dim=-1)  # (T, G)
-        running = _grouped(alive, args.group_size).any(dim=-1)  # (T, G)
+        groups_std = batch["success"].float().view(-1, args.group_size).std(dim=1)  # (G,)
+        step_std = _held(rewards, alive).unflatten(1, (-1, args.group_size)).std(dim=2)  # (T, G)
+        running = alive.unflatten(1, (-1, args.group_size)).any(dim=2)  # (T, G)
         scalars = {
-            "charts/rollout_success": success_rate,
-            "charts/episodic_return": (rewards * alive).sum(dim=0).mean(),
-            "charts/episodic_length": batch["control_steps"] / envs.num_envs,
+            "charts/rollout_success": totals["successes"] / totals["episodes"],
+            "charts/episodic_return": totals["return"] / totals["episodes"],
+            "charts/episodic_length": totals["control_steps"] / totals["episodes"],
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/zero_std_frac": float((step_spread < 1e-6)[running].float().mean()),
-            "group/kept_frac": (_grouped(batch["success"].float(), args.group_size).std(dim=-1) > 0)
-            .float()
-            .mean(),
-            "group/success_mean": success_rate,
+            "group/success_mean": totals["successes"] / totals["episodes"],
+            "group/kept_frac": float((groups_std > 0).float().mean()),
+            "group/zero_std_frac": float((step_std < 1e-6)[running].float().mean()),
             "time/rollout_s": rollout_s,
-            "time/policy_s": batch["policy_s"],
-            "time/render_s": envs.seconds["render"] - seconds["render"],
-            "time/physics_s": envs.seconds["physics"] - seconds["physics"],
+            "time/policy_s": totals["policy_s"],
+            "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
+            "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
             "time/update_s": update_s,
         } | {f"losses/{name}": value for name, value in losses.items()}
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
-        runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         progress.update()
-        progress.set_postfix(rollout=f"{success_rate:.2f}", kl=f"{losses['approx_kl']:.4f}")
+        progress.set_postfix(success=f"{scalars['group/success_mean']:.2f}", kl=f"{losses['approx_kl']:.4f}")
     progress.close()
 
-    plain = load_policy(args.policy, args.checkpoint)
-    plain.load_state_dict(adapters.merged(policy))
-    save_policy(plain, args.policy, run / "checkpoints" / "final")
-    if args.train.startswith("lora"):
-        adapters.save_adapter(policy, run / "checkpoints" / "adapter")
-    before, after = state["before"], state["after"]
-    totals = {name: state[name] for name in ("env_steps", "episodes", "wall_s")}
-    runs.write_json(
-        run / "result.json", {**common, "success_before": before, "success_after": after, **totals}
-    )
-    print(f"success {before['successes']}/{before['trials']} -> {after['successes']}/{after['trials']}"
-          f" in {state['wall_s'] / 60:.1f} min; {run}")  # fmt: skip
+    if state["evaluated"] != state["iteration"]:
+        state["after"] = assess()
+    state["wall_s"] = time.perf_counter() - started
+    runs.finish(run, policy, state, args)
     writer.close()

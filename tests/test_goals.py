@@ -78,7 +78,9 @@ def simulation():
     """Task 4 (ketchup), settled."""
     scene = load_scene("LiberoObject", 4)
     simulation = Simulation(scene)
-    simulation.copy_from(simulation.settle(scene.sample_init_state(np.random.default_rng(0)), 10), False)
+    simulation.copy_from(
+        simulation.settle(scene.sample_init_state(np.random.default_rng(0)), 10, -1.0), False
+    )
     return simulation
 
 

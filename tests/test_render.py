@@ -16,7 +16,7 @@ def settled(task_id=4, seed=0):
     scene = load_scene("LiberoObject", task_id)
     simulation = Simulation(scene)
     qpos = scene.sample_init_state(np.random.default_rng(seed))
-    simulation.copy_from(simulation.settle(qpos, 3), False)
+    simulation.copy_from(simulation.settle(qpos, 3, -1.0), False)
     return simulation
 
 

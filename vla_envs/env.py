@@ -49,11 +49,12 @@ class LiberoEnv(gym.Env):
         wrist_camera: bool = False,
         num_threads: int | None = 1,
         settle_steps: int = 10,
+        settle_gripper: float = -1.0,
         render_mode: str | None = None,
     ) -> None:
         self._envs = LiberoVectorEnv(
             1, suite, task_id, image_size, action_chunk, max_episode_steps, reward, assets, wrist_camera,
-            num_threads, settle_steps, render_mode=render_mode,
+            num_threads, settle_steps, settle_gripper, render_mode=render_mode,
         )  # fmt: skip
         self.metadata = {**self.metadata, "render_fps": self._envs.metadata["render_fps"]}
         self.render_mode = render_mode

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
 import sys
@@ -13,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from scipy.stats import binomtest
 from torch import Tensor
 
-from vla_envs.policies import replace_folder
-from vla_envs.policies.adapters import load_optimizer_state, optimizer_state, trainable_state
+from vla_envs.evaluation import PROTOCOLS
+from vla_envs.policies import adapters, load_policy, replace_folder, save_policy, write_json
 from vla_envs.tasks import BUILTIN_SUITES, nearest
 
 ArgsT = TypeVar("ArgsT")
@@ -41,13 +40,27 @@ def parse_args(args_type: type[ArgsT]) -> ArgsT:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Around a script's set-up: a user's mistake ends the program with one line and exit status 2."""
+def one_line_errors(where: str = "") -> Iterator[None]:
+    """A user's mistake, or numbers that are not finite, end the program with one line that begins ``where``.
+
+    The exit status is 2; for numbers that are not finite 1.
+    """
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+
+
+def check_finite(**values: Tensor) -> None:
+    """Refuse values that are not finite.
+
+    Raises:
+        FloatingPointError: Names the first.
+    """
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"the {name} is {float(value)}; expected a finite number")
 
 
 def check_numbers(args: Any, names: str, above: bool) -> None:
@@ -75,10 +88,45 @@ def check_suite(suite: str) -> None:
         )
 
 
-def success(successes: int, trials: int) -> dict[str, Any]:
-    """A success rate with its Wilson interval (95 %), as ``result.json`` has it."""
-    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
-    return {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
+def check_training(args: Any) -> None:
+    """Refuse common arguments of an online RL script that do not fit.
+
+    Raises:
+        ValueError: Names the first, and what was expected.
+    """
+    check_suite(args.suite)
+    if args.kl_coef and args.train != "lora":
+        raise ValueError(
+            f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
+        )
+    check_numbers(args, "seed kl_coef eval_every", above=False)
+    check_numbers(
+        args, "num_groups num_iterations total_env_steps update_epochs minibatch_size lora_rank last_k"
+        " warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
+    )  # fmt: skip
+
+
+def fill_in_evaluation(args: ArgsT) -> ArgsT:
+    """``args`` with the number of episodes and the temperature that evaluations have.
+
+    Raises:
+        ValueError: When they do not fit.
+    """
+    given: Any = args
+    protocol = PROTOCOLS[given.protocol] if given.protocol else None
+    episodes, temperature = given.eval_episodes, given.eval_temperature
+    if episodes is None:
+        episodes = protocol.episodes if protocol else 50
+    if temperature is None and protocol:
+        temperature = protocol.temperature
+    if temperature is None:
+        temperature = given.temperature
+    if not 1 <= episodes <= 50:
+        raise ValueError(f"eval_episodes is {episodes}; expected 1 to 50, the recorded init states")
+    if given.compare and not given.evaluate:
+        raise ValueError("compare names a second checkpoint; expected it with --evaluate")
+    check_numbers(args, "eval_temperature", above=False)
+    return dataclasses.replace(given, eval_episodes=episodes, eval_temperature=temperature)
 
 
 def make_run_folder(run_dir: Path | None, suite: str, task_id: int, script: str, seed: int) -> Path:
@@ -107,11 +155,77 @@ def make_run_folder(run_dir: Path | None, suite: str, task_id: int, script: str,
     return folder
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+def start(
+    args: Any, script: str, learner: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the counters of a new run, or those of ``args.resume``, whose state is restored.
+
+    Raises:
+        ValueError, OSError: When the folder will not do.
+    """
+    if args.resume:
+        return args.resume, load_training_state(args.resume / "checkpoints" / "latest", learner, optimizer)
+    run = make_run_folder(args.run_dir, args.suite, args.task_id, script, args.seed)
+    state = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None, "evaluated": 0}
+    write_json(run / "args.json", dataclasses.asdict(args))
+    if not args.evaluate:
+        save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
+    return run, state
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed torch's random numbers from several."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def done(state: dict[str, Any], args: Any) -> float:
+    """How much of a run is done, 1 at its end: of its iterations or of its environment steps."""
+    steps = state["env_steps"] / args.total_env_steps if args.total_env_steps else 0.0
+    return max(state["iteration"] / args.num_iterations, steps)
+
+
+def totals(batch: dict[str, Any]) -> dict[str, Any]:
+    """Sums over the episodes of a rollout, of the decisions (T, N) of those alive."""
+    alive = batch["alive"]
+    return {
+        "episodes": alive.shape[1],
+        "successes": int(batch["success"].sum()),
+        "control_steps": int((batch["steps"] * alive).sum()),
+        "return": float((batch["rewards"] * alive).sum()),
+        "policy_s": batch["policy_s"],
+    }
+
+
+def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
+    """One batch of the members ``keep`` (N,) bool of several; the shorter ones end with nobody alive."""
+    steps = max(len(batch["alive"]) for batch in batches)
+    joined: dict[str, Any] = {"instructions": []}
+    for batch, kept in zip(batches, keep):
+        joined["instructions"] += [batch["instructions"][i] for i in torch.nonzero(kept).flatten().tolist()]
+    for name in ("image", "state", "tokens", "logprobs", "rewards", "alive"):
+        parts = [batch[name][:, kept] for batch, kept in zip(batches, keep)]  # (T, kept members, ...)
+        pads = [part.new_zeros((steps - len(part), *part.shape[1:])) for part in parts]
+        joined[name] = torch.cat([torch.cat(pair) for pair in zip(parts, pads)], dim=1)
+    return joined
+
+
+def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
+    """Write ``checkpoints/final``, a whole policy, ``checkpoints/adapter`` if any, and ``result.json``."""
+    plain = load_policy(args.policy, args.checkpoint)
+    plain.load_state_dict(adapters.merged(policy))
+    save_policy(plain, args.policy, run / "checkpoints" / "final")
+    if args.train.startswith("lora"):
+        adapters.save_adapter(policy, run / "checkpoints" / "adapter")
+    before, after = state["before"], state["after"]
+    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
+    result |= {"success_before": before, "success_after": after}
+    write_json(
+        run / "result.json", result | {name: state[name] for name in ("env_steps", "episodes", "wall_s")}
+    )
+    print(
+        f"success {before['successes']}/{before['trials']} -> {after['successes']}/{after['trials']}"
+        f" in {state['wall_s'] / 60:.1f} min; {run}"
+    )
 
 
 def save_training_state(
@@ -121,9 +235,11 @@ def save_training_state(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: value.cpu().contiguous() for name, value in trainable_state(policy).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in adapters.trainable_state(policy).items()}
     safetensors.torch.save_file(tensors, partial / "trained.safetensors")
-    moments = {name: value.detach().cpu().clone() for name, value in optimizer_state(optimizer).items()}
+    moments = {
+        name: value.detach().cpu().clone() for name, value in adapters.optimizer_state(optimizer).items()
+    }
     safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
     write_json(partial / "counters.json", counters)
     replace_folder(partial, folder)
@@ -153,16 +269,20 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trained[name])
-    load_optimizer_state(optimizer, moments)
+    adapters.load_optimizer_state(optimizer, moments)
     return counters
 
 
-def load_args(run: Path, args_type: type[ArgsT]) -> ArgsT:
-    """The arguments that a run was started with.
+def load_args(args: ArgsT) -> ArgsT:
+    """The arguments that the run ``args.resume`` was started with.
 
     Raises:
-        ValueError: When ``run`` is not the folder of a run.
+        ValueError: When that is not the folder of a run.
     """
+    given: Any = args
+    run: Path = given.resume
+    if given.evaluate:
+        raise ValueError("--resume trains on; to evaluate, give --checkpoint RUN/checkpoints/final")
     if not (run / "args.json").is_file():
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json")
     try:
@@ -170,11 +290,11 @@ def load_args(run: Path, args_type: type[ArgsT]) -> ArgsT:
         stored.items()
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{str(run / 'args.json')!r} is damaged: {error}") from None
-    known = {field.name: field for field in dataclasses.fields(args_type)}  # type: ignore[arg-type]
-    paths = {name for name, field in known.items() if "Path" in str(field.type)}
-    values = {
-        name: Path(value) if name in paths and value is not None else value
-        for name, value in stored.items()
-        if name in known
-    }
-    return args_type(**values)
+    known = {field.name: str(field.type) for field in dataclasses.fields(given)}
+    values = {name: value for name, value in stored.items() if name in known}
+    for name, value in values.items():
+        if "Path" in known[name] and value is not None:
+            values[name] = Path(value)
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return type(args)(**{**values, "resume": run})

@@ -25,7 +25,6 @@ from vla_envs.tasks import recorded_init_states
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
-NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # hold still, open the gripper: OpenVLA's protocol
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
@@ -74,11 +73,11 @@ class Simulation:
         self.just_restored = False
         return steps, success
 
-    def settle(self, qpos: NDArray[np.float64], steps: int) -> Settled:
-        """Restore ``qpos`` (nq,) and do nothing for ``steps`` control steps."""
+    def settle(self, qpos: NDArray[np.float64], steps: int, gripper: float) -> Settled:
+        """Restore ``qpos`` (nq,) and do nothing for ``steps`` control steps but command ``gripper``."""
         self.restore(qpos)
         if steps:
-            self.run(np.tile(NO_OP, (steps, 1)))
+            self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))
         physics = np.empty(mujoco.mj_stateSize(self.scene.model, _PHYSICS))
         mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
         return Settled(physics, self.control.copy())
@@ -121,6 +120,7 @@ class LiberoVectorEnv(VectorEnv):
         wrist_camera: Whether observations hold ``wrist_image``.
         num_threads: Simulator threads; by default one per available core.
         settle_steps: Control steps without motion after a reset (OpenVLA's protocol: 10).
+        settle_gripper: Gripper command of those, from -1 (open, OpenVLA's protocol) to 1 (close).
         autoreset_mode: A ``gymnasium.vector.AutoresetMode``.
         render_mode: ``"rgb_array"`` or None.
 
@@ -151,6 +151,7 @@ class LiberoVectorEnv(VectorEnv):
         wrist_camera: bool = False,
         num_threads: int | None = None,
         settle_steps: int = 10,
+        settle_gripper: float = -1.0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
         render_mode: str | None = None,
     ) -> None:
@@ -168,6 +169,8 @@ class LiberoVectorEnv(VectorEnv):
         ):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an int of at least {least}")
+        if not -1.0 <= settle_gripper <= 1.0:
+            raise ValueError(f"settle_gripper is {settle_gripper!r}; expected a number from -1 to 1")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None")
         task_ids = list(task_id) if isinstance(task_id, Sequence | np.ndarray) else [task_id] * num_envs
@@ -184,7 +187,7 @@ class LiberoVectorEnv(VectorEnv):
             action_chunk,
             max_episode_steps,
         )
-        self.settle_steps, self.render_mode = settle_steps, render_mode
+        self.settle_steps, self.settle_gripper, self.render_mode = settle_steps, settle_gripper, render_mode
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": max(1, round(20 / action_chunk)),
@@ -366,7 +369,7 @@ class LiberoVectorEnv(VectorEnv):
 
         def settle(i: int) -> None:
             key, qpos = work[i]
-            self._settled[key] = self.simulations[i].settle(qpos, self.settle_steps)
+            self._settled[key] = self.simulations[i].settle(qpos, self.settle_steps, self.settle_gripper)
 
         self._parallel(settle, work)
         for i in indices:

@@ -5,6 +5,7 @@ A checkpoint is a folder with ``config.json`` and ``model.safetensors``: numbers
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -85,6 +86,13 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
         return policy.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(partial, path)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

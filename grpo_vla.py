@@ -1,0 +1,478 @@
+"""GRPO: fine-tune a vision-language-action policy without a critic, from outcomes alone (arXiv 2402.03300).
+
+A group is K environments that start from the same scene. Its members are compared with one another by the
+reward of the whole trajectory: 1 for success, 0 else. The recipe is SimpleVLA-RL's (Li et al. 2025, arXiv
+2509.09674): dynamic sampling, a higher clip above than below, sampling at a raised temperature, no KL term.
+
+Symbols: G groups, K members a group, N = G*K environments (environment i is in group i // K), T decision
+steps (one executes C control steps), D action tokens a decision, S samples (decisions of those alive), B of
+them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finished before decision t.
+
+    advantage    A_i = (R_i - mean_i R_i) / std_i R_i of the total rewards R_i      group_advantages
+    objective    1/M sum_i 1/|o_i| sum_t 1/D sum_d min(ratio A_i, clip(ratio) A_i)  policy_loss
+    penalty      beta (p_ref / p - 1 - log p_ref / p), the k3 estimate of the KL    update
+
+Where we depart from the recipe, or it is silent:
+ 1. Dynamic sampling trains on every group whose success rate is within --keep-low and --keep-high, also on
+    those beyond --num-groups; after --max-rounds it makes do with what there is.
+ 2. The loss is averaged over tokens and decisions within a trajectory, then over trajectories; one ratio a
+    token (--ratio-level action: one a decision).
+ 3. The policy decides a chunk of C control steps at once.
+ 4. Every group has a scene of its own, drawn from LIBERO's regions; evaluation is on the 50 recorded init
+    states, which training never sees.
+ 5. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
+    falls linearly to 0.
+
+    python grpo_vla.py --task-id 4
+    python grpo_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import vla_envs  # noqa: F401  (registers the environments)
+from vla_envs import evaluation, runs
+from vla_envs.policies import adapters, count_parameters, load_policy
+
+
+@dataclass
+class Args:
+    # ---- Experiment ----
+    seed: int = 1
+    """Seed of everything: the same seed gives the same run"""
+    run_dir: Path | None = None
+    """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with, with its own arguments"""
+    evaluate: bool = False
+    """Only evaluate --checkpoint, greedy and sampled"""
+    compare: Path | None = None
+    """With --evaluate: a second checkpoint, compared with the first state by state"""
+    protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
+    """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
+    eval_every: int = 5
+    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    eval_episodes: int | None = None
+    """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
+    eval_temperature: float | None = None
+    """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
+    device: str = "cpu"
+    """Where the policy runs: cpu, cuda, cuda:1, ..."""
+
+    # ---- Environment ----
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    task_id: int = 4
+    """Task in the suite, from 0"""
+    assets: str = "builtin"
+    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
+    max_episode_steps: int = 200
+    """Control steps until an episode ends without success"""
+    action_chunk: int = 8
+    """Control steps a decision (C); has to fit the policy"""
+    num_threads: int | None = None
+    """Simulator threads [one per core]"""
+
+    # ---- Policy ----
+    policy: str = "nano"
+    """Kind of policy"""
+    checkpoint: Path | None = None
+    """Folder of the starting checkpoint [the shipped one]"""
+    train: str = "all"
+    """What is trained: lora, head, lora+head, lora+last-k or all"""
+    lora_rank: int = 32
+    """LoRA's r"""
+    last_k: int = 1
+    """Blocks trained in full with --train lora+last-k"""
+    temperature: float = 1.2
+    """Divides the logits, in rollout and update alike"""
+
+    # ---- Algorithm ----
+    reward: str = "binary"
+    """binary, multi_stage, or path/to/file.py:function"""
+    keep_low: float = 0.1
+    """Dynamic sampling keeps groups with a success rate of at least this,"""
+    keep_high: float = 0.9
+    """and at most this"""
+    max_rounds: int = 4
+    """Rollouts of all groups an iteration, at most, until --num-groups groups are kept"""
+    num_iterations: int = 20
+    """Iterations of collecting and updating"""
+    total_env_steps: int | None = None
+    """Control steps of training: the iteration that reaches them is the last [no limit]"""
+    num_groups: int = 8
+    """Groups a batch (G), each on a scene of its own"""
+    group_size: int = 8
+    """Members a group (K)"""
+    learning_rate: float = 7e-4
+    """AdamW's greatest learning rate; it falls linearly to 0"""
+    warmup_iterations: int = 3
+    """Iterations over which the learning rate grows to its value"""
+    update_epochs: int = 1
+    """Passes over a batch"""
+    minibatch_size: int = 256
+    """Decisions an optimiser step (B)"""
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - this"""
+    clip_high: float = 0.28
+    """The ratio is clipped at 1 + this"""
+    ratio_level: Literal["token", "action"] = "token"
+    """One ratio a token, or one for the whole decision"""
+    kl_coef: float = 0.0
+    """Weight of the k3 KL divergence from the policy with its adapter off (beta)"""
+    target_kl: float = 0.05
+    """An update stops when its approximate KL a ratio exceeds this"""
+    max_grad_norm: float = 1.0
+    """The gradient is clipped at this norm"""
+
+
+# ---- Advantages and loss: pure functions of tensors --------------------------------------------------
+
+
+def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """(R - mean) / (std + eps) over the members of each group (std with n - 1), float32.
+
+    Args:
+        returns: (..., N).
+        group_size: K, which has to divide N.
+        eps: Added to the standard deviation; a group whose own is below 1e-6 gives exactly 0.
+    """
+    if group_size < 2 or returns.shape[-1] % group_size:
+        raise ValueError(
+            f"{returns.shape[-1]} environments do not divide into groups of {group_size} (at least 2)"
+        )
+    groups = returns.double().unflatten(-1, (-1, group_size))  # (..., G, K)
+    groups = groups - groups[..., :1]  # (..., G, K): equal members are exactly 0, however a mean rounds
+    std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
+    scores = (groups - groups.mean(dim=-1, keepdim=True)) / (std + eps).clamp(min=1e-6)  # (..., G, K)
+    return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped objective, negated: a mean over D tokens, then over B samples weighted by ``mask``.
+
+    Args:
+        logprobs: (B, D), with gradient.
+        old_logprobs: (B, D), of the policy that acted.
+        advantages: (B,).
+        mask: (B,), any weight >= 0.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    """
+    # Beyond e^20 the ratio is far outside any clip; the bound keeps it finite.
+    logratio = (logprobs - old_logprobs).clamp(-20.0, 20.0)  # (B, D)
+    ratio = logratio.exp()  # (B, D)
+    weight = (mask / mask.sum().clamp(min=1e-12)).unsqueeze(1) / ratio.shape[1]  # (B, 1)
+    gain = ratio * advantages.unsqueeze(1)  # (B, D)
+    clipped_gain = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages.unsqueeze(1)  # (B, D)
+    loss = -(weight * torch.min(gain, clipped_gain)).sum()
+    with torch.no_grad():
+        statistics = {
+            "approx_kl": (weight * ((ratio - 1.0) - logratio)).sum(),
+            "clipfrac_low": (weight * (ratio < 1.0 - clip_low)).sum(),
+            "clipfrac_high": (weight * (ratio > 1.0 + clip_high)).sum(),
+            "ratio": (weight * ratio).sum(),
+        }
+    return loss, statistics
+
+
+# ---- Acting ------------------------------------------------------------------------------------------
+
+
+def make_envs(num_envs: int, task_id: int, reward: str, args: Any, **settings: Any) -> Any:
+    """Environments of one task, as in training unless ``settings`` say otherwise."""
+    return gym.make_vec(
+        f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
+        action_chunk=args.action_chunk, num_threads=args.num_threads,
+        **{"max_episode_steps": args.max_episode_steps, **settings},
+    )  # fmt: skip
+
+
+def act(
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
+    seen = {name: array[acting] for name, array in obs.items()}
+    chunk, some_tokens, some_logprobs = policy.sample(
+        seen, [envs.instructions[i] for i in acting], temperature
+    )  # (A, C, 7), (A, D), (A, D)
+    actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
+    actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
+    tokens = torch.zeros((envs.num_envs, *some_tokens.shape[1:]), dtype=some_tokens.dtype)  # (N, D)
+    tokens[torch.from_numpy(acting)] = some_tokens.cpu()
+    logprobs = torch.zeros((envs.num_envs, some_logprobs.shape[1]))  # (N, D)
+    logprobs[torch.from_numpy(acting)] = some_logprobs.float().cpu()
+    return actions, tokens, logprobs
+
+
+def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
+    """Play one episode in every environment, from the scenes of ``seeds`` (N,).
+
+    Returns:
+        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
+        success; last, the observation after the end; instructions; policy_s, seconds of deciding.
+    """
+    obs, _ = envs.reset(seed=[int(s) for s in seeds])
+    alive = np.ones(envs.num_envs, bool)  # (N,)
+    decisions: list[dict[str, Any]] = []
+    policy_s = 0.0
+    while alive.any():
+        start = time.perf_counter()
+        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
+        policy_s += time.perf_counter() - start
+        steps = envs.steps  # (N,)
+        next_obs, reward, terminated, truncated, _ = envs.step(actions)
+        decisions.append({
+            "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
+            "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
+            "steps": np.where(alive, envs.steps - steps, 0),
+        })  # fmt: skip
+        alive = alive & ~terminated & ~truncated  # finished environments leave the batch
+        obs = next_obs
+    batch: dict[str, Any] = {
+        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])  # (T, N, ...)
+        for name in decisions[0]
+    }
+    batch["success"] = torch.from_numpy(terminated.copy())  # (N,)
+    batch["last"] = {name: torch.as_tensor(array) for name, array in obs.items()}  # (N, ...)
+    batch["instructions"] = list(envs.instructions)
+    batch["policy_s"] = policy_s
+    return batch
+
+
+def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
+    """Play recorded init states 0, 1, ..., one an environment; which of them succeeded, (N,) bool."""
+    torch.manual_seed(args.seed)
+    policy.eval()
+    obs, _ = envs.reset(options={"init_state_id": list(range(envs.num_envs))})
+    frames = [evaluation.film(obs["image"])]
+    while not (frozen := envs.unwrapped.frozen).all():
+        seen = evaluation.seen(obs, args.protocol)
+        actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
+        obs, _, success, _, _ = envs.step(actions)
+        frames.append(evaluation.film(obs["image"]))
+    evaluation.write_video(video, frames, success)
+    return success
+
+
+def collect(envs: Any, policy: Any, iteration: int, args: Args) -> dict[str, Any]:
+    """Dynamic sampling: roll out until ``num_groups`` groups teach something, and keep all that do.
+
+    A group whose members all succeed, or all fail, has advantage 0. The batch of the ``kept`` groups out of
+    ``groups``; ``totals`` are of all that was played.
+    """
+    batches: list[dict[str, Any]] = []
+    useful: list[Tensor] = []
+    while sum(int(each.sum()) for each in useful) < args.num_groups and len(batches) < args.max_rounds:
+        seeds = np.random.SeedSequence([args.seed, iteration, 1 + len(batches)])
+        scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
+        batches.append(rollout(envs, policy, scenes, args.temperature))
+        rate = batches[-1]["success"].float().view(-1, args.group_size).mean(dim=1)  # (G,)
+        returns = batches[-1]["rewards"].sum(dim=0).view(-1, args.group_size)  # (G, K)
+        useful.append(
+            (returns.std(dim=1) > 1e-6) & (rate >= args.keep_low) & (rate <= args.keep_high)
+        )  # (G,)
+    batch = runs.join_batches(batches, [each.repeat_interleave(args.group_size) for each in useful])
+    totals = [runs.totals(each) for each in batches]
+    batch["totals"] = {name: sum(each[name] for each in totals) for name in totals[0]}
+    batch["kept"] = torch.cat(useful)  # (rounds * G,)
+    return batch
+
+
+# ---- Learning ----------------------------------------------------------------------------------------
+
+
+def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
+    obs = {name: b[name][inds] for name in ("image", "state")}
+    tokens = b["tokens"][inds].to(args.device)  # (B, D)
+    instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
+    logprobs, entropy, hidden = policy.evaluate(obs, instructions, tokens, args.temperature)
+    return (logprobs if args.ratio_level == "token" else logprobs.sum(dim=1, keepdim=True)), entropy, hidden
+
+
+def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Args) -> dict[str, Any]:
+    """The S decisions of those alive, with log-probs from the forward pass that trains.
+
+    So the first ratio is 1 whatever rounding the rollout had; ``logprob_gap`` is that rounding.
+    """
+    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
+    b = {name: batch[name][when, who] for name in ("image", "state", "tokens", "logprobs")}  # (S, ...)
+    b |= {"when": when, "who": who, "instructions": batch["instructions"]}
+    b["advantages"] = advantages[when, who].to(args.device)  # (S,)
+    lengths = batch["alive"].sum(dim=0)  # (N,)
+    b["weights"] = (1.0 / lengths)[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
+    with torch.no_grad():
+        parts = [
+            logprobs_of(policy, b, inds, args)[0]
+            for inds in torch.arange(len(who)).split(args.minibatch_size)
+        ]
+    b["old_logprobs"] = torch.cat(parts)  # (S, D)
+    rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
+    b["logprob_gap"] = float((b["old_logprobs"].cpu() - rolled_out).abs().max())
+    return b
+
+
+def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
+    """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    logs: dict[str, list[float]] = {}
+    for mb_inds in minibatches:
+        newlogprob, entropy, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D)
+        old_logprob, weights = b["old_logprobs"][mb_inds], b["weights"][mb_inds]  # (B, D), (B,)
+        pg_loss, measured = policy_loss(
+            newlogprob, old_logprob, b["advantages"][mb_inds], weights, args.clip_low, args.clip_high
+        )
+        loss = pg_loss
+        if args.kl_coef:
+            with torch.no_grad(), adapters.adapter_off(policy):
+                reference, _, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D)
+            log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
+            k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
+            loss = loss + args.kl_coef * (weights / weights.sum() * k3).sum()
+            measured["kl"] = (weights / weights.sum() * k3).sum().detach()
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        runs.check_finite(loss=loss, gradient=grad_norm)
+        measured |= {
+            "policy_loss": pg_loss.detach(),
+            "entropy": entropy.mean().detach(),
+            "grad_norm": grad_norm,
+        }
+        for name, value in measured.items():
+            logs.setdefault(name, []).append(float(value))
+        if measured["approx_kl"] > args.target_kl:
+            break  # before the step that would go further
+        optimizer.step()
+    means = {name: float(np.mean(values)) for name, values in logs.items()}
+    return means | {"ratio_first_minibatch": logs["ratio"][0], "logprob_gap": b["logprob_gap"]}
+
+
+def check(args: Args) -> Args:
+    """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
+    if args.group_size < 2:
+        raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
+    if not 0 <= args.keep_low <= args.keep_high <= 1:
+        raise ValueError(
+            f"keep_low, keep_high are {args.keep_low}, {args.keep_high}; expected 0 <= low <= high <= 1"
+        )
+    runs.check_numbers(args, "max_rounds clip_low clip_high", above=False)
+    runs.check_training(args)
+    return runs.fill_in_evaluation(args)
+
+
+if __name__ == "__main__":
+    args = runs.parse_args(Args)
+    with runs.one_line_errors():
+        args = check(runs.load_args(args) if args.resume else args)
+        policy = load_policy(args.policy, args.checkpoint, args.device)
+        if policy.action_chunk != args.action_chunk:
+            raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
+        torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
+        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        protocol = evaluation.settings(args.protocol, args.suite)
+        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
+        eval_envs.reset(seed=0)
+        num_envs = 1 if args.evaluate else args.num_groups * args.group_size
+        envs = make_envs(num_envs, args.task_id, args.reward, args)
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
+        )
+        run, state = runs.start(args, "grpo_vla", learner, optimizer)
+    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
+    trainable, total = count_parameters(learner)
+    if args.evaluate:
+        evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
+        raise SystemExit
+
+    def assess() -> dict[str, Any]:
+        iteration = state["evaluated"] = state["iteration"]
+        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
+        result = evaluation.success(evaluate(eval_envs, policy, args.eval_temperature, args, video))
+        writer.add_scalar("charts/success_rate", result["rate"], state["env_steps"])
+        tqdm.write(f"iteration {iteration}: success {evaluation.percent(result)}")
+        return result
+
+    print(f"{run}: training {trainable:,} of {total:,} parameters")
+    started = time.perf_counter() - state["wall_s"]
+    if state["before"] is None:
+        state["before"] = state["after"] = assess()
+    progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="GRPO", unit="it")
+    while (done := runs.done(state, args)) < 1.0:
+        iteration = state["iteration"] = state["iteration"] + 1
+        runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
+        seconds, start = dict(envs.unwrapped.seconds), time.perf_counter()
+        policy.eval()
+        batch = collect(envs, policy, iteration, args)
+        totals = batch["totals"]
+        if not batch["kept"].any():
+            won = f"{totals['successes']} of {totals['episodes']} episodes succeed"
+            tqdm.write(
+                f"iteration {iteration}: {won}, and no group of {len(batch['kept'])} has both successes and"
+                " failures: nothing to learn from, training ends; where all fail, start from a better --checkpoint"
+            )
+            break
+        advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
+        advantages = advantages.expand_as(batch["rewards"])  # (T, N)
+        rollout_s = time.perf_counter() - start
+
+        start = time.perf_counter()
+        policy.train()
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+            1.0 - done, iteration / args.warmup_iterations
+        )
+        b = samples_of(policy, batch, advantages, args)
+        minibatches: list[Tensor] = []
+        for _ in range(args.update_epochs):
+            minibatches += torch.randperm(len(b["who"])).split(args.minibatch_size)
+        with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
+            losses = update(policy, optimizer, b, minibatches, args)
+        update_s = time.perf_counter() - start
+
+        state["env_steps"] += totals["control_steps"]
+        state["episodes"] += totals["episodes"]
+        if args.eval_every and iteration % args.eval_every == 0:
+            state["after"] = assess()
+        state["wall_s"] = time.perf_counter() - started
+        scalars = {
+            "charts/rollout_success": totals["successes"] / totals["episodes"],
+            "charts/episodic_return": totals["return"] / totals["episodes"],
+            "charts/episodic_length": totals["control_steps"] / totals["episodes"],
+            "charts/SPS": state["env_steps"] / state["wall_s"],
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "group/success_mean": totals["successes"] / totals["episodes"],
+            "group/kept_frac": float(batch["kept"].float().mean()),
+            "time/rollout_s": rollout_s,
+            "time/policy_s": totals["policy_s"],
+            "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
+            "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
+            "time/update_s": update_s,
+        } | {f"losses/{name}": value for name, value in losses.items()}
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, float(value), state["env_steps"])
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
+        progress.update()
+        progress.set_postfix(success=f"{scalars['group/success_mean']:.2f}", kl=f"{losses['approx_kl']:.4f}")
+    progress.close()
+
+    if state["evaluated"] != state["iteration"]:
+        state["after"] = assess()
+    state["wall_s"] = time.perf_counter() - started
+    runs.finish(run, policy, state, args)
+    writer.close()

@@ -1,0 +1,228 @@
+"""Evaluating a policy: protocols, their pictures, intervals, paired comparisons, videos."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from scipy.stats import binomtest
+from torch import Tensor
+
+from vla_envs.policies import load_policy, write_json
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a published system evaluates on LIBERO; why its figures do not compare with another's.
+
+    Attributes:
+        max_episode_steps: Control steps an episode, by suite.
+        temperature: Of sampling; 0 is greedy, None the script's ``--eval-temperature``.
+        episodes: Recorded init states a task.
+        settle_steps: Control steps without motion before the first decision.
+        settle_gripper: Gripper command of those (-1 opens, 0 holds, 1 closes).
+        image_size: Height and width of the rendered picture (pixels).
+        openvla_pictures: Whether pictures go through ``openvla_pictures`` below.
+    """
+
+    max_episode_steps: dict[str, int]
+    temperature: float | None
+    episodes: int
+    settle_steps: int = 10
+    settle_gripper: float = -1.0
+    image_size: int = 128
+    openvla_pictures: bool = False
+
+
+_SUITES = ("LiberoSpatial", "LiberoObject", "LiberoGoal", "Libero10", "Libero90")
+_OPENVLA_STEPS = dict(zip(_SUITES, (220, 280, 300, 520, 400)))
+#: By name: TGRPO's paper, OpenVLA's LIBERO evaluation, SimpleVLA-RL, RLinf, LeRobot.
+PROTOCOLS = {
+    "tgrpo": Protocol(dict.fromkeys(_SUITES, 200), None, 50),
+    "openvla": Protocol(_OPENVLA_STEPS, 0.0, 50, image_size=256, openvla_pictures=True),
+    "simplevla": Protocol(dict.fromkeys(_SUITES, 512), 0.0, 50, image_size=256, openvla_pictures=True),
+    "rlinf": Protocol(dict.fromkeys(_SUITES, 512), 1.6, 50, settle_steps=15, settle_gripper=0.0),
+    "lerobot": Protocol({**_OPENVLA_STEPS, "LiberoSpatial": 280}, None, 10),
+}
+
+
+def settings(protocol: str | None, suite: str) -> dict[str, Any]:
+    """What ``protocol`` asks of the environments of ``suite``, as their keyword arguments."""
+    if protocol is None:
+        return {}
+    chosen = PROTOCOLS[protocol]
+    return {
+        "max_episode_steps": chosen.max_episode_steps[suite],
+        "settle_steps": chosen.settle_steps,
+        "settle_gripper": chosen.settle_gripper,
+        "image_size": chosen.image_size,
+    }
+
+
+def seen(obs: dict[str, Any], protocol: str | None) -> dict[str, Any]:
+    """``obs`` with its pictures processed as ``protocol`` has them."""
+    if protocol is None or not PROTOCOLS[protocol].openvla_pictures:
+        return obs
+    return {**obs, "image": openvla_pictures(obs["image"])}
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _lanczos3(size: int, new_size: int) -> Tensor:
+    """The (new_size, size) matrix that resizes a row of pixels with the antialiased Lanczos-3 kernel."""
+    scale = max(size / new_size, 1.0)
+    centres = (torch.arange(new_size, dtype=torch.float64) + 0.5) * size / new_size  # (new_size,)
+    distance = (torch.arange(size) + 0.5 - centres[:, None]) / scale  # (new_size, size)
+    weights = torch.where(distance.abs() < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
+    """Pictures (B, H, W, 3) uint8 as OpenVLA's LIBERO evaluation shows them to a policy: (B, 224, 224, 3).
+
+    JPEG (quality 95, 4:2:0) and back, Lanczos-3 to 224 pixels, the central 90 % of the area, bilinearly
+    back to 224 (openvla/experiments/robot). TensorFlow's own differs by about one grey level of 255.
+    """
+    decoded = []
+    for image in np.asarray(images, np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=2)
+        decoded.append(np.asarray(Image.open(buffer)))
+    pixels = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+    rows, columns = _lanczos3(pixels.shape[2], 224), _lanczos3(pixels.shape[3], 224)
+    resized = torch.einsum("oh,bchw,pw->bcop", rows, pixels, columns).round().clamp(0, 255)
+    side = 0.9**0.5
+    box = torch.tensor([[side, 0.0, 0.0], [0.0, side, 0.0]]).expand(len(pixels), 2, 3)
+    grid = F.affine_grid(box, [len(pixels), 3, 224, 224], align_corners=True)
+    cropped = F.grid_sample(resized / 255, grid, align_corners=True)  # (B, 3, 224, 224)
+    return (cropped * 255.5).floor().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+# ---- Figures -----------------------------------------------------------------------------------------
+
+
+def success(outcomes: ArrayLike) -> dict[str, Any]:
+    """The success rate of outcomes (E,) with its Wilson interval (95 %), as ``result.json`` has it."""
+    successes, trials = int(np.sum(outcomes)), len(np.asarray(outcomes))
+    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    return {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
+
+
+def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:
+    """Two policies' outcomes (E,) on the same init states: who wins where, and whether that is chance.
+
+    Returns:
+        ``only_first``, ``only_second``: states that one alone solves; ``difference`` of the success rates
+        with its 95 % interval ``low`` to ``high`` (Wilson's of the first's share of those states, times
+        their share of all); ``p_value`` of McNemar's exact test.
+    """
+    first, second = np.asarray(outcomes, bool), np.asarray(others, bool)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    differing, low, high, p_value = only_first + only_second, 0.0, 0.0, 1.0
+    if differing:
+        test = binomtest(only_first, differing)
+        low, high = ((2 * p - 1) * differing / len(first) for p in test.proportion_ci(method="wilson"))
+        p_value = float(test.pvalue)
+    return {
+        "only_first": only_first,
+        "only_second": only_second,
+        "difference": (only_first - only_second) / len(first),
+        "low": low,
+        "high": high,
+        "p_value": p_value,
+    }
+
+
+def percent(result: dict[str, Any]) -> str:
+    """A success rate in words, for instance ``21/50 (95 %: 29 to 56 %)``."""
+    return (
+        f"{result['successes']}/{result['trials']}"
+        f" (95 %: {100 * result['low']:.0f} to {100 * result['high']:.0f} %)"
+    )
+
+
+def report(
+    name: str, outcomes: NDArray[np.bool_], others: NDArray[np.bool_] | None = None, compared: Any = None
+) -> dict[str, Any]:
+    """Print one evaluation, and what ``result.json`` holds of it.
+
+    Args:
+        name: Of the evaluation, for instance ``"greedy"``.
+        outcomes: (E,) success from each init state.
+        others: (E,) the same of the checkpoint ``compared``.
+    """
+    result = success(outcomes)
+    print(f"{name}: success {percent(result)}")
+    contents = {name: result, f"{name}_outcomes": outcomes.tolist()}
+    if others is not None:
+        pairs = paired(outcomes, others)
+        print(
+            f"  {compared}: {percent(success(others))}; difference {100 * pairs['difference']:+.0f} points"
+            f" (95 %: {100 * pairs['low']:+.0f} to {100 * pairs['high']:+.0f}), p = {pairs['p_value']:.2g}"
+        )
+        theirs = {"checkpoint": str(compared), **success(others), "outcomes": others.tolist()}
+        contents[f"{name}_compared"] = theirs | {"paired": pairs}
+    return contents
+
+
+def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, args: Any) -> None:
+    """Evaluate greedily and sampled, ``args.compare`` on the same states; print, and write ``result.json``.
+
+    ``evaluate`` is the script's own.
+    """
+    other = load_policy(args.policy, args.compare, args.device) if args.compare else None
+    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "protocol": args.protocol}
+    for name, temperature in {"greedy": 0.0, "sampled": args.eval_temperature}.items():
+        if name == "greedy" or temperature > 0:
+            outcomes = evaluate(envs, policy, temperature, args, run / "videos" / f"{name}.mp4")  # (N,)
+            video = run / "videos" / f"{name}_compared.mp4"
+            others = evaluate(envs, other, temperature, args, video) if other else None  # (N,)
+            result |= report(name, outcomes, others, args.compare)
+            result["success"] = result[name]
+    write_json(run / "result.json", result)
+
+
+# ---- Videos ------------------------------------------------------------------------------------------
+
+FILMED = 16  # episodes of which a video is made, of the first ones
+SIDE_BY_SIDE = 4  # successes, and failures, in a video
+
+
+def film(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What is kept of a decision's pictures (N, H, W, 3): the first episodes', at most about 128 pixels."""
+    stride = max(1, images.shape[1] // 128)
+    return images[:FILMED, ::stride, ::stride].copy()
+
+
+def write_video(path: Path, frames: list[NDArray[np.uint8]], outcomes: ArrayLike) -> None:
+    """Write successes above (green bar) and failures below (red bar), side by side, as they went.
+
+    Args:
+        path: The MP4 file.
+        frames: ``film`` of every decision.
+        outcomes: (N,) success of every episode.
+    """
+    won = np.asarray(outcomes, bool)[: len(frames[0])]
+    rows = [np.flatnonzero(won)[:SIDE_BY_SIDE], np.flatnonzero(~won)[:SIDE_BY_SIDE]]
+    height, width = frames[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    sheets: list[Any] = []
+    for frame in frames:
+        sheet = np.zeros((len(rows) * (height + 8), columns * width, 3), np.uint8)
+        for r, (row, colour) in enumerate(zip(rows, ((40, 160, 70), (200, 50, 50)))):
+            top = r * (height + 8)
+            for c, episode in enumerate(row):
+                sheet[top : top + 8, c * width : (c + 1) * width] = colour
+                sheet[top + 8 : top + 8 + height, c * width : (c + 1) * width] = frame[episode]
+        sheets.append(sheet)
+    imageio.mimwrite(path, sheets, fps=5, macro_block_size=8)
