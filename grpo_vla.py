@@ -86,7 +86,7 @@ class Args:
     policy: str = "nano"
     """Kind of policy"""
     checkpoint: Path | None = None
-    """Folder of the starting checkpoint [the shipped one]"""
+    """Folder of the starting checkpoint [the shipped one; sft_vla.py: random weights]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
     lora_rank: int = 32
@@ -424,8 +424,8 @@ if __name__ == "__main__":
         if not batch["kept"].any():
             won = f"{totals['successes']} of {totals['episodes']} episodes succeed"
             tqdm.write(
-                f"iteration {iteration}: {won}, and no group of {len(batch['kept'])} has both successes and"
-                " failures: nothing to learn from, training ends; where all fail, start from a better --checkpoint"
+                f"iteration {iteration}: {won}, in no group both some and not all; nothing to learn from, so"
+                " training ends (where all fail, start from a better --checkpoint)"
             )
             break
         advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
@@ -434,9 +434,8 @@ if __name__ == "__main__":
 
         start = time.perf_counter()
         policy.train()
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
-            1.0 - done, iteration / args.warmup_iterations
-        )
+        fraction = min(1.0 - done, iteration / args.warmup_iterations)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         b = samples_of(policy, batch, advantages, args)
         minibatches: list[Tensor] = []
         for _ in range(args.update_epochs):

@@ -1,24 +1,28 @@
 """SFT: behaviour cloning of demonstrations, which makes the starting checkpoints of online RL.
 
-The loss is the cross-entropy of the demonstrated tokens, -1/B sum_b 1/D sum_d log pi(token_bd | obs_b).
-A sample is one control step of a demonstration with the C actions that follow it (the last one repeated
-past the end). Demonstrations are read in the layout of LIBERO's HDF5 data sets, as ``vla_envs.experts``
-writes them; where ``expert_actions`` is there (the expert's actions without its noise), it is imitated.
+Symbols: S samples (control steps of demonstrations), B of them in a minibatch, C control steps a decision, D
+action tokens a decision.
 
-    python -m vla_envs.experts --out demos
-    python sft_vla.py --demos demos
-    python sft_vla.py --demos demos --task-ids 4 --episodes 24
+    loss         -1/B sum_b 1/D sum_d log pi(token_bd | obs_b) of the demonstrated tokens     loss_of
+
+A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
+LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demonstrations.py``). Of every task --held-out
+further ones are never learnt from; their loss is logged and, with --early-stop, decides when training ends.
+An iteration is --iteration-steps optimiser steps; after each the run can be resumed.
+
+    python -m vla_envs.experts --out demos --episodes 12
+    python sft_vla.py --demos demos --task-id 4
+    python sft_vla.py --demos demos --task-ids 0 1 2 3 4 5 6 7 8 9
+    python sft_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
 """
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,176 +30,294 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
-from vla_envs.runs import check_numbers, make_run_folder, one_line_errors, parse_args, success, write_json
+from vla_envs import demonstrations, evaluation, runs
+from vla_envs.policies import adapters, count_parameters, load_policy, new_policy
+from vla_envs.tasks import get_task
 
 
 @dataclass
 class Args:
     # ---- Experiment ----
     seed: int = 1
-    """Seed of the initial weights and the minibatches"""
+    """Seed of everything: the same seed gives the same run"""
     run_dir: Path | None = None
-    """Folder of this run [runs/<suite>_<first task id>__sft_vla__<seed>__<time>]"""
-    eval_episodes: int = 50
-    """Episodes a task of the evaluation after training: recorded init states 0, 1, ...; 0 leaves it out"""
-    eval_temperature: float = 1.2
-    """Sampling temperature of the evaluation; 0 is greedy"""
-    num_threads: int | None = None
-    """Simulator threads [one per core]"""
+    """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with, with its own arguments"""
+    evaluate: bool = False
+    """Only evaluate --checkpoint, greedy and sampled"""
+    compare: Path | None = None
+    """With --evaluate: a second checkpoint, compared with the first state by state"""
+    protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
+    """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
+    eval_every: int = 5
+    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    eval_episodes: int | None = None
+    """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
+    eval_temperature: float | None = None
+    """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
+    device: str = "cpu"
+    """Where the policy runs: cpu, cuda, cuda:1, ..."""
 
     # ---- Environment ----
     suite: str = "LiberoObject"
     """LIBERO suite"""
-    task_ids: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
-    """Tasks to learn, from 0, by one policy"""
+    task_id: int = 4
+    """Task in the suite, from 0"""
+    assets: str = "builtin"
+    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     max_episode_steps: int = 200
-    """Control steps until an evaluation episode ends without success"""
+    """Control steps until an episode ends without success"""
+    action_chunk: int = 8
+    """Control steps a decision (C); has to fit the policy"""
+    num_threads: int | None = None
+    """Simulator threads [one per core]"""
 
     # ---- Policy ----
     policy: str = "nano"
     """Kind of policy"""
     checkpoint: Path | None = None
-    """Folder of a checkpoint to start from [random weights]"""
+    """Folder of the starting checkpoint [the shipped one; sft_vla.py: random weights]"""
+    train: str = "all"
+    """What is trained: lora, head, lora+head, lora+last-k or all"""
+    lora_rank: int = 32
+    """LoRA's r"""
+    last_k: int = 1
+    """Blocks trained in full with --train lora+last-k"""
+    temperature: float = 1.2
+    """Divides the logits, in rollout and update alike"""
 
     # ---- Algorithm ----
     demos: Path = Path("demos")
-    """Folder with <suite>_<task id>_demo.hdf5"""
+    """Folder of demonstrations: LIBERO's HDF5 files or a LeRobot data set"""
+    task_ids: tuple[int, ...] = ()
+    """Tasks that one policy learns, and is evaluated on [--task-id alone]"""
     episodes: tuple[int, ...] = (8,)
     """Demonstrations a task: one number for all, or one for each of --task-ids"""
-    num_steps: int = 3000
-    """Optimiser steps"""
-    batch_size: int = 64
-    """Samples a step"""
+    held_out: int = 1
+    """Further demonstrations a task that are not learnt from, whose loss is logged"""
+    early_stop: int = 0
+    """Ends training after so many iterations without a lower held-out loss, and keeps the best [0: never]"""
+    num_iterations: int = 30
+    """Iterations of learning"""
+    iteration_steps: int = 100
+    """Optimiser steps an iteration"""
+    minibatch_size: int = 64
+    """Samples an optimiser step (B)"""
     learning_rate: float = 1e-3
-    """AdamW's greatest learning rate, of a one-cycle schedule"""
+    """AdamW's greatest learning rate; it falls to 0 along a cosine"""
+    warmup_frac: float = 0.05
+    """Share of the steps over which the learning rate grows to its value"""
     weight_decay: float = 0.01
     """AdamW's weight decay"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
 
 
-def load_demonstrations(path: Path, episodes: int, chunk: int) -> dict[str, Any]:
-    """All samples of a file: image (S, H, W, 3), state (S, 8), actions (S, C, 7), and the instruction.
-
-    Raises:
-        ValueError: When the file is missing, is not in LIBERO's layout, or has fewer demonstrations.
-    """
-    if not path.is_file():
-        raise ValueError(
-            f"no demonstrations at {str(path)!r}; make them: python -m vla_envs.experts --out {path.parent}"
-        )
-    parts: dict[str, list[np.ndarray]] = {"image": [], "state": [], "actions": []}
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{str(path)!r} is no HDF5 file")
-    with h5py.File(path) as file:
-        if "data" not in file or "problem_info" not in file["data"].attrs:
-            raise ValueError(
-                f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data/problem_info"
-            )
-        data = file["data"]
-        instruction = json.loads(data.attrs["problem_info"])["language_instruction"]
-        if len(data) < episodes:
-            raise ValueError(f"{str(path)!r} holds {len(data)} demonstrations; expected at least {episodes}")
-        for k in range(episodes):
-            demo = data[f"demo_{k}"]
-            needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
-            missing = [name for name in needed if name not in demo]
-            if missing:
-                raise ValueError(f"{str(path)!r} is not in LIBERO's layout: demo_{k} has no {missing[0]}")
-            actions = demo["expert_actions" if "expert_actions" in demo else "actions"][:]  # (T, 7)
-            following = np.minimum(
-                np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1
-            )  # (T, C)
-            parts["actions"].append(actions[following])
-            parts["image"].append(demo["obs/agentview_rgb"][:][:, ::-1, ::-1])  # stored turned by 180 degrees
-            parts["state"].append(np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()} | {"instruction": instruction}
+# ---- Acting ------------------------------------------------------------------------------------------
 
 
-def evaluate(envs: Any, policy: Any, episodes: int, temperature: float) -> dict[str, Any]:
-    """Success on recorded init states 0 to ``episodes`` - 1, with its Wilson interval (95 %)."""
-    obs, _ = envs.reset(options={"init_state_id": list(range(episodes))})
-    while not envs.unwrapped.frozen.all():
-        acting = np.flatnonzero(~envs.unwrapped.frozen)
-        seen = {name: array[acting] for name, array in obs.items()}
-        chunk, _, _ = policy.sample(seen, [envs.instructions[i] for i in acting], temperature)
-        actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
-        actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
-        obs, _, terminated, _, _ = envs.step(actions)
-    return success(int(terminated.sum()), episodes)
+def make_envs(num_envs: int, task_id: int, reward: str, args: Any, **settings: Any) -> Any:
+    """Environments of one task, as in training unless ``settings`` say otherwise."""
+    return gym.make_vec(
+        f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
+        action_chunk=args.action_chunk, num_threads=args.num_threads,
+        **{"max_episode_steps": args.max_episode_steps, **settings},
+    )  # fmt: skip
+
+
+def act(
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
+    seen = {name: array[acting] for name, array in obs.items()}
+    chunk, some_tokens, some_logprobs = policy.sample(
+        seen, [envs.instructions[i] for i in acting], temperature
+    )  # (A, C, 7), (A, D), (A, D)
+    actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
+    actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
+    tokens = torch.zeros((envs.num_envs, *some_tokens.shape[1:]), dtype=some_tokens.dtype)  # (N, D)
+    tokens[torch.from_numpy(acting)] = some_tokens.cpu()
+    logprobs = torch.zeros((envs.num_envs, some_logprobs.shape[1]))  # (N, D)
+    logprobs[torch.from_numpy(acting)] = some_logprobs.float().cpu()
+    return actions, tokens, logprobs
+
+
+def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
+    """Play recorded init states 0, 1, ..., one an environment; which of them succeeded, (N,) bool."""
+    torch.manual_seed(args.seed)
+    policy.eval()
+    obs, _ = envs.reset(options={"init_state_id": list(range(envs.num_envs))})
+    frames = [evaluation.film(obs["image"])]
+    while not (frozen := envs.unwrapped.frozen).all():
+        seen = evaluation.seen(obs, args.protocol)
+        actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
+        obs, _, success, _, _ = envs.step(actions)
+        frames.append(evaluation.film(obs["image"]))
+    evaluation.write_video(video, frames, success)
+    return success
+
+
+# ---- Learning ----------------------------------------------------------------------------------------
 
 
 def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
-    """Mean negative log-probability of the demonstrated tokens of samples ``inds``."""
+    """Mean negative log-probability of the demonstrated tokens of samples ``inds`` (B,)."""
     obs = {name: samples[name][inds] for name in ("image", "state")}
-    tokens = policy.encode(torch.as_tensor(samples["actions"][inds], dtype=torch.float32))  # (B, D)
-    logprobs, _, _ = policy.evaluate(obs, [samples["instruction"][i] for i in inds], tokens)  # (B, D)
+    tokens = policy.encode(torch.as_tensor(samples["actions"][inds]))  # (B, D)
+    instructions = [samples["instructions"][i] for i in inds]
+    logprobs, _, _ = policy.evaluate(obs, instructions, tokens.to(next(policy.parameters()).device))  # (B, D)
     return -logprobs.mean()
 
 
-if __name__ == "__main__":
-    args = parse_args(Args)
-    with one_line_errors():
-        check_numbers(args, "num_steps batch_size learning_rate max_grad_norm", above=True)
-        if not args.task_ids or min(args.episodes, default=0) < 1 or args.seed < 0:
-            raise ValueError("task_ids is empty, episodes below 1 or seed negative")
-        if not 0 <= args.eval_episodes <= 50:
-            raise ValueError(
-                f"eval_episodes is {args.eval_episodes}; expected 0 to 50, the recorded init states"
-            )
-        torch.manual_seed(args.seed)
-        policy = load_policy(args.policy, args.checkpoint) if args.checkpoint else new_policy(args.policy)
-        chunk = policy.action_chunk
-        files = [args.demos / f"{args.suite}_{task_id}_demo.hdf5" for task_id in args.task_ids]
-        episodes = args.episodes * len(files) if len(args.episodes) == 1 else args.episodes
-        if len(episodes) != len(files):
-            raise ValueError(
-                f"episodes has {len(episodes)} numbers; expected one, or one for each of {len(files)} tasks"
-            )
-        tasks = [load_demonstrations(file, count, chunk) for file, count in zip(files, episodes)]
-        run = make_run_folder(args.run_dir, args.suite, args.task_ids[0], "sft_vla", args.seed)
-    samples: dict[str, Any] = {
-        name: np.concatenate([task[name] for task in tasks]) for name in ("image", "state", "actions")
-    }
-    samples["instruction"] = [task["instruction"] for task in tasks for _ in task["actions"]]
-    write_json(run / "args.json", dataclasses.asdict(args))
-    writer = SummaryWriter(str(run))
-    print(f"{run}: {len(samples['actions']):,} samples, {count_parameters(policy)[1]:,} parameters")
+@torch.no_grad()
+def held_out_loss(policy: Any, samples: dict[str, Any]) -> float:
+    """Mean of ``loss_of`` over all samples."""
+    parts = np.array_split(np.arange(len(samples["actions"])), 1 + len(samples["actions"]) // 256)
+    return sum(float(loss_of(policy, samples, inds)) * len(inds) for inds in parts) / len(samples["actions"])
 
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, args.num_steps, pct_start=0.05
-    )
-    rng = np.random.default_rng(args.seed)
-    started = time.perf_counter()
-    progress = tqdm(range(args.num_steps), desc="SFT", unit="step")
-    for step in progress:
-        loss = loss_of(policy, samples, rng.integers(len(samples["actions"]), size=args.batch_size))
+
+def update(
+    policy: Any, optimizer: Any, samples: dict[str, Any], iteration: int, args: Args
+) -> dict[str, float]:
+    """The optimiser steps of one iteration; the means of what was measured on the way."""
+    rng = np.random.default_rng([args.seed, iteration])
+    trained = optimizer.param_groups[0]["params"]
+    steps = args.num_iterations * args.iteration_steps
+    losses, norms = [], []
+    for step in range((iteration - 1) * args.iteration_steps, iteration * args.iteration_steps):
+        warm, left = (step + 1) / (args.warmup_frac * steps), 0.5 * (1.0 + np.cos(np.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(warm, left)
+        loss = loss_of(policy, samples, rng.integers(len(samples["actions"]), size=args.minibatch_size))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        runs.check_finite(loss=loss, gradient=grad_norm)
         optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            writer.add_scalar("losses/nll", loss.item(), step)
-            progress.set_postfix(nll=f"{loss.item():.3f}")
-    save_policy(policy, args.policy, run / "checkpoints" / "final")
+        losses.append(loss.item())
+        norms.append(float(grad_norm))
+    return {"nll": float(np.mean(losses)), "grad_norm": float(np.mean(norms))}
 
-    policy.eval()
-    results = {}
-    for task_id in args.task_ids if args.eval_episodes else ():
-        envs = gym.make_vec(
-            f"vla_envs/{args.suite}-v0", num_envs=args.eval_episodes, task_id=task_id, action_chunk=chunk,
-            max_episode_steps=args.max_episode_steps, num_threads=args.num_threads,
+
+def check(args: Args) -> Args:
+    """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
+    task_ids = args.task_ids or (args.task_id,)
+    episodes = args.episodes * len(task_ids) if len(args.episodes) == 1 else args.episodes
+    if len(episodes) != len(task_ids) or min(episodes) < 1:
+        raise ValueError(
+            f"episodes are {args.episodes}; expected one number above 0, or one for each of {task_ids}"
+        )
+    if args.evaluate and len(task_ids) > 1:
+        raise ValueError(f"task_ids are {task_ids}; expected one task, --task-id, with --evaluate")
+    if args.early_stop and not args.held_out:
+        raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
+    runs.check_numbers(args, "seed held_out early_stop eval_every weight_decay", above=False)
+    runs.check_numbers(
+        args, "num_iterations iteration_steps minibatch_size learning_rate warmup_frac max_grad_norm"
+        " lora_rank last_k temperature", above=True
+    )  # fmt: skip
+    args = dataclasses.replace(args, task_id=task_ids[0], task_ids=task_ids, episodes=episodes)
+    return runs.fill_in_evaluation(args)
+
+
+if __name__ == "__main__":
+    args = runs.parse_args(Args)
+    with runs.one_line_errors():
+        args = check(runs.load_args(args) if args.resume else args)
+        runs.check_suite(args.suite)
+        torch.manual_seed(args.seed)  # of the first weights
+        new = args.checkpoint is None and not args.evaluate
+        policy = new_policy(args.policy) if new else load_policy(args.policy, args.checkpoint)
+        policy = policy.to(args.device)
+        if policy.action_chunk != args.action_chunk:
+            raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
+        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        protocol = evaluation.settings(args.protocol, args.suite)
+        tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
+        if not args.evaluate:
+            demos = [
+                demonstrations.load_demonstrations(
+                    args.demos, task, count + args.held_out, policy.action_chunk
+                )
+                for task, count in zip(tasks, args.episodes)
+            ]
+            samples = demonstrations.samples(tasks, [d[:count] for d, count in zip(demos, args.episodes)])
+            held_out = (
+                demonstrations.samples(tasks, [d[count:] for d, count in zip(demos, args.episodes)])
+                if args.held_out
+                else None
+            )
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
+            weight_decay=args.weight_decay,
         )  # fmt: skip
-        torch.manual_seed(args.seed)
-        results[task_id] = evaluate(envs, policy, args.eval_episodes, args.eval_temperature)
-        successes = results[task_id]["successes"]
-        print(f"task {task_id}: {successes}/{args.eval_episodes} succeed, {envs.instructions[0]}")
-        envs.close()
-    write_json(
-        run / "result.json",
-        {"suite": args.suite, "seed": args.seed, "success": results, "wall_s": time.perf_counter() - started},
+        run, state = runs.start(args, "sft_vla", learner, optimizer)
+    writer = SummaryWriter(
+        str(run), purge_step=state["iteration"] * args.iteration_steps + 1 if args.resume else None
     )
+    trainable, total = count_parameters(learner)
+    if args.evaluate:
+        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
+        evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
+        raise SystemExit
+
+    def assess() -> dict[int, Any]:
+        iteration = state["evaluated"] = state["iteration"]
+        results = {}
+        for task in tasks:
+            eval_envs = make_envs(args.eval_episodes, task.task_id, "binary", args, **protocol)
+            video = run / "videos" / f"iteration_{iteration:04d}_task_{task.task_id}.mp4"
+            result = evaluation.success(evaluate(eval_envs, policy, args.eval_temperature, args, video))
+            tqdm.write(f"iteration {iteration}: success {evaluation.percent(result)}, {task.instruction}")
+            results[task.task_id] = result
+            eval_envs.close()
+        rate = float(np.mean([result["rate"] for result in results.values()]))
+        writer.add_scalar("charts/success_rate", rate, iteration * args.iteration_steps)
+        return results
+
+    print(f"{run}: {len(samples['actions']):,} samples; training {trainable:,} of {total:,} parameters")
+    started = time.perf_counter() - state["wall_s"]
+    best = state.setdefault("best", {"iteration": 0, "nll": float("inf")})
+    progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="SFT", unit="it")
+    while state["iteration"] < args.num_iterations:
+        iteration = state["iteration"] = state["iteration"] + 1
+        start = time.perf_counter()
+        policy.train()
+        with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
+            losses = update(policy, optimizer, samples, iteration, args)
+        policy.eval()
+        if held_out:
+            losses["held_out_nll"] = held_out_loss(policy, held_out)
+            if losses["held_out_nll"] < best["nll"]:
+                best |= {"iteration": iteration, "nll": losses["held_out_nll"]}
+                runs.save_training_state(run / "checkpoints" / "best", learner, optimizer, state)
+        update_s = time.perf_counter() - start
+
+        if args.eval_every and iteration % args.eval_every == 0:
+            state["after"] = assess()
+        state["wall_s"] = time.perf_counter() - started
+        scalars = {"charts/learning_rate": optimizer.param_groups[0]["lr"], "time/update_s": update_s} | {
+            f"losses/{name}": value for name, value in losses.items()
+        }
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, float(value), iteration * args.iteration_steps)
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
+        progress.update()
+        progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if "nll" in name})
+        if args.early_stop and iteration - best["iteration"] >= args.early_stop:
+            tqdm.write(
+                f"iteration {iteration}: held-out loss was lowest at {best['iteration']}; training ends"
+            )
+            break
+    progress.close()
+
+    if args.early_stop:
+        runs.load_training_state(run / "checkpoints" / "best", learner, optimizer)
+    if args.early_stop or state["evaluated"] != state["iteration"]:
+        state["after"] = assess()
+    state["wall_s"] = time.perf_counter() - started
+    runs.save_policies(run, policy, args)
+    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": state["after"]}
+    runs.write_json(run / "result.json", result | {"best": best, "wall_s": state["wall_s"]})
+    print(f"{state['wall_s'] / 60:.1f} min; {run}")
     writer.close()

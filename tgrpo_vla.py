@@ -93,7 +93,7 @@ class Args:
     policy: str = "nano"
     """Kind of policy"""
     checkpoint: Path | None = None
-    """Folder of the starting checkpoint [the shipped one]"""
+    """Folder of the starting checkpoint [the shipped one; sft_vla.py: random weights]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
     lora_rank: int = 32
@@ -213,7 +213,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 9 with PPO's clip, negated: a mean over D tokens, then over B samples weighted by ``mask``.
+    """PPO's clipped objective, negated: a mean over D tokens, then over B samples weighted by ``mask``.
 
     Args:
         logprobs: (B, D), with gradient.
@@ -468,9 +468,8 @@ if __name__ == "__main__":
 
         start = time.perf_counter()
         policy.train()
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
-            1.0 - done, iteration / args.warmup_iterations
-        )
+        fraction = min(1.0 - done, iteration / args.warmup_iterations)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         b = samples_of(policy, batch, advantages, args)
         minibatches: list[Tensor] = []
         for _ in range(args.update_epochs):

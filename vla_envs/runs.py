@@ -209,13 +209,18 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
     return joined
 
 
-def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
-    """Write ``checkpoints/final``, a whole policy, ``checkpoints/adapter`` if any, and ``result.json``."""
+def save_policies(run: Path, policy: Any, args: Any) -> None:
+    """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter."""
     plain = load_policy(args.policy, args.checkpoint)
     plain.load_state_dict(adapters.merged(policy))
     save_policy(plain, args.policy, run / "checkpoints" / "final")
     if args.train.startswith("lora"):
         adapters.save_adapter(policy, run / "checkpoints" / "adapter")
+
+
+def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
+    """Write the trained policy and ``result.json``, and say how it went."""
+    save_policies(run, policy, args)
     before, after = state["before"], state["after"]
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
     result |= {"success_before": before, "success_after": after}

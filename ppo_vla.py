@@ -1,0 +1,502 @@
+"""PPO: fine-tune a vision-language-action policy with a critic (Schulman et al. 2017, arXiv 1707.06347).
+
+The critic is a small network on the policy's own last hidden state at the first action token, as in RL4VLA
+(Liu et al. 2025, arXiv 2505.19789). Every environment has a scene of its own; there are no groups.
+
+Symbols: N environments (--num-groups times --group-size), T decision steps (one executes C control steps),
+D action tokens a decision, S samples (decisions of those alive), B of them in a minibatch, H the width of the
+hidden state. Arrays are time-major, (T, N). alive[t, i]: i had not finished before decision t.
+
+    advantage    A_t = sum_l (gamma lambda)^l (r_t+l + gamma V_t+l+1 - V_t+l)        gae
+    objective    mean of min(ratio A, clip(ratio) A)                                 policy_loss
+    critic       mean of max((V - R)^2, (clip(V) - R)^2) / 2, with R_t = A_t + V_t   value_loss
+
+Details that decide:
+ 1. A time-out is no end: its value is bootstrapped from the observation after it; only success ends.
+ 2. Old log-probs and values come from the forward pass that trains, so the first ratio is 1.
+ 3. The critic learns alone for --critic-warmup iterations, at a learning rate of its own; its gradient stops
+    at the hidden state, so that an ignorant critic cannot spoil the policy.
+ 4. Advantages are standardised over the batch.
+ 5. One ratio a token (--ratio-level action: one a decision), clipped further above than below.
+ 6. The policy decides a chunk of C control steps at once.
+ 7. Scenes are drawn from LIBERO's regions; evaluation is on the 50 recorded init states, which training
+    never sees.
+ 8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
+    falls linearly to 0.
+
+    python ppo_vla.py --task-id 4
+    python ppo_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import vla_envs  # noqa: F401  (registers the environments)
+from vla_envs import evaluation, runs
+from vla_envs.policies import adapters, count_parameters, load_policy
+
+
+@dataclass
+class Args:
+    # ---- Experiment ----
+    seed: int = 1
+    """Seed of everything: the same seed gives the same run"""
+    run_dir: Path | None = None
+    """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
+    resume: Path | None = None
+    """Folder of a stopped run to go on with, with its own arguments"""
+    evaluate: bool = False
+    """Only evaluate --checkpoint, greedy and sampled"""
+    compare: Path | None = None
+    """With --evaluate: a second checkpoint, compared with the first state by state"""
+    protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
+    """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
+    eval_every: int = 5
+    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    eval_episodes: int | None = None
+    """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
+    eval_temperature: float | None = None
+    """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
+    device: str = "cpu"
+    """Where the policy runs: cpu, cuda, cuda:1, ..."""
+
+    # ---- Environment ----
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    task_id: int = 4
+    """Task in the suite, from 0"""
+    assets: str = "builtin"
+    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
+    max_episode_steps: int = 200
+    """Control steps until an episode ends without success"""
+    action_chunk: int = 8
+    """Control steps a decision (C); has to fit the policy"""
+    num_threads: int | None = None
+    """Simulator threads [one per core]"""
+
+    # ---- Policy ----
+    policy: str = "nano"
+    """Kind of policy"""
+    checkpoint: Path | None = None
+    """Folder of the starting checkpoint [the shipped one; sft_vla.py: random weights]"""
+    train: str = "all"
+    """What is trained: lora, head, lora+head, lora+last-k or all"""
+    lora_rank: int = 32
+    """LoRA's r"""
+    last_k: int = 1
+    """Blocks trained in full with --train lora+last-k"""
+    temperature: float = 1.2
+    """Divides the logits, in rollout and update alike"""
+
+    # ---- Algorithm ----
+    reward: str = "binary"
+    """binary, multi_stage, or path/to/file.py:function"""
+    gamma: float = 0.99
+    """Discount a decision"""
+    gae_lambda: float = 0.95
+    """GAE's lambda"""
+    value_learning_rate: float = 3e-3
+    """The critic's learning rate"""
+    value_clip: float = 0.2
+    """A value moves by at most this from the old one before its loss stops falling"""
+    critic_warmup: int = 2
+    """Iterations in which only the critic learns"""
+    num_iterations: int = 20
+    """Iterations of collecting and updating"""
+    total_env_steps: int | None = None
+    """Control steps of training: the iteration that reaches them is the last [no limit]"""
+    num_groups: int = 64
+    """Scenes a batch (G)"""
+    group_size: int = 1
+    """Environments of the same scene (K)"""
+    learning_rate: float = 7e-4
+    """AdamW's greatest learning rate; it falls linearly to 0"""
+    warmup_iterations: int = 3
+    """Iterations over which the learning rate grows to its value"""
+    update_epochs: int = 1
+    """Passes over a batch"""
+    minibatch_size: int = 256
+    """Decisions an optimiser step (B)"""
+    clip_low: float = 0.2
+    """The ratio is clipped at 1 - this"""
+    clip_high: float = 0.28
+    """The ratio is clipped at 1 + this"""
+    ratio_level: Literal["token", "action"] = "token"
+    """One ratio a token, or one for the whole decision"""
+    kl_coef: float = 0.0
+    """Weight of the k3 KL divergence from the policy with its adapter off (beta)"""
+    target_kl: float = 0.05
+    """An update stops when its approximate KL a ratio exceeds this"""
+    max_grad_norm: float = 1.0
+    """The gradient is clipped at this norm"""
+
+
+# ---- Advantages and loss: pure functions of tensors --------------------------------------------------
+
+
+def gae(
+    rewards: Tensor, values: Tensor, terminated: Tensor, last_values: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16).
+
+    Args:
+        rewards, values: (T, N).
+        terminated: (T, N), whether the decision ended the episode by success. What is not terminated at its
+            last decision is cut off by the step limit, and bootstrapped.
+        last_values: (N,), of the observations after the last decision.
+        gamma, gae_lambda: Discounts.
+
+    Returns:
+        Advantages (T, N) and returns (T, N), float32.
+    """
+    if not rewards.shape == values.shape == terminated.shape or last_values.shape != rewards.shape[1:]:
+        shapes = [tuple(x.shape) for x in (rewards, values, terminated, last_values)]
+        raise ValueError(
+            f"rewards, values, terminated, last_values are {shapes}; expected thrice (T, N), and (N,)"
+        )
+    advantages = torch.zeros_like(values, dtype=torch.float64)  # (T, N)
+    following, next_values = torch.zeros_like(last_values, dtype=torch.float64), last_values.double()  # (N,)
+    for t in reversed(range(len(rewards))):
+        going_on = 1.0 - terminated[t].double()  # (N,)
+        delta = rewards[t] + gamma * next_values * going_on - values[t]  # (N,)
+        following = advantages[t] = delta + gamma * gae_lambda * going_on * following  # (N,)
+        next_values = values[t].double()  # (N,)
+    return advantages.float(), (advantages + values).float()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
+    """Half the mean squared error of values (B,), the worse of as they are and clipped near the old ones."""
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)  # (B,)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped objective, negated: a mean over D tokens, then over B samples weighted by ``mask``.
+
+    Args:
+        logprobs: (B, D), with gradient.
+        old_logprobs: (B, D), of the policy that acted.
+        advantages: (B,).
+        mask: (B,), any weight >= 0.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    """
+    # Beyond e^20 the ratio is far outside any clip; the bound keeps it finite.
+    logratio = (logprobs - old_logprobs).clamp(-20.0, 20.0)  # (B, D)
+    ratio = logratio.exp()  # (B, D)
+    weight = (mask / mask.sum().clamp(min=1e-12)).unsqueeze(1) / ratio.shape[1]  # (B, 1)
+    gain = ratio * advantages.unsqueeze(1)  # (B, D)
+    clipped_gain = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages.unsqueeze(1)  # (B, D)
+    loss = -(weight * torch.min(gain, clipped_gain)).sum()
+    with torch.no_grad():
+        statistics = {
+            "approx_kl": (weight * ((ratio - 1.0) - logratio)).sum(),
+            "clipfrac_low": (weight * (ratio < 1.0 - clip_low)).sum(),
+            "clipfrac_high": (weight * (ratio > 1.0 + clip_high)).sum(),
+            "ratio": (weight * ratio).sum(),
+        }
+    return loss, statistics
+
+
+# ---- Acting ------------------------------------------------------------------------------------------
+
+
+def make_envs(num_envs: int, task_id: int, reward: str, args: Any, **settings: Any) -> Any:
+    """Environments of one task, as in training unless ``settings`` say otherwise."""
+    return gym.make_vec(
+        f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
+        action_chunk=args.action_chunk, num_threads=args.num_threads,
+        **{"max_episode_steps": args.max_episode_steps, **settings},
+    )  # fmt: skip
+
+
+def act(
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
+    seen = {name: array[acting] for name, array in obs.items()}
+    chunk, some_tokens, some_logprobs = policy.sample(
+        seen, [envs.instructions[i] for i in acting], temperature
+    )  # (A, C, 7), (A, D), (A, D)
+    actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
+    actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
+    tokens = torch.zeros((envs.num_envs, *some_tokens.shape[1:]), dtype=some_tokens.dtype)  # (N, D)
+    tokens[torch.from_numpy(acting)] = some_tokens.cpu()
+    logprobs = torch.zeros((envs.num_envs, some_logprobs.shape[1]))  # (N, D)
+    logprobs[torch.from_numpy(acting)] = some_logprobs.float().cpu()
+    return actions, tokens, logprobs
+
+
+def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
+    """Play one episode in every environment, from the scenes of ``seeds`` (N,).
+
+    Returns:
+        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
+        success; last, the observation after the end; instructions; policy_s, seconds of deciding.
+    """
+    obs, _ = envs.reset(seed=[int(s) for s in seeds])
+    alive = np.ones(envs.num_envs, bool)  # (N,)
+    decisions: list[dict[str, Any]] = []
+    policy_s = 0.0
+    while alive.any():
+        start = time.perf_counter()
+        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
+        policy_s += time.perf_counter() - start
+        steps = envs.steps  # (N,)
+        next_obs, reward, terminated, truncated, _ = envs.step(actions)
+        decisions.append({
+            "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
+            "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
+            "steps": np.where(alive, envs.steps - steps, 0),
+        })  # fmt: skip
+        alive = alive & ~terminated & ~truncated  # finished environments leave the batch
+        obs = next_obs
+    batch: dict[str, Any] = {
+        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])  # (T, N, ...)
+        for name in decisions[0]
+    }
+    batch["success"] = torch.from_numpy(terminated.copy())  # (N,)
+    batch["last"] = {name: torch.as_tensor(array) for name, array in obs.items()}  # (N, ...)
+    batch["instructions"] = list(envs.instructions)
+    batch["policy_s"] = policy_s
+    return batch
+
+
+def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
+    """Play recorded init states 0, 1, ..., one an environment; which of them succeeded, (N,) bool."""
+    torch.manual_seed(args.seed)
+    policy.eval()
+    obs, _ = envs.reset(options={"init_state_id": list(range(envs.num_envs))})
+    frames = [evaluation.film(obs["image"])]
+    while not (frozen := envs.unwrapped.frozen).all():
+        seen = evaluation.seen(obs, args.protocol)
+        actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
+        obs, _, success, _, _ = envs.step(actions)
+        frames.append(evaluation.film(obs["image"]))
+    evaluation.write_video(video, frames, success)
+    return success
+
+
+def make_critic(policy: Any) -> nn.Module:
+    """Hidden states (B, H) to values (B, 1); 0 at first."""
+    critic = nn.Sequential(nn.Linear(policy.hidden_size, 256), nn.GELU(), nn.Linear(256, 1))
+    nn.init.zeros_(critic[-1].weight)
+    nn.init.zeros_(critic[-1].bias)
+    return critic
+
+
+# ---- Learning ----------------------------------------------------------------------------------------
+
+
+def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
+    obs = {name: b[name][inds] for name in ("image", "state")}
+    tokens = b["tokens"][inds].to(args.device)  # (B, D)
+    instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
+    logprobs, entropy, hidden = policy.evaluate(obs, instructions, tokens, args.temperature)
+    return (logprobs if args.ratio_level == "token" else logprobs.sum(dim=1, keepdim=True)), entropy, hidden
+
+
+def samples_of(policy: Any, critic: nn.Module, batch: dict[str, Any], args: Args) -> dict[str, Any]:
+    """The S decisions of those alive, with log-probs and values from the forward pass that trains.
+
+    So the first ratio is 1 whatever rounding the rollout had; ``logprob_gap`` is that rounding.
+    """
+    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
+    b = {name: batch[name][when, who] for name in ("image", "state", "tokens", "logprobs")}  # (S, ...)
+    b |= {"when": when, "who": who, "instructions": batch["instructions"]}
+    b["weights"] = torch.ones(len(who), device=args.device)  # (S,) decisions count alike
+    with torch.no_grad():
+        parts = [
+            logprobs_of(policy, b, inds, args) for inds in torch.arange(len(who)).split(args.minibatch_size)
+        ]
+        b["old_values"] = critic(torch.cat([hidden for _, _, hidden in parts]).float()).squeeze(1)  # (S,)
+        last, tokens = batch["last"], batch["tokens"][0].to(args.device)  # any tokens: the first sees none
+        _, _, hidden = policy.evaluate(last, batch["instructions"], tokens, args.temperature)  # (N, H)
+        last_values = critic(hidden.float()).squeeze(1).cpu()  # (N,)
+    b["old_logprobs"] = torch.cat([logprobs for logprobs, _, _ in parts])  # (S, D)
+    rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
+    b["logprob_gap"] = float((b["old_logprobs"].cpu() - rolled_out).abs().max())
+    ends = batch["alive"] & ~torch.cat([batch["alive"][1:], torch.zeros_like(batch["alive"][:1])])  # (T, N)
+    values = torch.zeros_like(batch["rewards"]).index_put((when, who), b["old_values"].cpu())  # (T, N)
+    advantages, returns = gae(
+        batch["rewards"], values, ends & batch["success"], last_values, args.gamma, args.gae_lambda
+    )  # (T, N), (T, N)
+    alive = advantages[when, who]  # (S,)
+    b["advantages"] = ((alive - alive.mean()) / (alive.std() + 1e-6)).to(args.device)  # (S,)
+    b["returns"] = returns[when, who].to(args.device)  # (S,)
+    b["explained_variance"] = 1 - float(
+        (b["returns"] - b["old_values"]).var() / b["returns"].var().clamp(min=1e-6)
+    )
+    return b
+
+
+def update(
+    policy: Any, critic: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, alone: bool, args: Args
+) -> dict[str, float]:
+    """One optimiser step a minibatch of sample numbers; the means of what was measured on the way.
+
+    ``alone``: only the critic learns.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    logs: dict[str, list[float]] = {}
+    for mb_inds in minibatches:
+        newlogprob, entropy, hidden = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D), (B, H)
+        old_logprob, weights = b["old_logprobs"][mb_inds], b["weights"][mb_inds]  # (B, D), (B,)
+        pg_loss, measured = policy_loss(
+            newlogprob, old_logprob, b["advantages"][mb_inds], weights, args.clip_low, args.clip_high
+        )
+        loss = pg_loss
+        if args.kl_coef:
+            with torch.no_grad(), adapters.adapter_off(policy):
+                reference, _, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D)
+            log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
+            k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
+            loss = loss + args.kl_coef * (weights / weights.sum() * k3).sum()
+            measured["kl"] = (weights / weights.sum() * k3).sum().detach()
+        newvalue = critic(hidden.detach().float()).squeeze(1)  # (B,)
+        v_loss = value_loss(newvalue, b["old_values"][mb_inds], b["returns"][mb_inds], args.value_clip)
+        loss = v_loss if alone else loss + v_loss
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        runs.check_finite(loss=loss, gradient=grad_norm)
+        measured |= {
+            "policy_loss": pg_loss.detach(),
+            "entropy": entropy.mean().detach(),
+            "grad_norm": grad_norm,
+        }
+        measured["value_loss"] = v_loss.detach()
+        for name, value in measured.items():
+            logs.setdefault(name, []).append(float(value))
+        if measured["approx_kl"] > args.target_kl:
+            break  # before the step that would go further
+        optimizer.step()
+    means = {name: float(np.mean(values)) for name, values in logs.items()}
+    return (
+        means
+        | {"ratio_first_minibatch": logs["ratio"][0], "logprob_gap": b["logprob_gap"]}
+        | {"explained_variance": b["explained_variance"]}
+    )
+
+
+def check(args: Args) -> Args:
+    """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
+    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        raise ValueError(
+            f"gamma, gae_lambda are {args.gamma}, {args.gae_lambda}; expected numbers from 0 to 1"
+        )
+    runs.check_numbers(args, "clip_low clip_high critic_warmup", above=False)
+    runs.check_numbers(args, "group_size value_learning_rate value_clip", above=True)
+    runs.check_training(args)
+    return runs.fill_in_evaluation(args)
+
+
+if __name__ == "__main__":
+    args = runs.parse_args(Args)
+    with runs.one_line_errors():
+        args = check(runs.load_args(args) if args.resume else args)
+        policy = load_policy(args.policy, args.checkpoint, args.device)
+        if policy.action_chunk != args.action_chunk:
+            raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
+        torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
+        policy = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        critic = make_critic(policy).to(args.device)
+        learner = nn.ModuleDict({"policy": policy, "critic": critic})
+        protocol = evaluation.settings(args.protocol, args.suite)
+        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
+        eval_envs.reset(seed=0)
+        num_envs = 1 if args.evaluate else args.num_groups * args.group_size
+        envs = make_envs(num_envs, args.task_id, args.reward, args)
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
+        )
+        optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_learning_rate})
+        run, state = runs.start(args, "ppo_vla", learner, optimizer)
+    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
+    trainable, total = count_parameters(learner)
+    if args.evaluate:
+        evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
+        raise SystemExit
+
+    def assess() -> dict[str, Any]:
+        iteration = state["evaluated"] = state["iteration"]
+        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
+        result = evaluation.success(evaluate(eval_envs, policy, args.eval_temperature, args, video))
+        writer.add_scalar("charts/success_rate", result["rate"], state["env_steps"])
+        tqdm.write(f"iteration {iteration}: success {evaluation.percent(result)}")
+        return result
+
+    print(f"{run}: training {trainable:,} of {total:,} parameters")
+    started = time.perf_counter() - state["wall_s"]
+    if state["before"] is None:
+        state["before"] = state["after"] = assess()
+    progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="PPO", unit="it")
+    while (done := runs.done(state, args)) < 1.0:
+        iteration = state["iteration"] = state["iteration"] + 1
+        runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
+        seconds, start = dict(envs.unwrapped.seconds), time.perf_counter()
+        policy.eval()
+        seeds = np.random.SeedSequence([args.seed, iteration, 1])
+        scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
+        batch = rollout(envs, policy, scenes, args.temperature)
+        totals = runs.totals(batch)
+        rollout_s = time.perf_counter() - start
+
+        start = time.perf_counter()
+        policy.train()
+        fraction = min(1.0 - done, iteration / args.warmup_iterations)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
+        b = samples_of(policy, critic, batch, args)
+        minibatches: list[Tensor] = []
+        for _ in range(args.update_epochs):
+            minibatches += torch.randperm(len(b["who"])).split(args.minibatch_size)
+        with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
+            losses = update(policy, critic, optimizer, b, minibatches, iteration <= args.critic_warmup, args)
+        update_s = time.perf_counter() - start
+
+        state["env_steps"] += totals["control_steps"]
+        state["episodes"] += totals["episodes"]
+        if args.eval_every and iteration % args.eval_every == 0:
+            state["after"] = assess()
+        state["wall_s"] = time.perf_counter() - started
+        scalars = {
+            "charts/rollout_success": totals["successes"] / totals["episodes"],
+            "charts/episodic_return": totals["return"] / totals["episodes"],
+            "charts/episodic_length": totals["control_steps"] / totals["episodes"],
+            "charts/SPS": state["env_steps"] / state["wall_s"],
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "group/success_mean": totals["successes"] / totals["episodes"],
+            "time/rollout_s": rollout_s,
+            "time/policy_s": totals["policy_s"],
+            "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
+            "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
+            "time/update_s": update_s,
+        } | {f"losses/{name}": value for name, value in losses.items()}
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, float(value), state["env_steps"])
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
+        progress.update()
+        progress.set_postfix(success=f"{scalars['group/success_mean']:.2f}", kl=f"{losses['approx_kl']:.4f}")
+    progress.close()
+
+    if state["evaluated"] != state["iteration"]:
+        state["after"] = assess()
+    state["wall_s"] = time.perf_counter() - started
+    runs.finish(run, policy, state, args)
+    writer.close()

@@ -1,0 +1,119 @@
+"""Demonstrations to imitate: LIBERO's HDF5 data sets, as the scripted expert writes them, and LeRobot's."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_envs.tasks import Task
+
+Episode = dict[str, NDArray[Any]]
+
+
+def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> list[Episode]:
+    """The first demonstrations of a task, as samples to imitate.
+
+    Args:
+        folder: With ``<suite>_<task id>_demo.hdf5`` or, as LIBERO names them, ``<task name>_demo.hdf5``; or a
+            data set in LeRobot's format (a folder with ``meta/info.json``).
+        task: What is to be demonstrated.
+        episodes: How many demonstrations.
+        chunk: Control steps that a decision covers (C).
+
+    Returns:
+        For each demonstration of T control steps: ``image (T, H, W, 3)`` uint8, upright as the environments
+        give it; ``state (T, 8)`` float32; ``actions (T, C, 7)`` float32, those of each step and the following
+        ones, the last repeated past the end.
+
+    Raises:
+        ValueError: When files are missing or in another layout, or hold fewer demonstrations.
+    """
+    if (folder / "meta" / "info.json").is_file():
+        demos = _read_lerobot(folder, task, episodes)
+    else:
+        paths = [folder / f"{task.suite}_{task.task_id}_demo.hdf5", folder / f"{task.name}_demo.hdf5"]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"no demonstrations at {str(paths[0])!r}, nor {paths[1].name!r}, nor a LeRobot data set;"
+                f" make them: python -m vla_envs.experts --out {folder}"
+            )
+        demos = _read_hdf5(path, episodes)
+    for demo in demos:
+        last = len(demo["actions"]) - 1
+        following = np.minimum(np.arange(last + 1)[:, None] + np.arange(chunk), last)  # (T, C)
+        demo["actions"] = demo["actions"].astype(np.float32)[following]  # (T, C, 7)
+        demo["state"] = demo["state"].astype(np.float32)
+    return demos
+
+
+def _read_hdf5(path: Path, episodes: int) -> list[Episode]:
+    """Demonstrations in the layout of LIBERO's data sets (``libero/lifelong/datasets.py`` reads it).
+
+    Where ``expert_actions`` is there (the scripted expert's actions without its noise) it is imitated.
+    """
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{str(path)!r} is no HDF5 file")
+    demos = []
+    with h5py.File(path) as file:
+        if "data" not in file:
+            raise ValueError(
+                f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data group"
+            )
+        data = file["data"]
+        if len(data) < episodes:
+            raise ValueError(f"{str(path)!r} holds {len(data)} demonstrations; expected at least {episodes}")
+        for name in sorted(data, key=lambda name: int(name.rpartition("_")[2]))[:episodes]:
+            demo = data[name]
+            needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
+            missing = [part for part in needed if part not in demo]
+            if missing:
+                raise ValueError(f"{str(path)!r} is not in LIBERO's layout: {name} has no {missing[0]}")
+            demos.append({
+                "image": demo["obs/agentview_rgb"][:][:, ::-1, ::-1],  # stored turned by 180 degrees
+                "state": np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]),
+                "actions": demo["expert_actions" if "expert_actions" in demo else "actions"][:],
+            })  # fmt: skip
+    return demos
+
+
+def _read_lerobot(folder: Path, task: Task, episodes: int) -> list[Episode]:
+    """Demonstrations of LIBERO in LeRobot's format, by its own library: ``pip install lerobot``.
+
+    Expects 8 numbers of ``observation.state`` and 7 of ``action``, and takes the first camera, whose pictures
+    LeRobot's LIBERO sets hold upright.
+    """
+    if importlib.util.find_spec("lerobot") is None:
+        raise ValueError(f"{str(folder)!r} is a LeRobot data set; expected its library: pip install lerobot")
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+
+    meta = LeRobotDatasetMetadata("local", root=folder)
+    tasks = [list(names) for names in meta.episodes["tasks"]]
+    of_task = [i for i, names in enumerate(tasks) if task.instruction in names]
+    if len(of_task) < episodes:
+        raise ValueError(
+            f"{str(folder)!r} holds {len(of_task)} demonstrations of {task.instruction!r};"
+            f" expected at least {episodes}"
+        )
+    demos = []
+    for number in of_task[:episodes]:
+        frames = list(LeRobotDataset("local", root=folder, episodes=[number]))
+        image = np.stack([frame[meta.camera_keys[0]].numpy() for frame in frames])  # (T, 3, H, W) in [0, 1]
+        demos.append({
+            "image": np.rint(image.transpose(0, 2, 3, 1) * 255).astype(np.uint8),
+            "state": np.stack([frame["observation.state"].numpy() for frame in frames]),
+            "actions": np.stack([frame["action"].numpy() for frame in frames]),
+        })  # fmt: skip
+    return demos
+
+
+def samples(tasks: list[Task], demonstrations: list[list[Episode]]) -> dict[str, Any]:
+    """All S control steps of several tasks: image, state and actions (S, ...), and instructions."""
+    flat = [(task, demo) for task, demos in zip(tasks, demonstrations) for demo in demos]
+    result: dict[str, Any] = {
+        name: np.concatenate([demo[name] for _, demo in flat]) for name in ("image", "state", "actions")
+    }
+    return result | {"instructions": [task.instruction for task, demo in flat for _ in demo["actions"]]}
