@@ -110,10 +110,10 @@ class Args:
     """A value moves by at most this from the old one before its loss stops falling"""
     critic_warmup: int = 2
     """Iterations in which only the critic learns"""
-    num_iterations: int = 20
-    """Iterations of collecting and updating"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [no limit]"""
+    """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
+    num_iterations: int | None = None
+    """Iterations of collecting and updating [as many as --total-env-steps takes]"""
     num_groups: int = 64
     """Scenes a batch (G)"""
     group_size: int = 1
@@ -404,7 +404,7 @@ def check(args: Args) -> Args:
     runs.check_numbers(args, "clip_low clip_high critic_warmup", above=False)
     runs.check_numbers(args, "group_size value_learning_rate value_clip", above=True)
     runs.check_training(args)
-    return runs.fill_in_evaluation(args)
+    return runs.fill_in_evaluation(runs.fill_in_length(args))
 
 
 if __name__ == "__main__":
@@ -446,7 +446,7 @@ if __name__ == "__main__":
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
         state["before"] = state["after"] = assess()
-    progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="PPO", unit="it")
+    progress = runs.progress_bar("PPO", state, args)
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
@@ -491,8 +491,9 @@ if __name__ == "__main__":
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
-        progress.update()
-        progress.set_postfix(success=f"{scalars['group/success_mean']:.2f}", kl=f"{losses['approx_kl']:.4f}")
+        success, kl = scalars["charts/rollout_success"], losses["approx_kl"]
+        progress.set_postfix(iteration=iteration, success=f"{success:.2f}", kl=f"{kl:.4f}", refresh=False)
+        progress.update(100.0 * (runs.done(state, args) - done))
     progress.close()
 
     if state["evaluated"] != state["iteration"]:

@@ -118,10 +118,10 @@ class Args:
     """batch: minibatches of the whole batch; step: one update a decision step"""
     clip: bool = True
     """Clip the ratio; --no-clip is the paper's version 1"""
-    num_iterations: int = 20
-    """Iterations of collecting and updating"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [no limit]"""
+    """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
+    num_iterations: int | None = None
+    """Iterations of collecting and updating [as many as --total-env-steps takes]"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
@@ -410,7 +410,8 @@ def check(args: Args) -> Args:
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
     runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
-    return runs.fill_in_evaluation(dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2))
+    args = dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
+    return runs.fill_in_evaluation(runs.fill_in_length(args))
 
 
 if __name__ == "__main__":
@@ -449,7 +450,7 @@ if __name__ == "__main__":
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
         state["before"] = state["after"] = assess()
-    progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="TGRPO", unit="it")
+    progress = runs.progress_bar("TGRPO", state, args)
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
@@ -507,8 +508,9 @@ if __name__ == "__main__":
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
-        progress.update()
-        progress.set_postfix(success=f"{scalars['group/success_mean']:.2f}", kl=f"{losses['approx_kl']:.4f}")
+        success, kl = scalars["charts/rollout_success"], losses["approx_kl"]
+        progress.set_postfix(iteration=iteration, success=f"{success:.2f}", kl=f"{kl:.4f}", refresh=False)
+        progress.update(100.0 * (runs.done(state, args) - done))
     progress.close()
 
     if state["evaluated"] != state["iteration"]:

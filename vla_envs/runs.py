@@ -17,12 +17,14 @@ import safetensors.torch
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 from vla_envs.evaluation import PROTOCOLS
 from vla_envs.policies import adapters, load_policy, replace_folder, save_policy, write_json
 from vla_envs.tasks import BUILTIN_SUITES, nearest
 
 ArgsT = TypeVar("ArgsT")
+DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
 
 
 def parse_args(args_type: type[ArgsT]) -> ArgsT:
@@ -106,6 +108,14 @@ def check_training(args: Any) -> None:
     )  # fmt: skip
 
 
+def fill_in_length(args: ArgsT) -> ArgsT:
+    """``args`` with a number of control steps, unless the number of iterations is given."""
+    given: Any = args
+    if given.num_iterations is None and given.total_env_steps is None:
+        return dataclasses.replace(given, total_env_steps=DEFAULT_ENV_STEPS)
+    return args
+
+
 def fill_in_evaluation(args: ArgsT) -> ArgsT:
     """``args`` with the number of episodes and the temperature that evaluations have.
 
@@ -179,9 +189,17 @@ def seed_all(*numbers: int) -> None:
 
 
 def done(state: dict[str, Any], args: Any) -> float:
-    """How much of a run is done, 1 at its end: of its iterations or of its environment steps."""
-    steps = state["env_steps"] / args.total_env_steps if args.total_env_steps else 0.0
-    return max(state["iteration"] / args.num_iterations, steps)
+    """How much of a run is done, 1 at its end: of its iterations or its control steps, whichever is more."""
+    iterations = state["iteration"] / args.num_iterations if args.num_iterations else 0.0
+    return min(
+        1.0, max(iterations, state["env_steps"] / args.total_env_steps if args.total_env_steps else 0.0)
+    )
+
+
+def progress_bar(name: str, state: dict[str, Any], args: Any) -> tqdm:
+    """A progress bar in percent of the run."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    return tqdm(total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form)
 
 
 def totals(batch: dict[str, Any]) -> dict[str, Any]:
