@@ -13,8 +13,8 @@ them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finis
     penalty      beta (p_ref / p - 1 - log p_ref / p), the k3 estimate of the KL    update
 
 Where we depart from the recipe, or it is silent:
- 1. Dynamic sampling trains on every group whose success rate is within --keep-low and --keep-high, also on
-    those beyond --num-groups; after --max-rounds it makes do with what there is.
+ 1. Dynamic sampling trains on every group whose success rate is within --keep-low and --keep-high; those
+    missing to --num-groups are played anew, for at most --max-rounds rounds.
  2. The loss is averaged over tokens and decisions within a trajectory, then over trajectories; one ratio a
     token (--ratio-level action: one a decision).
  3. The policy decides a chunk of C control steps at once.
@@ -221,14 +221,15 @@ def act(
 
 
 def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
-    """Play one episode in every environment, from the scenes of ``seeds`` (N,).
+    """Play one episode from the scenes of ``seeds`` (N,), in that many of the environments.
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
         success; last, the observation after the end; instructions; policy_s, seconds of deciding.
     """
-    obs, _ = envs.reset(seed=[int(s) for s in seeds])
-    alive = np.ones(envs.num_envs, bool)  # (N,)
+    alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
+    padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
+    obs, _ = envs.reset(seed=padded, options={"reset_mask": alive})
     decisions: list[dict[str, Any]] = []
     policy_s = 0.0
     while alive.any():
@@ -245,12 +246,12 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
         alive = alive & ~terminated & ~truncated  # finished environments leave the batch
         obs = next_obs
     batch: dict[str, Any] = {
-        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])  # (T, N, ...)
+        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])[:, : len(seeds)]
         for name in decisions[0]
-    }
-    batch["success"] = torch.from_numpy(terminated.copy())  # (N,)
-    batch["last"] = {name: torch.as_tensor(array) for name, array in obs.items()}  # (N, ...)
-    batch["instructions"] = list(envs.instructions)
+    }  # (T, N, ...)
+    batch["success"] = torch.from_numpy(terminated[: len(seeds)].copy())  # (N,)
+    batch["last"] = {name: torch.as_tensor(array[: len(seeds)]) for name, array in obs.items()}  # (N, ...)
+    batch["instructions"] = envs.instructions[: len(seeds)]
     batch["policy_s"] = policy_s
     return batch
 
@@ -271,27 +272,29 @@ def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path)
 
 
 def collect(envs: Any, policy: Any, iteration: int, args: Args) -> dict[str, Any]:
-    """Dynamic sampling: roll out until ``num_groups`` groups teach something, and keep all that do.
+    """Dynamic sampling: play groups until ``num_groups`` teach something; every one that does is kept.
 
-    A group whose members all succeed, or all fail, has advantage 0. The batch of the ``kept`` groups out of
-    ``groups``; ``totals`` are of all that was played.
+    A group whose members all succeed, or all fail, has advantage 0: another is played instead, in the next of
+    at most ``max_rounds`` rounds. The batch of the kept groups; its ``totals``, and the flags ``kept`` and
+    ``zero_std``, are of all that were played.
     """
     batches: list[dict[str, Any]] = []
-    useful: list[Tensor] = []
-    while sum(int(each.sum()) for each in useful) < args.num_groups and len(batches) < args.max_rounds:
+    equal: list[Tensor] = []  # groups whose members all got the same
+    useful: list[Tensor] = []  # groups that are kept
+    missing = args.num_groups
+    while missing and len(batches) < args.max_rounds:
         seeds = np.random.SeedSequence([args.seed, iteration, 1 + len(batches)])
-        scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
+        scenes = np.repeat(seeds.generate_state(missing), args.group_size)  # (N,)
         batches.append(rollout(envs, policy, scenes, args.temperature))
         rate = batches[-1]["success"].float().view(-1, args.group_size).mean(dim=1)  # (G,)
         returns = batches[-1]["rewards"].sum(dim=0).view(-1, args.group_size)  # (G, K)
-        useful.append(
-            (returns.std(dim=1) > 1e-6) & (rate >= args.keep_low) & (rate <= args.keep_high)
-        )  # (G,)
+        equal.append(returns.std(dim=1) <= 1e-6)  # (G,)
+        useful.append(~equal[-1] & (rate >= args.keep_low) & (rate <= args.keep_high))  # (G,)
+        missing -= int(useful[-1].sum())
     batch = runs.join_batches(batches, [each.repeat_interleave(args.group_size) for each in useful])
     totals = [runs.totals(each) for each in batches]
     batch["totals"] = {name: sum(each[name] for each in totals) for name in totals[0]}
-    batch["kept"] = torch.cat(useful)  # (rounds * G,)
-    return batch
+    return batch | {"kept": torch.cat(useful), "zero_std": torch.cat(equal)}  # (rounds * G,) each
 
 
 # ---- Learning ----------------------------------------------------------------------------------------
@@ -457,6 +460,7 @@ if __name__ == "__main__":
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/success_mean": totals["successes"] / totals["episodes"],
             "group/kept_frac": float(batch["kept"].float().mean()),
+            "group/zero_std_frac": float(batch["zero_std"].float().mean()),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],

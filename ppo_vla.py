@@ -243,14 +243,15 @@ def act(
 
 
 def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
-    """Play one episode in every environment, from the scenes of ``seeds`` (N,).
+    """Play one episode from the scenes of ``seeds`` (N,), in that many of the environments.
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
         success; last, the observation after the end; instructions; policy_s, seconds of deciding.
     """
-    obs, _ = envs.reset(seed=[int(s) for s in seeds])
-    alive = np.ones(envs.num_envs, bool)  # (N,)
+    alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
+    padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
+    obs, _ = envs.reset(seed=padded, options={"reset_mask": alive})
     decisions: list[dict[str, Any]] = []
     policy_s = 0.0
     while alive.any():
@@ -267,12 +268,12 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
         alive = alive & ~terminated & ~truncated  # finished environments leave the batch
         obs = next_obs
     batch: dict[str, Any] = {
-        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])  # (T, N, ...)
+        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])[:, : len(seeds)]
         for name in decisions[0]
-    }
-    batch["success"] = torch.from_numpy(terminated.copy())  # (N,)
-    batch["last"] = {name: torch.as_tensor(array) for name, array in obs.items()}  # (N, ...)
-    batch["instructions"] = list(envs.instructions)
+    }  # (T, N, ...)
+    batch["success"] = torch.from_numpy(terminated[: len(seeds)].copy())  # (N,)
+    batch["last"] = {name: torch.as_tensor(array[: len(seeds)]) for name, array in obs.items()}  # (N, ...)
+    batch["instructions"] = envs.instructions[: len(seeds)]
     batch["policy_s"] = policy_s
     return batch
 
