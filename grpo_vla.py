@@ -333,7 +333,7 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
 
 def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
     """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = optimizer.param_groups[0]["params"]
     logs: dict[str, list[float]] = {}
     for mb_inds in minibatches:
         newlogprob, entropy, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D)
@@ -353,18 +353,16 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         runs.check_finite(loss=loss, gradient=grad_norm)
-        measured |= {
-            "policy_loss": pg_loss.detach(),
-            "entropy": entropy.mean().detach(),
-            "grad_norm": grad_norm,
-        }
+        measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
+        measured |= {"grad_norm": grad_norm}
         for name, value in measured.items():
             logs.setdefault(name, []).append(float(value))
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    return means | {"ratio_first_minibatch": logs["ratio"][0], "logprob_gap": b["logprob_gap"]}
+    means |= {"logprob_gap": b["logprob_gap"]}
+    return means | {"ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:

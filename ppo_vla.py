@@ -354,7 +354,7 @@ def update(
 
     ``alone``: only the critic learns.
     """
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = optimizer.param_groups[0]["params"]  # the policy's: the critic's gradient is not clipped
     logs: dict[str, list[float]] = {}
     for mb_inds in minibatches:
         newlogprob, entropy, hidden = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D), (B, H)
@@ -377,23 +377,16 @@ def update(
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         runs.check_finite(loss=loss, gradient=grad_norm)
-        measured |= {
-            "policy_loss": pg_loss.detach(),
-            "entropy": entropy.mean().detach(),
-            "grad_norm": grad_norm,
-        }
-        measured["value_loss"] = v_loss.detach()
+        measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
+        measured |= {"grad_norm": grad_norm, "value_loss": v_loss.detach()}
         for name, value in measured.items():
             logs.setdefault(name, []).append(float(value))
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    return (
-        means
-        | {"ratio_first_minibatch": logs["ratio"][0], "logprob_gap": b["logprob_gap"]}
-        | {"explained_variance": b["explained_variance"]}
-    )
+    means |= {name: b[name] for name in ("logprob_gap", "explained_variance")}
+    return means | {"ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:

@@ -1,0 +1,255 @@
+"""Demonstrations to imitate: LIBERO's HDF5 files and LeRobot's data sets."""
+
+import importlib.util
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from vla_envs.demonstrations import load_demonstrations, samples
+from vla_envs.tasks import get_task
+
+KETCHUP, MILK = get_task("LiberoObject", 4), get_task("LiberoObject", 7)
+OURS, LIBEROS = "LiberoObject_4_demo.hdf5", "pick_up_the_ketchup_and_place_it_in_the_basket_demo.hdf5"
+
+
+def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
+    """A file as LIBERO's data sets have it; what is in each demonstration."""
+    rng, demos = np.random.default_rng(seed), []
+    with h5py.File(path, "w") as file:
+        file.create_group("data")
+        for k, length in enumerate(lengths):
+            demo = {
+                "actions": rng.uniform(-1, 1, (length, 7)),
+                "obs/agentview_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
+                "obs/ee_states": rng.standard_normal((length, 6)),
+                "obs/gripper_states": rng.standard_normal((length, 2)),
+            }
+            if labels:
+                demo["expert_actions"] = rng.uniform(-1, 1, (length, 7))
+            for name, array in demo.items():
+                file[f"data/demo_{k}/{name}"] = array
+            demos.append(demo)
+    return demos
+
+
+# ---- HDF5 --------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_by_hand(tmp_path):
+    written = write_demos(tmp_path / OURS, lengths=(5, 3))
+    demos = load_demonstrations(tmp_path, KETCHUP, 2, chunk=1)
+    assert [len(demo["actions"]) for demo in demos] == [5, 3]
+    for demo, stored in zip(demos, written):
+        length = len(stored["actions"])
+        assert set(demo) == {"image", "state", "actions"}
+        assert demo["image"].shape == (length, 32, 32, 3) and demo["image"].dtype == np.uint8
+        assert demo["state"].shape == (length, 8) and demo["state"].dtype == np.float32
+        assert demo["actions"].shape == (length, 1, 7) and demo["actions"].dtype == np.float32
+        np.testing.assert_array_equal(demo["actions"][:, 0], np.float32(stored["expert_actions"]))
+        np.testing.assert_array_equal(demo["state"][:, :6], np.float32(stored["obs/ee_states"]))
+        np.testing.assert_array_equal(demo["state"][:, 6:], np.float32(stored["obs/gripper_states"]))
+        turned = [np.rot90(picture, 2) for picture in stored["obs/agentview_rgb"]]  # by 180 degrees
+        np.testing.assert_array_equal(demo["image"], turned)
+
+
+def test_a_chunk_past_the_end_repeats_the_last_action(tmp_path):
+    first, second = write_demos(tmp_path / OURS, lengths=(5, 3))
+    demos = load_demonstrations(tmp_path, KETCHUP, 2, chunk=4)
+    expected, actions = np.float32(first["expert_actions"]), demos[0]["actions"]
+    assert actions.shape == (5, 4, 7)
+    np.testing.assert_array_equal(actions[0], expected[[0, 1, 2, 3]])
+    np.testing.assert_array_equal(actions[1], expected[[1, 2, 3, 4]])
+    np.testing.assert_array_equal(actions[3], expected[[3, 4, 4, 4]])
+    np.testing.assert_array_equal(actions[4], expected[[4, 4, 4, 4]])
+    np.testing.assert_array_equal(demos[1]["actions"][0], np.float32(second["expert_actions"])[[0, 1, 2, 2]])
+
+
+def test_demonstrations_without_labels(tmp_path):
+    """LIBERO's own data sets hold only the executed actions."""
+    written = write_demos(tmp_path / OURS, lengths=(3,), labels=False)
+    demos = load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
+    np.testing.assert_array_equal(demos[0]["actions"][:, 0], np.float32(written[0]["actions"]))
+
+
+@pytest.mark.parametrize("episodes", [1, 2, 3])
+def test_as_many_as_asked_for(tmp_path, episodes):
+    write_demos(tmp_path / OURS, lengths=(5, 3, 4))
+    demos = load_demonstrations(tmp_path, KETCHUP, episodes, chunk=2)
+    assert [len(demo["actions"]) for demo in demos] == [5, 3, 4][:episodes]
+
+
+def test_demonstrations_come_in_the_order_of_their_numbers(tmp_path):
+    write_demos(tmp_path / OURS, lengths=range(1, 13))  # HDF5 itself lists demo_10 before demo_2
+    demos = load_demonstrations(tmp_path, KETCHUP, 11, chunk=1)
+    assert [len(demo["actions"]) for demo in demos] == list(range(1, 12))
+
+
+@pytest.mark.parametrize("name", [OURS, LIBEROS])
+def test_either_file_name(tmp_path, name):
+    write_demos(tmp_path / name, lengths=(4,))
+    assert len(load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)[0]["actions"]) == 4
+    with pytest.raises(ValueError):
+        load_demonstrations(tmp_path, MILK, 1, chunk=1)  # of another task
+
+
+def test_the_scripted_experts_file_comes_first(tmp_path):
+    write_demos(tmp_path / OURS, lengths=(4,))
+    write_demos(tmp_path / LIBEROS, lengths=(6,))
+    assert len(load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)[0]["actions"]) == 4
+
+
+def absent(path):
+    """Write nothing."""
+
+
+def no_hdf5(path):
+    path.write_text("no HDF5")
+
+
+def cut_short(path):
+    """As an interrupted download leaves it."""
+    write_demos(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_data(path):
+    h5py.File(path, "w").close()
+
+
+def no_pictures(path):
+    write_demos(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0/obs/agentview_rgb"]
+
+
+def nothing_in_it(path):
+    with h5py.File(path, "w") as file:
+        file.create_group("data/demo_0")
+
+
+def no_numbers(path):
+    write_demos(path)
+    with h5py.File(path, "a") as file:
+        file.move("data/demo_0", "data/first")
+
+
+def too_few(path):
+    write_demos(path, lengths=(2,))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (absent, "python -m vla_envs.experts"),
+        (no_hdf5, "no HDF5 file"),
+        (cut_short, ""),
+        (no_data, "no data group"),
+        (no_pictures, "demo_0 has no obs/agentview_rgb"),
+        (nothing_in_it, "demo_0 has no actions"),
+        (no_numbers, "first"),
+        (too_few, "holds 1 demonstrations; expected at least 2"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_files_that_will_not_do(tmp_path, write, words):
+    write(tmp_path / OURS)
+    with pytest.raises(ValueError) as error:
+        load_demonstrations(tmp_path, KETCHUP, 1 if write is nothing_in_it else 2, chunk=2)
+    line = str(error.value)
+    assert words in line and str(tmp_path / OURS) in line and len(line.splitlines()) == 1
+
+
+# ---- Samples of several tasks ------------------------------------------------------------------------
+
+
+def test_samples_of_two_tasks(tmp_path):
+    write_demos(tmp_path / "LiberoObject_4_demo.hdf5", lengths=(5, 3))
+    write_demos(tmp_path / "LiberoObject_7_demo.hdf5", lengths=(2,), seed=1)
+    ketchup = load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
+    milk = load_demonstrations(tmp_path, MILK, 1, chunk=2)
+    flat = samples([KETCHUP, MILK], [ketchup, milk])
+    assert set(flat) == {"image", "state", "actions", "instructions"}
+    assert flat["image"].shape == (10, 32, 32, 3) and flat["image"].dtype == np.uint8
+    assert flat["state"].shape == (10, 8) and flat["actions"].shape == (10, 2, 7)
+    assert flat["state"].dtype == flat["actions"].dtype == np.float32
+    words = ["pick up the ketchup and place it in the basket"] * 8
+    assert flat["instructions"] == words + ["pick up the milk and place it in the basket"] * 2
+    for name in ("image", "state", "actions"):
+        np.testing.assert_array_equal(flat[name][:5], ketchup[0][name])
+        np.testing.assert_array_equal(flat[name][5:8], ketchup[1][name])
+        np.testing.assert_array_equal(flat[name][8:], milk[0][name])
+
+
+# ---- LeRobot -----------------------------------------------------------------------------------------
+
+
+def test_a_lerobot_data_set_without_its_library(tmp_path, monkeypatch):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0"}))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lerobot" else find_spec(name, *rest)
+    )
+    with pytest.raises(ValueError, match="pip install lerobot") as error:
+        load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
+    assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.fixture
+def lerobot_set(tmp_path, monkeypatch):
+    """The folder of a data set that LeRobot's library wrote, and its episodes: the task, then the arrays."""
+    library = pytest.importorskip("lerobot.datasets.lerobot_dataset")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # not in the home folder
+    picture = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]}
+    features = {
+        "observation.images.image": picture,
+        "observation.images.wrist_image": picture,
+        "observation.state": {"dtype": "float32", "shape": (8,), "names": ["state"]},
+        "action": {"dtype": "float32", "shape": (7,), "names": ["action"]},
+    }
+    rng, episodes = np.random.default_rng(0), []
+    data = library.LeRobotDataset.create("local", 20, features, root=tmp_path / "set", use_videos=False)
+    for task, length in ((MILK, 4), (KETCHUP, 5), (MILK, 2), (KETCHUP, 3)):
+        images = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
+        states = rng.standard_normal((length, 8)).astype(np.float32)
+        actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+        for image, state, action in zip(images, states, actions):
+            data.add_frame({
+                "observation.images.image": image,
+                "observation.images.wrist_image": 255 - image,
+                "observation.state": state,
+                "action": action,
+                "task": task.instruction,
+            })  # fmt: skip
+        data.save_episode()
+        episodes.append((task, images, states, actions))
+    data.finalize()
+    return tmp_path / "set", episodes
+
+
+def test_a_lerobot_data_set(lerobot_set):
+    folder, episodes = lerobot_set
+    for task in (KETCHUP, MILK):
+        written = [episode[1:] for episode in episodes if episode[0] is task]
+        demos = load_demonstrations(folder, task, 2, chunk=2)
+        assert len(demos) == 2
+        for demo, (images, states, actions) in zip(demos, written):
+            assert demo["image"].dtype == np.uint8 and demo["image"].flags.writeable
+            assert demo["state"].dtype == demo["actions"].dtype == np.float32
+            np.testing.assert_array_equal(demo["image"], images)  # the first camera, upright
+            np.testing.assert_array_equal(demo["state"], states)
+            np.testing.assert_array_equal(demo["actions"][:, 0], actions)
+            np.testing.assert_array_equal(demo["actions"][:-1, 1], actions[1:])
+            np.testing.assert_array_equal(demo["actions"][-1, 1], actions[-1])
+
+
+def test_a_lerobot_data_set_with_too_few(lerobot_set):
+    folder, _ = lerobot_set
+    assert len(load_demonstrations(folder, KETCHUP, 1, chunk=1)) == 1
+    for task, episodes, found in ((KETCHUP, 3, 2), (get_task("LiberoObject", 0), 1, 0)):
+        with pytest.raises(ValueError, match=f"holds {found} demonstrations") as error:
+            load_demonstrations(folder, task, episodes, chunk=1)
+        line = str(error.value)
+        assert str(folder) in line and task.instruction in line and len(line.splitlines()) == 1
