@@ -477,4 +477,6 @@ if __name__ == "__main__":
         state["after"] = assess()
     state["wall_s"] = time.perf_counter() - started
     runs.finish(run, policy, state, args)
+    envs.close()
+    eval_envs.close()
     writer.close()
