@@ -333,7 +333,6 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
 
 def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
     """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
-    trained = optimizer.param_groups[0]["params"]
     logs: dict[str, list[float]] = {}
     for mb_inds in minibatches:
         newlogprob, entropy, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D)
@@ -351,10 +350,13 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             measured["kl"] = (weights / weights.sum() * k3).sum().detach()
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        runs.check_finite(loss=loss, gradient=grad_norm)
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+            for group in optimizer.param_groups
+        ]
+        runs.check_finite(loss=loss, gradient=torch.stack(norms).max())
         measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
-        measured |= {"grad_norm": grad_norm}
+        measured |= {"grad_norm": norms[0]}
         for name, value in measured.items():
             logs.setdefault(name, []).append(float(value))
         if measured["approx_kl"] > args.target_kl:
@@ -373,7 +375,8 @@ def check(args: Args) -> Args:
         raise ValueError(
             f"keep_low, keep_high are {args.keep_low}, {args.keep_high}; expected 0 <= low <= high <= 1"
         )
-    runs.check_numbers(args, "max_rounds clip_low clip_high", above=False)
+    runs.check_numbers(args, "max_rounds", above=True)
+    runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
     return runs.fill_in_evaluation(runs.fill_in_length(args))
 
@@ -422,6 +425,8 @@ if __name__ == "__main__":
         policy.eval()
         batch = collect(envs, policy, iteration, args)
         totals = batch["totals"]
+        state["env_steps"] += totals["control_steps"]
+        state["episodes"] += totals["episodes"]
         if not batch["kept"].any():
             won = f"{totals['successes']} of {totals['episodes']} episodes succeed"
             tqdm.write(
@@ -445,8 +450,6 @@ if __name__ == "__main__":
             losses = update(policy, optimizer, b, minibatches, args)
         update_s = time.perf_counter() - start
 
-        state["env_steps"] += totals["control_steps"]
-        state["episodes"] += totals["episodes"]
         if args.eval_every and iteration % args.eval_every == 0:
             state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started
@@ -477,6 +480,5 @@ if __name__ == "__main__":
         state["after"] = assess()
     state["wall_s"] = time.perf_counter() - started
     runs.finish(run, policy, state, args)
-    envs.close()
-    eval_envs.close()
-    writer.close()
+    for each in (envs, eval_envs, writer):
+        each.close()

@@ -14,8 +14,8 @@ hidden state. Arrays are time-major, (T, N). alive[t, i]: i had not finished bef
 Details that decide:
  1. A time-out is no end: its value is bootstrapped from the observation after it; only success ends.
  2. Old log-probs and values come from the forward pass that trains, so the first ratio is 1.
- 3. The critic learns alone for --critic-warmup iterations, at a learning rate of its own; its gradient stops
-    at the hidden state, so that an ignorant critic cannot spoil the policy.
+ 3. The critic learns alone for --critic-warmup iterations, at a learning rate of its own; only then does the
+    policy's grow. Its gradient stops at the hidden state, so that it cannot spoil the policy.
  4. Advantages are standardised over the batch.
  5. One ratio a token (--ratio-level action: one a decision), clipped further above than below.
  6. The policy decides a chunk of C control steps at once.
@@ -339,11 +339,10 @@ def samples_of(policy: Any, critic: nn.Module, batch: dict[str, Any], args: Args
         batch["rewards"], values, ends & batch["success"], last_values, args.gamma, args.gae_lambda
     )  # (T, N), (T, N)
     alive = advantages[when, who]  # (S,)
-    b["advantages"] = ((alive - alive.mean()) / (alive.std() + 1e-6)).to(args.device)  # (S,)
+    b["advantages"] = ((alive - alive.mean()) / (alive.std(correction=0) + 1e-6)).to(args.device)  # (S,)
     b["returns"] = returns[when, who].to(args.device)  # (S,)
-    b["explained_variance"] = 1 - float(
-        (b["returns"] - b["old_values"]).var() / b["returns"].var().clamp(min=1e-6)
-    )
+    unexplained, variance = (x.var(correction=0) for x in (b["returns"] - b["old_values"], b["returns"]))
+    b["explained_variance"] = float(1.0 - unexplained / variance) if variance > 1e-6 else 0.0
     return b
 
 
@@ -354,7 +353,6 @@ def update(
 
     ``alone``: only the critic learns.
     """
-    trained = optimizer.param_groups[0]["params"]  # the policy's: the critic's gradient is not clipped
     logs: dict[str, list[float]] = {}
     for mb_inds in minibatches:
         newlogprob, entropy, hidden = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D), (B, H)
@@ -375,10 +373,13 @@ def update(
         loss = v_loss if alone else loss + v_loss
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        runs.check_finite(loss=loss, gradient=grad_norm)
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+            for group in optimizer.param_groups
+        ]
+        runs.check_finite(loss=loss, gradient=torch.stack(norms).max())
         measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
-        measured |= {"grad_norm": grad_norm, "value_loss": v_loss.detach()}
+        measured |= {"grad_norm": norms[0], "value_loss": v_loss.detach()}
         for name, value in measured.items():
             logs.setdefault(name, []).append(float(value))
         if measured["approx_kl"] > args.target_kl:
@@ -450,11 +451,13 @@ if __name__ == "__main__":
         scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
         batch = rollout(envs, policy, scenes, args.temperature)
         totals = runs.totals(batch)
+        state["env_steps"] += totals["control_steps"]
+        state["episodes"] += totals["episodes"]
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
         policy.train()
-        fraction = min(1.0 - done, iteration / args.warmup_iterations)
+        fraction = min(1.0 - done, max(iteration - args.critic_warmup, 0) / args.warmup_iterations)
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         b = samples_of(policy, critic, batch, args)
         minibatches: list[Tensor] = []
@@ -464,8 +467,6 @@ if __name__ == "__main__":
             losses = update(policy, critic, optimizer, b, minibatches, iteration <= args.critic_warmup, args)
         update_s = time.perf_counter() - start
 
-        state["env_steps"] += totals["control_steps"]
-        state["episodes"] += totals["episodes"]
         if args.eval_every and iteration % args.eval_every == 0:
             state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started
@@ -494,6 +495,5 @@ if __name__ == "__main__":
         state["after"] = assess()
     state["wall_s"] = time.perf_counter() - started
     runs.finish(run, policy, state, args)
-    envs.close()
-    eval_envs.close()
-    writer.close()
+    for each in (envs, eval_envs, writer):
+        each.close()

@@ -46,9 +46,9 @@ import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import evaluation, runs
 from vla_envs.policies import adapters, count_parameters, load_policy
 
-# The paper's pairs for LIBERO-Object's tasks, by --task-id (its tasks 1 to 10); 0.3, 0.7 elsewhere.
-PAPER_ALPHA1 = (10.0, 1.0, 10.0, 0.35, 0.3, 0.3, 10.0, 10.0, 0.3, 0.3)
-PAPER_ALPHA2 = (1.0, 0.1, 5.0, 0.65, 0.7, 0.7, 1.0, 1.0, 0.7, 0.7)
+# The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1); 0.3, 0.7 elsewhere.
+PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
+                (0.3, 0.7), (10.0, 1.0), (10.0, 1.0), (0.3, 0.7), (0.3, 0.7))  # fmt: skip
 
 
 @dataclass
@@ -364,7 +364,6 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
 
 def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
     """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
-    trained = optimizer.param_groups[0]["params"]
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
     logs: dict[str, list[float]] = {}
     for mb_inds in minibatches:
@@ -383,10 +382,13 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             measured["kl"] = (weights / weights.sum() * k3).sum().detach()
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        runs.check_finite(loss=loss, gradient=grad_norm)
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+            for group in optimizer.param_groups
+        ]
+        runs.check_finite(loss=loss, gradient=torch.stack(norms).max())
         measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
-        measured |= {"grad_norm": grad_norm}
+        measured |= {"grad_norm": norms[0]}
         for name, value in measured.items():
             logs.setdefault(name, []).append(float(value))
         if measured["approx_kl"] > args.target_kl:
@@ -401,10 +403,10 @@ def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
-    paper = args.suite == "LiberoObject" and 0 <= args.task_id < len(PAPER_ALPHA1)
-    defaults = (PAPER_ALPHA1[args.task_id], PAPER_ALPHA2[args.task_id]) if paper else (0.3, 0.7)
-    alpha1 = defaults[0] if args.alpha1 is None else args.alpha1
-    alpha2 = defaults[1] if args.alpha2 is None else args.alpha2
+    known = dict(enumerate(PAPER_ALPHAS)) if args.suite == "LiberoObject" else {}
+    paper1, paper2 = known.get(args.task_id, (0.3, 0.7))
+    alpha1 = paper1 if args.alpha1 is None else args.alpha1
+    alpha2 = paper2 if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all():
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
     runs.check_numbers(args, "clip_low clip_high", above=False)
@@ -460,7 +462,9 @@ if __name__ == "__main__":
         batch = rollout(envs, policy, scenes, args.temperature)
         if args.stop == "group":
             batch = stop_groups(batch, args.group_size)
-        rewards, alive, totals = batch["rewards"], batch["alive"], runs.totals(batch)  # (T, N), (T, N)
+        totals, rewards, alive = runs.totals(batch), batch["rewards"], batch["alive"]  # (T, N), (T, N)
+        state["env_steps"] += totals["control_steps"]
+        state["episodes"] += totals["episodes"]
         advantages = tgrpo_advantages(
             rewards, alive, args.group_size, args.alpha1, args.alpha2, args.return_mode
         )  # (T, N)
@@ -474,15 +478,13 @@ if __name__ == "__main__":
         minibatches: list[Tensor] = []
         for _ in range(args.update_epochs):
             if args.update_every == "step":
-                minibatches += [torch.nonzero(b["when"] == t).flatten() for t in range(len(alive))]
+                minibatches += [torch.nonzero(b["when"] == t).flatten() for t in b["when"].unique()]
                 continue
             minibatches += torch.randperm(len(b["who"])).split(args.minibatch_size)
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
             losses = update(policy, optimizer, b, minibatches, args)
         update_s = time.perf_counter() - start
 
-        state["env_steps"] += totals["control_steps"]
-        state["episodes"] += totals["episodes"]
         if args.eval_every and iteration % args.eval_every == 0:
             state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started
@@ -516,6 +518,5 @@ if __name__ == "__main__":
         state["after"] = assess()
     state["wall_s"] = time.perf_counter() - started
     runs.finish(run, policy, state, args)
-    envs.close()
-    eval_envs.close()
-    writer.close()
+    for each in (envs, eval_envs, writer):
+        each.close()

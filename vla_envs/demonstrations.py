@@ -43,6 +43,11 @@ def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> 
             )
         demos = _read_hdf5(path, episodes)
     for demo in demos:
+        shapes = demo["state"].shape[1:], demo["actions"].shape[1:]
+        if shapes != ((8,), (7,)):
+            raise ValueError(
+                f"demonstrations in {str(folder)!r} have states and actions of {shapes}; expected 8 and 7"
+            )
         last = len(demo["actions"]) - 1
         following = np.minimum(np.arange(last + 1)[:, None] + np.arange(chunk), last)  # (T, C)
         demo["actions"] = demo["actions"].astype(np.float32)[following]  # (T, C, 7)
@@ -55,58 +60,72 @@ def _read_hdf5(path: Path, episodes: int) -> list[Episode]:
 
     Where ``expert_actions`` is there (the scripted expert's actions without its noise) it is imitated.
     """
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{str(path)!r} is no HDF5 file")
+    needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
     demos = []
-    with h5py.File(path) as file:
-        if "data" not in file:
-            raise ValueError(
-                f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data group"
-            )
-        data = file["data"]
-        if len(data) < episodes:
-            raise ValueError(f"{str(path)!r} holds {len(data)} demonstrations; expected at least {episodes}")
-        for name in sorted(data, key=lambda name: int(name.rpartition("_")[2]))[:episodes]:
-            demo = data[name]
-            needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
-            missing = [part for part in needed if part not in demo]
-            if missing:
-                raise ValueError(f"{str(path)!r} is not in LIBERO's layout: {name} has no {missing[0]}")
-            demos.append({
-                "image": demo["obs/agentview_rgb"][:][:, ::-1, ::-1],  # stored turned by 180 degrees
-                "state": np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]),
-                "actions": demo["expert_actions" if "expert_actions" in demo else "actions"][:],
-            })  # fmt: skip
+    try:
+        with h5py.File(path) as file:
+            data = file["data"] if "data" in file else {}
+            names = sorted((int(name[5:]), name) for name in data if name[5:].isdigit())
+            if not names:
+                raise ValueError(
+                    f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data/demo_0"
+                )
+            if len(names) < episodes:
+                raise ValueError(
+                    f"{str(path)!r} holds {len(names)} demonstrations; expected at least {episodes}"
+                )
+            for _, name in names[:episodes]:
+                demo = data[name]
+                missing = [part for part in needed if part not in demo]
+                if missing:
+                    raise ValueError(f"{str(path)!r} is not in LIBERO's layout: {name} has no {missing[0]}")
+                demos.append({
+                    "image": demo["obs/agentview_rgb"][:][:, ::-1, ::-1],  # stored turned by 180 degrees
+                    "state": np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]),
+                    "actions": demo["expert_actions" if "expert_actions" in demo else "actions"][:],
+                })  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} is no whole HDF5 file: {' '.join(str(error).split())}") from None
     return demos
 
 
 def _read_lerobot(folder: Path, task: Task, episodes: int) -> list[Episode]:
     """Demonstrations of LIBERO in LeRobot's format, by its own library: ``pip install lerobot``.
 
-    Expects 8 numbers of ``observation.state`` and 7 of ``action``, and takes the first camera, whose pictures
-    LeRobot's LIBERO sets hold upright.
+    Expects ``observation.state`` and ``action``, and takes the first camera, whose pictures LeRobot's LIBERO
+    sets hold upright.
     """
     if importlib.util.find_spec("lerobot") is None:
         raise ValueError(f"{str(folder)!r} is a LeRobot data set; expected its library: pip install lerobot")
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+    try:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
-    meta = LeRobotDatasetMetadata("local", root=folder)
-    tasks = [list(names) for names in meta.episodes["tasks"]]
-    of_task = [i for i, names in enumerate(tasks) if task.instruction in names]
+        meta = LeRobotDatasetMetadata("local", root=folder)
+        of_task = [i for i, names in enumerate(meta.episodes["tasks"]) if task.instruction in list(names)]
+        chosen = of_task[:episodes]
+        frames: dict[int, list[Any]] = {}
+        for frame in LeRobotDataset("local", root=folder, episodes=chosen) if len(chosen) == episodes else ():
+            frames.setdefault(int(frame["episode_index"]), []).append(frame)
+        demos = []
+        for episode in frames.values():
+            image = np.stack(
+                [frame[meta.camera_keys[0]].numpy() for frame in episode]
+            )  # (T, 3, H, W) in [0, 1]
+            demos.append({
+                "image": np.rint(image.transpose(0, 2, 3, 1) * 255).astype(np.uint8),
+                "state": np.stack([frame["observation.state"].numpy() for frame in episode]),
+                "actions": np.stack([frame["action"].numpy() for frame in episode]),
+            })  # fmt: skip
+    except Exception as error:  # the library's own errors are of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"LeRobot data set {str(folder)!r} cannot be read: {type(error).__name__}: {reason}"
+        ) from None
     if len(of_task) < episodes:
         raise ValueError(
             f"{str(folder)!r} holds {len(of_task)} demonstrations of {task.instruction!r};"
             f" expected at least {episodes}"
         )
-    demos = []
-    for number in of_task[:episodes]:
-        frames = list(LeRobotDataset("local", root=folder, episodes=[number]))
-        image = np.stack([frame[meta.camera_keys[0]].numpy() for frame in frames])  # (T, 3, H, W) in [0, 1]
-        demos.append({
-            "image": np.rint(image.transpose(0, 2, 3, 1) * 255).astype(np.uint8),
-            "state": np.stack([frame["observation.state"].numpy() for frame in frames]),
-            "actions": np.stack([frame["action"].numpy() for frame in frames]),
-        })  # fmt: skip
     return demos
 
 

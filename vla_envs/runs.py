@@ -62,7 +62,7 @@ def check_finite(**values: Tensor) -> None:
     """
     for name, value in values.items():
         if not torch.isfinite(value).all():
-            raise FloatingPointError(f"the {name} is {float(value)}; expected a finite number")
+            raise FloatingPointError(f"the {name} is {float(value.detach())}; expected a finite number")
 
 
 def check_numbers(args: Any, names: str, above: bool) -> None:

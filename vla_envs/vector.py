@@ -169,7 +169,7 @@ class LiberoVectorEnv(VectorEnv):
         ):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an int of at least {least}")
-        if not -1.0 <= settle_gripper <= 1.0:
+        if not isinstance(settle_gripper, int | float) or not -1.0 <= settle_gripper <= 1.0:
             raise ValueError(f"settle_gripper is {settle_gripper!r}; expected a number from -1 to 1")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None")

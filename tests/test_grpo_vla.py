@@ -1,0 +1,409 @@
+"""GRPO: advantages by hand and against the formula, dynamic sampling, batches joined, arguments."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from test_shared import OnesPolicy, ScriptedEnvs, arguments, small_policy
+
+import grpo_vla
+from grpo_vla import collect, group_advantages
+from vla_envs import runs
+
+# ---- Advantages --------------------------------------------------------------------------------------
+
+
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def slow_advantages(returns, size, eps=1e-6):
+    """The formula for one row of returns, group by group."""
+    result = []
+    for start in range(0, len(returns), size):
+        group = [float(value) for value in returns[start : start + size]]
+        mean, spread = statistics.mean(group), statistics.stdev(group)
+        result += [0.0 if spread < 1e-6 else (value - mean) / (spread + eps) for value in group]
+    return torch.tensor(result)
+
+
+def test_advantages_by_hand():
+    half = 1 / math.sqrt(2)
+    expected = torch.tensor([half, -half, 0.0, 0.0, -half, half])
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0, -5.0, 9.0]), 2)
+    torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
+    advantages = group_advantages(torch.tensor([1.0, 0, 0, 0]), 4)  # mean 1/4, standard deviation 1/2
+    torch.testing.assert_close(advantages, torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [2, 3, 4, 12])
+def test_the_formula(seed, size):
+    returns = draw(seed, 12)
+    expected = slow_advantages(returns, size)
+    torch.testing.assert_close(group_advantages(returns, size), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_leading_axes():
+    returns = draw(0, 2, 3, 8)
+    advantages = group_advantages(returns, 4)
+    assert advantages.shape == (2, 3, 8)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(
+                advantages[i, j], slow_advantages(returns[i, j], 4), atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -2.3, 123456.789, 1e7 + 1, -1e20, 1e30, 3e38])
+@pytest.mark.parametrize("size", [2, 3, 7, 8])
+def test_equal_returns_give_exactly_zero(value, size):
+    assert group_advantages(torch.full((2 * size,), value), size).eq(0).all()
+    mixed = torch.cat([torch.full((size,), value), torch.arange(float(size))])
+    advantages = group_advantages(mixed, size)
+    assert advantages[:size].eq(0).all() and advantages[size:].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("size", [3, 6, 7, 49])
+def test_equal_returns_whose_mean_rounds_give_exactly_zero(size):
+    values = 1e20 / torch.arange(1.0, 101, dtype=torch.float64)
+    means = values.unsqueeze(1).expand(-1, size).mean(dim=1)
+    assert (means - values).abs().max() > 1  # so the mean does round
+    assert group_advantages(values.repeat_interleave(size), size).eq(0).all()
+
+
+@pytest.mark.parametrize("spread", [1e-9, 3e-7])
+def test_differences_below_a_millionth_give_exactly_zero(spread):
+    returns = torch.tensor([0.0, spread, 0.0, spread], dtype=torch.float64)
+    assert group_advantages(returns, 4).eq(0).all()
+    assert group_advantages(returns * 1e5, 4).abs().min() > 0.5
+
+
+def test_eps_is_added_to_the_standard_deviation():
+    returns = torch.tensor([0.0, 1.0, 2.0])  # standard deviation 1
+    torch.testing.assert_close(group_advantages(returns, 3, eps=1.0), torch.tensor([-0.5, 0.0, 0.5]))
+    torch.testing.assert_close(group_advantages(returns, 3, eps=0.0), torch.tensor([-1.0, 0.0, 1.0]))
+    small = returns * 1e-5
+    torch.testing.assert_close(group_advantages(small, 3, eps=0.0), torch.tensor([-1.0, 0.0, 1.0]))
+    assert group_advantages(small, 3)[2].item() == pytest.approx(1 / 1.1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(3.0, 0.0), (0.1, 0.0), (1.0, 5.0), (250.0, -40.0)])
+def test_scale_and_shift_do_not_matter(scale, shift):
+    returns = draw(1, 2, 12)
+    changed = group_advantages(returns * scale + shift, 4)
+    torch.testing.assert_close(changed, group_advantages(returns, 4), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(group_advantages(-returns, 4), -group_advantages(returns, 4))
+
+
+def test_advantages_move_with_the_members():
+    returns, order = draw(2, 12), torch.tensor([2, 0, 3, 1, 8, 9, 10, 11, 7, 6, 5, 4])
+    torch.testing.assert_close(group_advantages(returns[order], 4), group_advantages(returns, 4)[order])
+
+
+def test_groups_do_not_touch_one_another():
+    returns = draw(3, 12)
+    before = group_advantages(returns, 4)
+    changed = returns.clone()
+    changed[4:8] = torch.tensor([1e30, -5.0, 0.0, 2.0])
+    after = group_advantages(changed, 4)
+    assert torch.equal(before[:4], after[:4]) and torch.equal(before[8:], after[8:])
+    assert not torch.equal(before[4:8], after[4:8])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e12, 1e30, 3e38])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_finite_returns_give_finite_advantages(scale, size):
+    returns = (torch.rand(16, generator=torch.Generator().manual_seed(0)) * 2 - 1) * scale
+    advantages = group_advantages(returns, size)
+    assert torch.isfinite(advantages).all() and advantages.abs().max() <= math.sqrt(size)
+    if scale >= 1:
+        assert advantages.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.bool])
+def test_advantages_are_float32(dtype):
+    returns = torch.tensor([0, 1, 1, 1]).to(dtype)
+    copy = returns.clone()
+    advantages = group_advantages(returns, 4)
+    assert advantages.dtype == torch.float32 and torch.equal(returns, copy)
+    torch.testing.assert_close(advantages, torch.tensor([-1.5, 0.5, 0.5, 0.5]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("members", "size"), [(12, 5), (12, 8), (3, 4), (6, 1), (6, 0), (6, -2)])
+def test_groups_that_do_not_divide(members, size):
+    with pytest.raises(ValueError, match=rf"{members}\D.*{size}") as error:
+        group_advantages(torch.zeros(members), size)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ---- Dynamic sampling --------------------------------------------------------------------------------
+
+
+class RoundEnvs(ScriptedEnvs):
+    """Every reset begins the next of ``rounds``: who succeeds at which decision; 1 is paid for it.
+
+    The state of environment ``i`` in round ``r`` (from 1) begins with ``100 r + i``.
+    """
+
+    def __init__(self, *rounds, limit=3):
+        super().__init__(rounds[0], limit)
+        self.rounds, self.round, self.seeds, self.counts = rounds, 0, [], []
+
+    def observe(self):
+        obs = super().observe()
+        obs["state"][:, 0] = 100 * self.round + np.arange(self.num_envs)
+        return obs
+
+    def pay(self):
+        return 1.0 * (self.success == self.t)
+
+    def reset(self, seed=None, options=None):
+        success = self.rounds[self.round]
+        self.round += 1
+        self.success = np.array([*success, *[99] * (self.num_envs - len(success))])
+        self.seeds.append(seed[: len(success)])
+        self.counts.append(int(options["reset_mask"].sum()))
+        return super().reset(seed, options)
+
+
+class PaidEnvs(RoundEnvs):
+    """A reward of the user's own: more for members with a higher number."""
+
+    def pay(self):
+        return 0.1 * np.arange(self.num_envs)
+
+
+def gather(envs, num_groups, group_size, iteration=1, **kwargs):
+    args = arguments(grpo_vla, num_groups=num_groups, group_size=group_size, **kwargs)
+    return collect(envs, OnesPolicy(), iteration, args)
+
+
+def who(batch):
+    """Which environments of which rounds are in a batch, as ``100 r + i``."""
+    return batch["state"][0, :, 0].int().tolist()
+
+
+NO = 99  # never succeeds
+
+
+def test_groups_that_teach_something_are_kept():
+    envs = RoundEnvs([1, NO, NO, NO, 1, 2], [1, 1, NO, 2], [3, NO])
+    batch = gather(envs, 3, 2)
+    assert envs.counts == [6, 4, 2]  # only what is missing is played anew
+    assert batch["kept"].tolist() == [True, False, False, False, True, True]
+    assert batch["zero_std"].tolist() == [False, True, True, True, False, False]
+    assert who(batch) == [100, 101, 202, 203, 300, 301]
+    assert batch["instructions"] == [f"task {i}" for i in (0, 1, 2, 3, 0, 1)]
+    assert batch["rewards"].sum(dim=0).tolist() == [1, 0, 0, 1, 1, 0]
+    assert batch["alive"].sum(dim=0).tolist() == [1, 3, 3, 2, 3, 3]
+    assert batch["tokens"].shape == batch["logprobs"].shape == (3, 6, 14)
+    assert batch["image"].shape == (3, 6, 8, 8, 3)
+
+
+def test_a_full_batch_needs_one_round():
+    envs = RoundEnvs([1, NO, NO, 2], [1, NO, NO, 2])
+    batch = gather(envs, 2, 2)
+    assert envs.round == 1 and batch["kept"].tolist() == [True, True] and who(batch) == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_rounds_are_limited(most):
+    envs = RoundEnvs([1, NO, NO, NO], [NO, NO], [NO, 1])
+    batch = gather(envs, 2, 2, max_rounds=most)
+    assert envs.round == most and len(batch["kept"]) == [2, 3, 4][most - 1]
+    assert who(batch) == [100, 101] + [300, 301] * (most == 3)
+
+
+def test_members_share_a_scene_and_no_scene_comes_twice():
+    rounds = [NO] * 8, [NO] * 8, [NO] * 8
+    envs = RoundEnvs(*rounds)
+    gather(envs, 4, 2, max_rounds=3)
+    scenes = [seed for seeds in envs.seeds for seed in seeds]
+    assert scenes[::2] == scenes[1::2] and len(set(scenes)) == 12
+    seeds = {}
+    for name, iteration, seed in (("same", 1, 1), ("next", 2, 1), ("other", 1, 2)):
+        again = RoundEnvs(*rounds)
+        gather(again, 4, 2, iteration, max_rounds=3, seed=seed)
+        seeds[name] = again.seeds
+    assert seeds["same"] == envs.seeds
+    for name in ("next", "other"):
+        assert not set(scenes) & {seed for seeds in seeds[name] for seed in seeds}
+
+
+def winners(count, size):
+    return [1] * count + [NO] * (size - count)
+
+
+@pytest.mark.parametrize("size", [8, 10])
+def test_the_limits_of_the_success_rate_are_kept_too(size):
+    """0.1 and 0.9 of ten members; one and seven of eight lie within."""
+    most = size - 1
+    envs = RoundEnvs(winners(0, size) + winners(1, size) + winners(most, size) + winners(size, size))
+    assert gather(envs, 4, size, max_rounds=1)["kept"].tolist() == [False, True, True, False]
+    envs = RoundEnvs(winners(1, size) + winners(2, size) + winners(most, size))
+    kept = gather(envs, 3, size, max_rounds=1, keep_low=2 / size, keep_high=0.85)["kept"]
+    assert kept.tolist() == [False, True, False]
+
+
+def test_totals_are_of_all_that_was_played():
+    envs = RoundEnvs([1, 1, NO, NO], [2, NO, 1, 3])
+    batch = gather(envs, 2, 2, max_rounds=2)
+    totals = batch["totals"]
+    assert (totals["episodes"], totals["successes"], totals["return"]) == (8, 5, 5.0)
+    assert totals["control_steps"] == 2 * (1 + 1 + 3 + 3 + 2 + 3 + 1 + 3)
+    assert totals["policy_s"] > 0
+
+
+def test_no_group_teaches_anything():
+    envs = RoundEnvs(*[[1, 1, NO, NO]] * 4)
+    batch = gather(envs, 2, 2)
+    assert envs.round == 4 and len(batch["kept"]) == 8 and not batch["kept"].any()
+    assert batch["zero_std"].all() and batch["alive"].shape == (3, 0) and batch["instructions"] == []
+    assert batch["totals"]["episodes"] == 16 and batch["totals"]["successes"] == 8
+
+
+def test_groups_with_equal_returns_are_never_kept():
+    batch = gather(RoundEnvs([1, 1, NO, NO, 1, NO]), 3, 2, max_rounds=1, keep_low=0.0, keep_high=1.0)
+    assert batch["kept"].tolist() == [False, False, True]
+
+
+def test_returns_may_differ_where_nobody_succeeds():
+    """With a reward of the user's own."""
+    batch = gather(PaidEnvs([NO] * 4), 2, 2, keep_low=0.0)
+    assert batch["kept"].all() and not batch["zero_std"].any()
+    torch.testing.assert_close(batch["rewards"].sum(dim=0), torch.tensor([0.0, 0.3, 0.6, 0.9]))
+    assert group_advantages(batch["rewards"].sum(dim=0), 2).abs().min() > 0.5
+    batch = gather(PaidEnvs([NO] * 4), 2, 2, max_rounds=1)
+    assert not batch["kept"].any() and not batch["zero_std"].any()
+
+
+def test_shorter_rounds_end_with_nobody_alive():
+    batch = gather(PaidEnvs([1, NO, NO, NO], [1, 2]), 2, 2, keep_low=0.5, keep_high=1.0)
+    assert batch["kept"].tolist() == [True, False, True] and who(batch) == [100, 101, 200, 201]
+    assert batch["alive"].sum(dim=0).tolist() == [1, 3, 1, 2]
+    assert batch["rewards"][2].tolist() == [0, pytest.approx(0.1), 0, 0]
+
+
+def test_kept_members_have_the_advantages_of_the_whole_rollout():
+    success = [1, NO, 2, 2, 1, 1, 3, NO, NO, NO, NO, NO, NO, NO, NO, 2]
+    whole = grpo_vla.rollout(RoundEnvs(success), OnesPolicy(), np.repeat([3, 4, 5, 6], 4), 1.0)
+    expected = group_advantages(whole["rewards"].sum(dim=0), 4)
+    batch = gather(RoundEnvs(success), 4, 4, max_rounds=1)
+    assert batch["kept"].tolist() == [True, True, False, True]
+    kept = batch["kept"].repeat_interleave(4)
+    assert torch.equal(group_advantages(batch["rewards"].sum(dim=0), 4), expected[kept])
+    assert expected[~kept].eq(0).all() and expected[kept].ne(0).all()
+    for name in ("image", "tokens", "logprobs", "rewards", "alive"):
+        assert torch.equal(batch[name], whole[name][:, kept])
+
+
+def test_an_update_on_what_was_kept():
+    """Two rounds of different lengths: only the decisions of those alive are learnt from."""
+    envs = PaidEnvs([1, 2, 1, 1, NO, NO], [NO, 1], limit=4)
+    batch = gather(envs, 3, 2, keep_low=0.1, keep_high=1.0)
+    assert batch["kept"].tolist() == [True, True, False, True] and batch["alive"].shape == (4, 6)
+    advantages = group_advantages(batch["rewards"].sum(dim=0), 2)
+    policy, args = small_policy(), arguments(grpo_vla)
+    b = grpo_vla.samples_of(policy, batch, advantages.expand_as(batch["rewards"]), args)
+    assert len(b["who"]) == 1 + 2 + 1 + 1 + 4 + 1 and b["weights"].sum().item() == pytest.approx(6)
+    before = grpo_vla.logprobs_of(policy, b, torch.arange(10), args)[0].mean(dim=1)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    logs = grpo_vla.update(policy, optimizer, b, [torch.arange(10)], args)
+    change = grpo_vla.logprobs_of(policy, b, torch.arange(10), args)[0].mean(dim=1) - before
+    assert logs["policy_loss"] == pytest.approx(0.0, abs=1e-5) and logs["grad_norm"] > 0
+    assert (change * b["advantages"] * b["weights"]).sum() > 0
+
+
+# ---- Batches -----------------------------------------------------------------------------------------
+
+
+def numbered(steps, members, first):
+    """A batch with members ``first``, ``first`` + 1, ... whose numbers are in everything."""
+    numbers = first + torch.arange(members) + torch.zeros(steps, 1)
+    return {
+        "image": numbers.byte().view(steps, members, 1, 1, 1).expand(-1, -1, 2, 2, 3),
+        "state": numbers.unsqueeze(2).expand(-1, -1, 8),
+        "tokens": numbers.long().unsqueeze(2).expand(-1, -1, 14),
+        "logprobs": -numbers.unsqueeze(2).expand(-1, -1, 14),
+        "rewards": numbers * 10,
+        "alive": torch.ones(steps, members, dtype=torch.bool),
+        "instructions": [f"task {first + i}" for i in range(members)],
+    }
+
+
+def test_join_batches_by_hand():
+    keep = [torch.tensor([True, False, True]), torch.tensor([False, True])]
+    joined = runs.join_batches([numbered(2, 3, 1), numbered(3, 2, 4)], keep)
+    assert joined["rewards"].tolist() == [[10, 30, 50], [10, 30, 50], [0, 0, 50]]
+    assert joined["alive"].tolist() == [[True] * 3, [True] * 3, [False, False, True]]
+    assert joined["instructions"] == ["task 1", "task 3", "task 5"]
+    assert joined["image"].shape == (3, 3, 2, 2, 3) and joined["image"].dtype == torch.uint8
+    assert joined["image"][:, :, 1, 1, 2].tolist() == [[1, 3, 5], [1, 3, 5], [0, 0, 5]]
+    assert joined["tokens"].dtype == torch.int64 and joined["tokens"][0, :, 13].tolist() == [1, 3, 5]
+    assert joined["state"][1, :, 7].tolist() == [1, 3, 5]
+    assert joined["logprobs"][2, :, 0].tolist() == [0, 0, -5]
+
+
+def test_one_batch_of_all_members_stays_as_it_is():
+    batch = numbered(2, 3, 1)
+    joined = runs.join_batches([batch], [torch.ones(3, dtype=torch.bool)])
+    assert joined["instructions"] == batch["instructions"]
+    for name in ("image", "state", "tokens", "logprobs", "rewards", "alive"):
+        assert torch.equal(joined[name], batch[name])
+
+
+def test_nobody_is_kept():
+    nobody = torch.zeros(3, dtype=torch.bool)
+    joined = runs.join_batches([numbered(2, 3, 1), numbered(4, 3, 4)], [nobody, nobody])
+    assert joined["alive"].shape == (4, 0) and joined["image"].shape == (4, 0, 2, 2, 3)
+    assert joined["instructions"] == []
+
+
+def test_totals_by_hand():
+    batch = {
+        "alive": torch.tensor([[True, True, True], [True, False, False]]),
+        "success": torch.tensor([False, True, False]),
+        "steps": torch.tensor([[8, 5, 8], [3, 8, 0]]),
+        "rewards": torch.tensor([[1.0, 2.0, -1.5], [0.5, 100.0, 0.0]]),
+        "policy_s": 0.25,
+    }
+    expected = {"episodes": 3, "successes": 1, "control_steps": 24, "return": 2.0, "policy_s": 0.25}
+    assert runs.totals(batch) == expected
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"keep_low": 0.6, "keep_high": 0.4}, r"keep_low.*0\.6.*0\.4"),
+        ({"keep_low": -0.1}, r"-0\.1"),
+        ({"keep_high": 1.1}, r"1\.1"),
+        ({"keep_low": float("nan")}, "nan"),
+        ({"group_size": 1}, "group_size is 1"),
+        ({"group_size": -4}, "group_size is -4"),
+        ({"max_rounds": 0}, "max_rounds is 0"),
+        ({"max_rounds": -1}, "max_rounds is -1"),
+        ({"clip_high": float("inf")}, "clip_high"),
+        ({"kl_coef": 0.1}, "lora"),
+        ({"num_groups": 0}, "num_groups"),
+        ({"minibatch_size": 0}, "minibatch_size"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit(wrong, words):
+    with pytest.raises(ValueError, match=words) as error:
+        grpo_vla.check(grpo_vla.Args(**wrong))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_arguments_that_fit():
+    args = grpo_vla.check(grpo_vla.Args(keep_low=0.5, keep_high=0.5, temperature=1.3, clip_low=0.0))
+    assert (args.keep_low, args.keep_high, args.clip_low, args.eval_temperature) == (0.5, 0.5, 0.0, 1.3)
+    assert args.eval_episodes == 50
+    args = grpo_vla.check(grpo_vla.Args(keep_low=0.0, keep_high=1.0, kl_coef=0.1, train="lora"))
+    assert (args.keep_low, args.keep_high) == (0.0, 1.0)

@@ -1,0 +1,885 @@
+"""The four scripts as programs: what they leave and log, seeds, resuming, evaluation, mistakes."""
+
+import ast
+import ctypes.util
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sft_vla
+from vla_envs import demonstrations, evaluation, runs
+from vla_envs.policies import SHIPPED, load_policy, new_policy
+from vla_envs.tasks import get_task
+
+ROOT = Path(__file__).parent.parent
+ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla")
+SCRIPTS = (*ONLINE, "sft_vla")
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+every_online_script = pytest.mark.parametrize("script", ONLINE)
+
+TINY = {
+    "num_iterations": 2, "eval_episodes": 2, "eval_every": 0, "max_episode_steps": 24, "num_threads": 1,
+    "learning_rate": 0.01, "minibatch_size": 4,
+}  # fmt: skip
+FULL = {"num_iterations": 4, "eval_every": 2}  # of the run that others are compared with
+STEPS = 2 * 24  # control steps of an iteration: two environments, none succeeds so soon
+LENGTHS = {4: (9, 6, 5), 7: (7, 4)}  # of demonstrations, by task
+SUCCESS = {"successes", "trials", "rate", "low", "high"}
+RESULT = {"suite", "task_id", "seed", "success_before", "success_after", "env_steps", "episodes", "wall_s"}
+ONLINE_TAGS = {
+    "charts/success_rate", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "charts/learning_rate", "losses/policy_loss", "losses/entropy", "losses/approx_kl",
+    "losses/clipfrac_low", "losses/clipfrac_high", "losses/ratio_first_minibatch", "losses/logprob_gap",
+    "group/success_mean", "time/rollout_s", "time/update_s", "time/render_s", "time/physics_s",
+}  # fmt: skip
+TAGS = {
+    "tgrpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
+    "grpo_vla": ONLINE_TAGS | {"group/kept_frac"},
+    "ppo_vla": ONLINE_TAGS | {"losses/value_loss", "losses/explained_variance"},
+    "sft_vla": {"charts/success_rate", "charts/learning_rate", "losses/nll", "losses/held_out_nll"},
+}
+FINAL = "checkpoints/final/model.safetensors"
+TRAINED, OPTIMIZER = (f"checkpoints/latest/{name}.safetensors" for name in ("trained", "optimizer"))
+LORA = {f"blocks.{i}.{layer}.weight" for i in range(3) for layer in ("qkv", "proj", "fc1", "fc2")}
+
+
+# ---- Running a script --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Flags of each script: a reward that differs at every step, so that even two decisions teach something;
+    demonstrations of random motion."""
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "nearer.py").write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n")
+    (folder / "demos").mkdir()
+    for task_id, lengths in LENGTHS.items():
+        rng = np.random.default_rng(task_id)
+        with h5py.File(folder / "demos" / f"LiberoObject_{task_id}_demo.hdf5", "w") as file:
+            for k, length in enumerate(lengths):
+                image = rng.integers(0, 256, (length, 128, 128, 3), dtype=np.uint8)
+                file[f"data/demo_{k}/obs/agentview_rgb"] = image
+                for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
+                    file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (length, width))
+    online = {"num_groups": 1, "group_size": 2, "reward": f"{folder / 'nearer.py'}:nearer"}
+    return {
+        "tgrpo_vla": online,
+        "grpo_vla": online | {"keep_low": 0, "keep_high": 1},
+        "ppo_vla": online | {"critic_warmup": 1},
+        "sft_vla": {
+            "demos": folder / "demos", "task_ids": (4, 7), "episodes": (2, 1), "iteration_steps": 3,
+        },
+    }  # fmt: skip
+
+
+def words_of(flags):
+    """A command line; a flag that is None takes no value, a tuple several."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Run a script in this process, as ``__main__``, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def execute(script, **flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words_of(flags)])
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+    return execute
+
+
+@pytest.fixture
+def start(execute, own, tmp_path):
+    """The same with the flags of a tiny run; its folder."""
+
+    def start(script, name="run", **flags):
+        execute(script, **(TINY | own[script] | {"run_dir": tmp_path / name} | flags))
+        return tmp_path / name
+
+    return start
+
+
+def process(script, folder, own, **flags):
+    """A script started in a process of its own."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    changes = flags.pop("environment", {})
+    words = words_of(TINY | own[script] | {"run_dir": folder / "run"} | flags)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"{script}.py"), *words], cwd=folder, text=True,
+        env={**os.environ, "PYTHONPATH": path, **changes}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def resume(execute):
+    """Go on with the run in a folder; not in the second in which it stopped.
+
+    TensorBoard orders event files by the second in their names.
+    """
+
+    def resume(script, run):
+        stopped = max(int(file.name.split(".")[3]) for file in run.glob("events.*"))
+        while int(time.time()) <= stopped:
+            time.sleep(0.02)
+        execute(script, resume=run)
+
+    return resume
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, own):
+    """A function of the script: the folder of a whole run by a process of its own."""
+    folders = {}
+
+    def finished(script):
+        if script not in folders:
+            folder = tmp_path_factory.mktemp(script)
+            running = process(script, folder, own, **FULL)
+            _, error = running.communicate(timeout=300)
+            assert running.returncode == 0, error
+            folders[script] = folder / "run"
+        return folders[script]
+
+    return finished
+
+
+# ---- Reading what it left ----------------------------------------------------------------------------
+
+
+def tensors(run, file):
+    return safetensors.torch.load_file(run / file)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_json(file):
+    """JSON as every language reads it, without Python's NaN and Infinity."""
+
+    def refuse(word):
+        raise AssertionError(f"{file} holds {word}, which is no JSON")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+def scalars(run):
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def steps(logged, tag):
+    return [step for step, _ in logged[tag]]
+
+
+def values(logged, tag):
+    return [value for _, value in logged[tag]]
+
+
+def film(video):
+    return np.stack(imageio.mimread(video))
+
+
+def assert_same_run(run, other):
+    """Two runs agree bit for bit in all but how long they took."""
+    for file in (FINAL, TRAINED, OPTIMIZER):
+        assert same(tensors(run, file), tensors(other, file)), file
+    for file in ("result.json", "checkpoints/latest/counters.json"):
+        assert {**read_json(run / file), "wall_s": 0} == {**read_json(other / file), "wall_s": 0}, file
+    mine, theirs = scalars(run), scalars(other)
+    assert mine.keys() == theirs.keys()
+    for tag in mine:
+        assert steps(mine, tag) == steps(theirs, tag), tag
+        if not tag.startswith("time/") and tag != "charts/SPS":
+            assert mine[tag] == theirs[tag], tag
+    assert not list(run.rglob("*.partial")) and not list(run.rglob("*.previous"))
+
+
+# ---- The program -------------------------------------------------------------------------------------
+
+
+@every_script
+def test_import_runs_nothing(script, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["pytest", "--no-such-flag"])
+    module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")
+    assert callable(module["evaluate"]) and capfd.readouterr() == ("", "")
+
+
+@every_script
+def test_help_explains_every_argument(script, execute, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as exit_:
+        execute(script, help=None)
+    out, error = capfd.readouterr()
+    assert not exit_.value.code and error == ""
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    flags = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+    helps = [ast.literal_eval(node.value) for node in body if isinstance(node, ast.Expr)]
+    assert len(flags) == len(helps) > 25
+    shown = " ".join(re.sub(r"[^\x20-\x7e]", " ", out).split())
+    for flag, text in zip(flags, helps):
+        assert len(text) > 5 and re.search(f"--{flag.replace('_', '-')}[ ,].*{re.escape(text)}", shown), flag
+
+
+@every_script
+def test_what_a_run_leaves(script, finished):
+    run = finished(script)
+    result = read_json(run / "result.json")
+    assert (result["suite"], result["task_id"], result["seed"]) == ("LiberoObject", 4, 1)
+    assert result["wall_s"] > 0
+    if script == "sft_vla":
+        assert set(result) == {"suite", "task_id", "seed", "success", "best", "wall_s"}
+        assert set(result["success"]) == {"4", "7"}
+        successes, videos = result["success"].values(), [f"_task_{task_id}" for task_id in (4, 7)]
+    else:
+        assert set(result) == RESULT and (result["env_steps"], result["episodes"]) == (4 * STEPS, 4 * 2)
+        successes, videos = [result["success_before"], result["success_after"]], [""]
+    for success in successes:
+        assert set(success) == SUCCESS and success["trials"] == 2
+        assert success["low"] <= success["rate"] <= success["high"]
+    args = read_json(run / "args.json")
+    assert (args["num_iterations"], args["eval_temperature"], args["resume"]) == (4, 1.2, None)
+    first = 2 if script == "sft_vla" else 0  # random weights need no evaluation
+    names = {f"iteration_{iteration:04d}{task}.mp4" for iteration in range(first, 5, 2) for task in videos}
+    assert {file.name for file in (run / "videos").iterdir()} == names
+    for name in names:
+        frames = film(run / "videos" / name)
+        assert frames.shape == (4, 2 * 136, 256, 3) and frames[-1].std() > 10
+    assert not list(run.rglob("*.partial")) and not list(run.rglob("*.previous"))
+
+
+@every_script
+def test_the_final_checkpoint_is_a_policy_that_has_learnt(script, finished):
+    run = finished(script)
+    policy = load_policy("nano", run / "checkpoints" / "final")
+    assert same(policy.state_dict(), tensors(run, FINAL))
+    torch.manual_seed(1)
+    before = (new_policy("nano") if script == "sft_vla" else load_policy("nano")).state_dict()
+    assert all(not torch.equal(before[name], p) for name, p in policy.named_parameters() if p.ndim > 1)
+    assert not (run / "checkpoints" / "adapter").exists()
+
+
+@every_online_script
+def test_what_a_run_logs(script, finished):
+    logged = scalars(finished(script))
+    assert set(logged) >= TAGS[script]
+    for tag in logged:
+        assert all(math.isfinite(value) for value in values(logged, tag)), tag
+        evaluated = [0, 2 * STEPS, 4 * STEPS]
+        expected = evaluated if tag == "charts/success_rate" else [k * STEPS for k in range(1, 5)]
+        assert steps(logged, tag) == expected, tag
+    assert all(abs(value - 1) < 1e-5 for value in values(logged, "losses/ratio_first_minibatch"))
+    assert all(0 <= value < 1e-4 for value in values(logged, "losses/logprob_gap"))
+    assert values(logged, "charts/episodic_length") == [24] * 4
+    assert all(value < 0 for value in values(logged, "charts/episodic_return"))
+    warm_then_down = [0, 1 / 3, 2 / 4, 1 / 4] if script == "ppo_vla" else [1 / 3, 2 / 3, 2 / 4, 1 / 4]
+    assert values(logged, "charts/learning_rate") == pytest.approx([0.01 * f for f in warm_then_down])
+    moved = [value > 1e-5 for value in values(logged, "losses/approx_kl")[:2]]
+    assert moved == [script != "ppo_vla", True]  # PPO's critic learns alone at first
+
+
+def test_what_sft_logs(finished):
+    logged = scalars(finished("sft_vla"))
+    assert set(logged) >= TAGS["sft_vla"]
+    for tag in logged:
+        assert all(math.isfinite(value) for value in values(logged, tag)), tag
+        every = 6 if tag == "charts/success_rate" else 3
+        assert steps(logged, tag) == list(range(every, 13, every)), tag
+    assert values(logged, "losses/nll")[0] == pytest.approx(math.log(256), rel=0.1)
+    assert values(logged, "losses/nll")[-1] < 0.8 * values(logged, "losses/nll")[0]
+    rates = values(logged, "charts/learning_rate")  # of each iteration's last step, along a cosine
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * s / 12)) for s in range(2, 12, 3)])
+    best = read_json(finished("sft_vla") / "result.json")["best"]
+    held_out = values(logged, "losses/held_out_nll")
+    assert best["nll"] == pytest.approx(min(held_out)) == pytest.approx(held_out[best["iteration"] - 1])
+
+
+@every_script
+def test_the_seed_decides(script, start, finished):
+    """The same seed gives the same bits in another process; another seed is another run."""
+    assert_same_run(start(script, **FULL), finished(script))
+    other = start(script, "other", seed=2, **FULL)
+    assert not same(tensors(other, FINAL), tensors(finished(script), FINAL))
+
+
+# ---- Stopped and resumed -----------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """What ends a run in the middle."""
+
+
+def stop_after_saving(patch, iteration, folder="latest"):
+    save = runs.save_training_state
+
+    def save_and_stop(path, policy, optimizer, counters):
+        save(path, policy, optimizer, counters)
+        if (path.name, counters["iteration"]) == (folder, iteration):
+            raise Stop
+
+    patch.setattr(runs, "save_training_state", save_and_stop)
+
+
+def stop_between_renames(patch, iteration):
+    """The old state has been moved away, the new one is not in its place."""
+    rename = Path.rename
+
+    def rename_or_stop(path, target):
+        if path.name == "latest.partial" and read_json(path / "counters.json")["iteration"] == iteration:
+            raise Stop
+        return rename(path, target)
+
+    patch.setattr(Path, "rename", rename_or_stop)
+
+
+def stop_at(patch, module, function):
+    def stop(*args, **kwargs):
+        raise Stop
+
+    patch.setattr(module, function, stop)
+
+
+def stop(start, monkeypatch, script, moment, *details, **flags):
+    """The folder of a run stopped at a moment."""
+    with monkeypatch.context() as patch:
+        moment(patch, *details)
+        with pytest.raises(Stop):
+            start(script, **flags)
+    return Path("run").absolute()
+
+
+@every_script
+@pytest.mark.parametrize("iteration", [1, 3])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    script, iteration, start, resume, finished, monkeypatch
+):
+    run = stop(start, monkeypatch, script, stop_after_saving, iteration, **FULL)
+    assert read_json(run / "checkpoints/latest/counters.json")["iteration"] == iteration
+    assert not (run / "result.json").exists()
+    resume(script, run)
+    assert_same_run(run, finished(script))
+
+
+@every_script
+def test_stopped_while_saving(script, start, resume, finished, monkeypatch):
+    run = stop(start, monkeypatch, script, stop_between_renames, 3, **FULL)
+    left = {path.name for path in (run / "checkpoints").iterdir()} - {"best"}
+    assert left == {"latest.previous", "latest.partial"}
+    (run / "checkpoints" / "latest.partial" / "optimizer.safetensors").write_bytes(b"half writ")
+    resume(script, run)
+    assert_same_run(run, finished(script))
+
+
+@every_script
+def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
+    running = process(script, tmp_path, own, **FULL)
+    counters = tmp_path / "run" / "checkpoints" / "latest" / "counters.json"
+    iteration = 0
+    while iteration < 1:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.002)
+        try:
+            iteration = json.loads(counters.read_text())["iteration"]
+        except OSError:  # not there yet, or just being replaced
+            continue
+    delay = random.uniform(0.0, 0.1)
+    time.sleep(delay)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL and not (tmp_path / "run" / "result.json").exists()
+    print(f"killed {delay:.3f} s after iteration {iteration}: {sorted(tmp_path.glob('run/checkpoints/*'))}")
+    resume(script, tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished(script))
+
+
+def test_stopped_before_the_first_iteration(start, resume, finished, monkeypatch):
+    """The first evaluation has been logged, but no state saved since."""
+    run = stop(start, monkeypatch, "tgrpo_vla", stop_at, runs, "seed_all", **FULL)
+    resume("tgrpo_vla", run)
+    assert_same_run(run, finished("tgrpo_vla"))
+
+
+@pytest.mark.parametrize("script", ["tgrpo_vla", "sft_vla"])
+def test_stopped_after_the_last_evaluation(script, start, resume, monkeypatch):
+    run = stop(start, monkeypatch, script, stop_at, runs, "save_policies")
+    resume(script, run)
+    assert_same_run(run, start(script, "uninterrupted"))
+
+
+def test_sft_stopped_between_its_two_states(start, resume, finished, monkeypatch):
+    """Iteration 1 has been saved as the best, and not yet as the latest."""
+    run = stop(start, monkeypatch, "sft_vla", stop_after_saving, 1, "best", **FULL)
+    assert read_json(run / "checkpoints/latest/counters.json")["iteration"] == 0
+    resume("sft_vla", run)
+    assert_same_run(run, finished("sft_vla"))
+
+
+def test_an_adapter_and_a_critic_go_on_as_well(start, resume, monkeypatch):
+    flags = {"train": "lora", "lora_rank": 4}
+    run = stop(start, monkeypatch, "ppo_vla", stop_after_saving, 1, **flags)
+    torch.manual_seed(123)  # what was drawn before must not matter
+    resume("ppo_vla", run)
+    other = start("ppo_vla", "uninterrupted", **flags)
+    assert_same_run(run, other)
+    adapter = "checkpoints/adapter/adapter_model.safetensors"
+    assert same(tensors(run, adapter), tensors(other, adapter))
+
+
+@pytest.mark.parametrize("script", ["tgrpo_vla", "sft_vla"])
+def test_resuming_a_finished_run_changes_nothing(script, tmp_path, resume, finished):
+    shutil.copytree(finished(script), tmp_path / "copy")
+    resume(script, tmp_path / "copy")
+    assert_same_run(tmp_path / "copy", finished(script))
+
+
+# ---- Numbers that are not finite ---------------------------------------------------------------------
+
+
+@every_script
+def test_a_loss_that_is_not_finite(script, start, resume, capfd):
+    failing = 2 if script == "ppo_vla" else 1  # PPO's policy stays as it is in the first iteration
+    flags = {"learning_rate": 1e30, "num_iterations": 3}
+    with pytest.raises(SystemExit) as exit_:
+        start(script, **flags)
+    expected = (
+        f"error: iteration {failing}, last good state in {Path('run').absolute()}/checkpoints/latest:"
+        " the loss is nan; expected a finite number\n"
+    )
+    assert exit_.value.code == 1 and expected in capfd.readouterr().err
+    assert read_json(Path("run/checkpoints/latest/counters.json"))["iteration"] == failing - 1
+    assert not Path("run/result.json").exists()
+    with pytest.raises(SystemExit) as exit_:
+        resume(script, Path("run").absolute())
+    assert exit_.value.code == 1 and expected in capfd.readouterr().err  # it loads, and goes the same way
+
+
+def test_a_loss_that_is_not_finite_is_one_line_of_its_own(tmp_path, own):
+    running = process("tgrpo_vla", tmp_path, own, learning_rate=1e30)
+    _, error = running.communicate(timeout=300)
+    lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip()]
+    others = [line for line in lines if not re.fullmatch(r"TGRPO: .*\| 00:\d\d<.*", line) or "error" in line]
+    assert running.returncode == 1 and len(others) == 1, error
+    assert others[0].startswith("error: iteration 1, last good state in ")
+
+
+def test_weights_that_have_run_away(start, capfd):
+    """One huge step leaves finite weights, with which the next rollout's probabilities are not finite."""
+    with pytest.raises(SystemExit) as exit_:
+        start("tgrpo_vla", learning_rate=1e30, minibatch_size=256, num_iterations=3)
+    error = capfd.readouterr().err
+    assert exit_.value.code == 1 and "error: iteration" in error and "expected a finite number" in error
+
+
+# ---- Only evaluating ---------------------------------------------------------------------------------
+
+
+@every_script
+def test_evaluate_only(script, start, finished):
+    """The same episodes as in the last evaluation of the run; compared with itself a policy is no better."""
+    run, only = finished(script), {"task_ids": 4, "episodes": 2} if script == "sft_vla" else {}
+    checkpoint = run / "checkpoints" / "final"
+    with pytest.raises(SystemExit) as exit_:
+        start(script, evaluate=None, checkpoint=checkpoint, compare=checkpoint, **only)
+    assert not exit_.value.code
+    result, trained = read_json(Path("run/result.json")), read_json(run / "result.json")
+    assert (result["suite"], result["task_id"], result["seed"]) == ("LiberoObject", 4, 1)
+    assert result["protocol"] is None
+    after = trained["success"]["4"] if script == "sft_vla" else trained["success_after"]
+    assert result["sampled"] == result["success"] == after
+    for name in ("greedy", "sampled"):
+        assert set(result[name]) == SUCCESS and len(result[f"{name}_outcomes"]) == 2
+        assert sum(result[f"{name}_outcomes"]) == result[name]["successes"]
+        compared = result[f"{name}_compared"]
+        assert compared["checkpoint"] == str(checkpoint)
+        assert compared["outcomes"] == result[f"{name}_outcomes"]
+        assert (compared["paired"]["difference"], compared["paired"]["p_value"]) == (0, 1)
+        np.testing.assert_array_equal(
+            film(f"run/videos/{name}_compared.mp4"), film(f"run/videos/{name}.mp4"), strict=True
+        )
+    task = "_task_4" if script == "sft_vla" else ""
+    last = film(run / "videos" / f"iteration_0004{task}.mp4")
+    np.testing.assert_array_equal(film("run/videos/sampled.mp4"), last, strict=True)
+    assert not np.array_equal(film("run/videos/greedy.mp4"), last)
+    assert not list(Path("run/checkpoints").iterdir())  # nothing to resume
+
+
+def test_a_good_policy_against_a_spoilt_one(start, finished):
+    spoilt = finished("tgrpo_vla") / "checkpoints" / "final"
+    long = {"max_episode_steps": 200, "num_threads": 2}
+    with pytest.raises(SystemExit):
+        start("tgrpo_vla", evaluate=None, compare=spoilt, eval_temperature=0, eval_episodes=4, **long)
+    result = read_json(Path("run/result.json"))
+    won, compared = sum(result["greedy_outcomes"]), result["greedy_compared"]
+    assert won > 0 and compared["successes"] == 0 and compared["outcomes"] == [False] * 4
+    assert compared["paired"]["only_first"] == won and compared["paired"]["difference"] == won / 4
+
+
+@every_script
+@pytest.mark.parametrize(
+    ("protocol", "episodes", "temperature", "limit", "size"),
+    [("lerobot", 10, 1.2, 280, 128), ("openvla", 50, 0.0, 280, 256), ("rlinf", 50, 1.6, 512, 128)],
+)
+def test_a_protocol_sets_the_evaluation(
+    script, protocol, episodes, temperature, limit, size, execute, own, monkeypatch
+):
+    envs = []
+    monkeypatch.setattr(evaluation, "evaluate_only", lambda evaluate, made, *others: envs.append(made))
+    with pytest.raises(SystemExit) as exit_:
+        execute(script, evaluate=None, protocol=protocol, num_threads=1, run_dir="run")
+    args, made = read_json(Path("run/args.json")), envs[0].unwrapped
+    assert not exit_.value.code
+    assert (args["eval_episodes"], args["eval_temperature"]) == (episodes, temperature)
+    assert (made.num_envs, made.max_episode_steps, made.image_size) == (episodes, limit, size)
+
+
+def test_openvlas_protocol_is_greedy_only(start):
+    with pytest.raises(SystemExit) as exit_:
+        start("tgrpo_vla", evaluate=None, protocol="openvla", num_threads=2)
+    result = read_json(Path("run/result.json"))
+    assert not exit_.value.code and result["protocol"] == "openvla"
+    assert result["success"] == result["greedy"] and result["greedy"]["trials"] == 2
+    assert "sampled" not in result and [file.name for file in Path("run/videos").iterdir()] == ["greedy.mp4"]
+
+
+# ---- How long a run is -------------------------------------------------------------------------------
+
+
+@every_online_script
+def test_control_steps_end_a_run(script, start):
+    run = start(script, num_iterations=20, total_env_steps=100)
+    result, logged = read_json(run / "result.json"), scalars(run)
+    assert (result["env_steps"], result["episodes"]) == (3 * STEPS, 3 * 2)
+    assert steps(logged, "losses/policy_loss") == [STEPS, 2 * STEPS, 3 * STEPS]
+    left = [1 / 3, 1 - STEPS / 100, 1 - 2 * STEPS / 100]  # warming up, then what is left of the steps
+    left = [0, 1 / 3, left[2]] if script == "ppo_vla" else left  # after its critic's own warm-up
+    assert values(logged, "charts/learning_rate") == pytest.approx([0.01 * f for f in left])
+
+
+def test_grpo_with_nothing_to_learn_from(start, capfd):
+    run = start("grpo_vla", reward="binary", keep_low=0.1, keep_high=0.9, num_iterations=5, max_rounds=3)
+    out, error = capfd.readouterr()
+    assert "iteration 1: 0 of 6 episodes succeed" in out and "nothing to learn from" in out
+    assert "Traceback" not in error and "error" not in error
+    result = read_json(run / "result.json")
+    assert set(result) == RESULT and result["success_after"] == result["success_before"]
+    assert same(tensors(run, FINAL), load_policy("nano").state_dict())
+
+
+def test_ppos_critic_learns_alone_at_first(start):
+    run = start("ppo_vla", num_iterations=1, critic_warmup=1)
+    assert same(tensors(run, FINAL), load_policy("nano").state_dict())
+    critic = {name: value for name, value in tensors(run, TRAINED).items() if name.startswith("critic.")}
+    assert len(critic) == 4 and critic["critic.2.weight"].abs().max() > 0  # it started at 0
+
+
+# ---- What is trained, and how ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("tgrpo_vla", {"no_clip": None, "update_every": "step", "return_mode": "mean"}),
+        ("tgrpo_vla", {"ratio_level": "action", "stop": "group", "alpha1": 0.0, "alpha2": 1.5}),
+        ("grpo_vla", {"ratio_level": "action", "update_epochs": 2}),
+        ("ppo_vla", {"ratio_level": "action", "critic_warmup": 0, "gamma": 1.0, "gae_lambda": 1.0}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_flags_of_the_algorithm(script, flags, start):
+    run = start(script, num_iterations=1, **flags)
+    assert not same(tensors(run, FINAL), load_policy("nano").state_dict())
+    args = read_json(run / "args.json")
+    for name, value in flags.items():
+        assert (args["clip"] is False) if name == "no_clip" else args[name] == value
+
+
+def test_tgrpos_weights_of_the_task(start):
+    """The paper's alphas differ by task; another task is another run."""
+    run = start("tgrpo_vla", num_iterations=1, task_id=0)
+    args = read_json(run / "args.json")
+    assert (args["alpha1"], args["alpha2"]) == (10.0, 1.0) and read_json(run / "result.json")["task_id"] == 0
+
+
+@every_script
+def test_training_an_adapter(script, start):
+    flags = {"train": "lora", "lora_rank": 4, "num_iterations": 1}
+    flags |= {"checkpoint": SHIPPED["nano"]} if script == "sft_vla" else {"kl_coef": 0.1}
+    flags |= {"critic_warmup": 0} if script == "ppo_vla" else {}
+    run = start(script, **flags)
+    after, before = tensors(run, FINAL), load_policy("nano").state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == LORA
+    adapter = tensors(run, "checkpoints/adapter/adapter_model.safetensors")
+    assert len(adapter) == 2 * len(LORA) and all(4 in value.shape for value in adapter.values())
+    if script != "sft_vla":
+        assert values(scalars(run), "losses/kl")[0] >= 0
+
+
+def test_the_seed_draws_the_adapter(start):
+    adapters = []
+    for name, seed in (("one", 1), ("two", 2)):
+        torch.manual_seed(123)
+        run = start("tgrpo_vla", name, num_iterations=1, train="lora", lora_rank=4, seed=seed)
+        adapters.append(tensors(run, "checkpoints/adapter/adapter_model.safetensors"))
+    drawn = next(name for name in adapters[0] if "lora_A" in name)
+    assert (adapters[0][drawn] - adapters[1][drawn]).abs().mean() > 0.01  # anew, not the same draw moved
+
+
+# ---- Behaviour cloning -------------------------------------------------------------------------------
+
+
+def held_out_samples(own, episodes):
+    """The demonstration of each task that follows those learnt from."""
+    tasks = [get_task("LiberoObject", task_id) for task_id in episodes]
+    demos = [
+        demonstrations.load_demonstrations(own["sft_vla"]["demos"], task, count + 1, 8)[count:]
+        for task, count in zip(tasks, episodes.values())
+    ]
+    return demonstrations.samples(tasks, demos)
+
+
+EARLY = {"early_stop": 2, "num_iterations": 30, "weight_decay": 0.0, "eval_every": 0}
+
+
+def test_early_stop_keeps_the_best(start, own, capfd):
+    run = start("sft_vla", **EARLY)
+    best, logged = read_json(run / "result.json")["best"], scalars(run)
+    held_out = values(logged, "losses/held_out_nll")
+    assert len(held_out) == best["iteration"] + 2 < 30
+    assert best["nll"] == pytest.approx(min(held_out)) == pytest.approx(held_out[best["iteration"] - 1])
+    final, stored = tensors(run, FINAL), tensors(run, "checkpoints/best/trained.safetensors")
+    assert all(torch.equal(final[name], value) for name, value in stored.items())
+    assert not same(stored, tensors(run, TRAINED))  # which is two iterations later
+    policy = load_policy("nano", run / "checkpoints" / "final")
+    loss = sft_vla.held_out_loss(policy, held_out_samples(own, {4: 2, 7: 1}))
+    assert loss == pytest.approx(best["nll"], abs=1e-4)
+    assert f"lowest at {best['iteration']}" in capfd.readouterr().out
+
+
+def test_early_stop_in_a_stopped_run(start, resume, monkeypatch):
+    """Stopped when training had ended, in the last evaluation: it trains no further."""
+    run = stop(start, monkeypatch, "sft_vla", stop_at, evaluation, "write_video", **EARLY)
+    resume("sft_vla", run)
+    assert_same_run(run, start("sft_vla", "uninterrupted", **EARLY))
+
+
+def test_demonstrations_a_task(start, capfd):
+    run = start("sft_vla")
+    args = read_json(run / "args.json")
+    assert (args["task_id"], args["task_ids"], args["episodes"]) == (4, [4, 7], [2, 1])
+    assert f"{9 + 6 + 7} samples" in capfd.readouterr().out
+    assert set(read_json(run / "result.json")["success"]) == {"4", "7"}
+    run = start("sft_vla", "one", task_ids=(), task_id=7, episodes=1)
+    assert " 7 samples" in capfd.readouterr().out and read_json(run / "args.json")["task_ids"] == [7]
+    assert set(read_json(run / "result.json")["success"]) == {"7"}
+
+
+def test_nothing_held_out(start):
+    run = start("sft_vla", held_out=0, episodes=(3, 2))
+    assert "losses/held_out_nll" not in scalars(run) and "losses/nll" in scalars(run)
+    assert set(read_json(run / "result.json")["success"]) == {"4", "7"}
+    assert not (run / "checkpoints" / "best").exists()
+
+
+def test_sft_can_start_from_a_checkpoint(start, finished):
+    checkpoint = finished("sft_vla") / "checkpoints" / "final"
+    run = start("sft_vla", checkpoint=checkpoint, learning_rate=1e-12)
+    for name, value in tensors(finished("sft_vla"), FINAL).items():
+        torch.testing.assert_close(tensors(run, FINAL)[name], value, atol=1e-6, rtol=0)
+
+
+# ---- Mistakes ----------------------------------------------------------------------------------------
+
+
+def expect_error(start, capfd, script, words, **flags):
+    """The script ends with status 2 and one line, which holds ``words``; no run is left behind."""
+    with pytest.raises(SystemExit) as exit_:
+        start(script, **flags)
+    out, error = capfd.readouterr()
+    assert exit_.value.code == 2 and error.startswith("error:") and error.count("\n") == 1, error
+    assert words in error and out == "" and not Path("run").exists()
+
+
+@every_script
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"suite": "LiberoObjekt"}, "LiberoObject"),
+        ({"suite": "LiberoGoal"}, "LiberoGoal"),
+        ({"policy": "nanoo"}, "nano"),
+        ({"checkpoint": "/no/such/folder"}, "/no/such/folder"),
+        ({"assets": "/no/such/folder"}, "/no/such/folder"),
+        ({"train": "lorra"}, "lora"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"seed": -1}, "seed"),
+        ({"num_iterations": 0}, "num_iterations"),
+        ({"minibatch_size": 0}, "minibatch_size"),
+        ({"learning_rate": "fast"}, "learning-rate"),
+        ({"learning_rate": "nan"}, "learning_rate"),
+        ({"max_grad_norm": "inf"}, "max_grad_norm"),
+        ({"temperature": 0}, "temperature"),
+        ({"eval_temperature": -1}, "eval_temperature"),
+        ({"eval_episodes": 0}, "eval_episodes"),
+        ({"eval_episodes": 51}, "51"),
+        ({"eval_every": -1}, "eval_every"),
+        ({"action_chunk": 4}, "4"),
+        ({"max_episode_steps": 0}, "max_episode_steps"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"device": "nonsense"}, "nonsense"),
+        ({"protocol": "openvlaa"}, "openvla"),
+        ({"resume": "/no/such/folder"}, "/no/such/folder"),
+        ({"resume": "/no/such/folder", "evaluate": None}, "--checkpoint"),
+        ({"compare": "/no/such/folder"}, "--evaluate"),
+        ({"num_iteration": 2}, "num-iteration"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(script, flags, words, start, capfd):
+    expect_error(start, capfd, script, words, **flags)
+
+
+@every_script
+@pytest.mark.parametrize("task_id", [-1, 10])
+def test_no_such_task(script, task_id, start, capfd):
+    alone = {"task_ids": (), "episodes": 1} if script == "sft_vla" else {}
+    expect_error(start, capfd, script, str(task_id), task_id=task_id, **alone)
+
+
+@every_script
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [({"compare": "/no/such/folder"}, "/no/such/folder"), ({"num_threads": 0}, "num_threads")],
+    ids=str,
+)
+def test_mistakes_in_an_evaluation(script, flags, words, start, capfd):
+    alone = {"task_ids": 4, "episodes": 1} if script == "sft_vla" else {}
+    expect_error(start, capfd, script, words, evaluate=None, **alone, **flags)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("tgrpo_vla", {"alpha1": "abc"}, "alpha1"),
+        ("tgrpo_vla", {"alpha1": "nan"}, "nan"),
+        ("tgrpo_vla", {"alpha2": "inf"}, "inf"),
+        ("tgrpo_vla", {"stop": "never"}, "never"),
+        ("tgrpo_vla", {"group_size": 1}, "1"),
+        ("tgrpo_vla", {"num_groups": 0}, "num_groups"),
+        ("tgrpo_vla", {"reward": "multistage"}, "multi_stage"),
+        ("tgrpo_vla", {"reward": "/no/such/file.py:f"}, "/no/such/file.py"),
+        ("tgrpo_vla", {"total_env_steps": 0}, "total_env_steps"),
+        ("tgrpo_vla", {"warmup_iterations": 0}, "warmup_iterations"),
+        ("tgrpo_vla", {"update_epochs": 0}, "update_epochs"),
+        ("tgrpo_vla", {"target_kl": "nan"}, "target_kl"),
+        ("tgrpo_vla", {"clip_low": "nan"}, "clip_low"),
+        ("tgrpo_vla", {"kl_coef": "nan", "train": "lora"}, "kl_coef"),
+        ("tgrpo_vla", {"kl_coef": 0.1}, "lora"),
+        ("grpo_vla", {"group_size": 1}, "1"),
+        ("grpo_vla", {"keep_low": 0.6, "keep_high": 0.5}, "0.6"),
+        ("grpo_vla", {"keep_low": -0.1}, "-0.1"),
+        ("grpo_vla", {"keep_high": "nan"}, "nan"),
+        ("grpo_vla", {"max_rounds": 0}, "max_rounds"),
+        ("grpo_vla", {"clip_high": -1}, "clip_high"),
+        ("ppo_vla", {"group_size": 0}, "group_size"),
+        ("ppo_vla", {"gamma": 1.5}, "gamma"),
+        ("ppo_vla", {"gae_lambda": "nan"}, "gae_lambda"),
+        ("ppo_vla", {"critic_warmup": -1}, "critic_warmup"),
+        ("ppo_vla", {"value_clip": 0}, "value_clip"),
+        ("ppo_vla", {"value_learning_rate": 0}, "value_learning_rate"),
+        ("sft_vla", {"demos": "/no/such/folder"}, "vla_envs.experts"),
+        ("sft_vla", {"task_ids": (4, 11)}, "11"),
+        ("sft_vla", {"task_ids": (4, 5)}, "LiberoObject_5_demo.hdf5"),
+        ("sft_vla", {"episodes": (2, 1, 1)}, "(2, 1, 1)"),
+        ("sft_vla", {"episodes": (2, 2)}, "2 demonstrations"),
+        ("sft_vla", {"episodes": 0}, "episodes"),
+        ("sft_vla", {"held_out": -1}, "held_out"),
+        ("sft_vla", {"held_out": 0, "early_stop": 1}, "held-out"),
+        ("sft_vla", {"iteration_steps": 0}, "iteration_steps"),
+        ("sft_vla", {"warmup_frac": 0}, "warmup_frac"),
+        ("sft_vla", {"weight_decay": "nan"}, "weight_decay"),
+        ("sft_vla", {"evaluate": None}, "--task-id"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_scripts_own_mistakes(script, flags, words, start, capfd):
+    expect_error(start, capfd, script, words, **flags)
+
+
+@every_script
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(script, start, capfd):
+    expect_error(start, capfd, script, "cuda", device="cuda")
+
+
+@every_script
+def test_a_damaged_checkpoint(script, start, capfd, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    shutil.copy(SHIPPED["nano"] / "config.json", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a tensor")
+    expect_error(start, capfd, script, "damaged", checkpoint=tmp_path / "damaged")
+
+
+@every_script
+def test_a_folder_that_cannot_be_written(script, start, capfd, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    expect_error(start, capfd, script, "file", run_dir=tmp_path / "file")
+    expect_error(start, capfd, script, "file", run_dir=tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@every_script
+def test_a_run_needs_a_folder_of_its_own(script, start, finished, capfd):
+    expect_error(start, capfd, script, "holds a run already", run_dir=finished(script))
+
+
+@every_script
+def test_a_damaged_state(script, execute, finished, tmp_path, capfd):
+    """Refused as it is: nothing is written to the run."""
+    shutil.copytree(finished(script), tmp_path / "copy")
+    (tmp_path / "copy" / TRAINED).write_bytes(b"not a tensor")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "copy").rglob("*")}
+    with pytest.raises(SystemExit) as exit_:
+        execute(script, resume=tmp_path / "copy")
+    error = capfd.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("error:") and error.count("\n") == 1, error
+    assert "damaged" in error
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "copy").rglob("*")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="EGL and OSMesa are Linux's")
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_without_opengl(tmp_path, own, backend):
+    """EGL that finds no driver, and OSMesa that is not installed."""
+    if backend == "osmesa" and ctypes.util.find_library("OSMesa"):
+        pytest.skip("OSMesa is installed")
+    changes = {"MUJOCO_GL": backend, "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
+    running = process("tgrpo_vla", tmp_path, own, environment=changes)
+    _, error = running.communicate(timeout=300)
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert running.returncode == 2 and len(lines) == 1 and lines[0].startswith("error:"), error
+    assert "OpenGL" in lines[0] and not (tmp_path / "run").exists()
