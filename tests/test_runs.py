@@ -285,13 +285,27 @@ def test_damaged_arguments(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("iteration", "env_steps", "limit", "expected"),
-    [(0, 0, None, 0), (3, 900, None, 0.3), (10, 900, None, 1), (3, 900, 1800, 0.5), (6, 900, 1800, 0.6),
-     (3, 1801, 1800, 1801 / 1800), (0, 0, 1800, 0)],
+    ("iteration", "env_steps", "num_iterations", "limit", "expected"),
+    [
+        (0, 0, 10, None, 0), (3, 900, 10, None, 0.3), (10, 900, 10, None, 1), (0, 0, None, 1800, 0),
+        (3, 900, None, 1800, 0.5), (3, 1801, None, 1800, 1), (3, 900, 10, 1800, 0.5), (6, 900, 10, 1800, 0.6),
+    ],
 )  # fmt: skip
-def test_how_much_is_done(iteration, env_steps, limit, expected):
-    args = SimpleNamespace(num_iterations=10, total_env_steps=limit)
+def test_how_much_is_done(iteration, env_steps, num_iterations, limit, expected):
+    args = SimpleNamespace(num_iterations=num_iterations, total_env_steps=limit)
     assert runs.done({"iteration": iteration, "env_steps": env_steps}, args) == pytest.approx(expected)
+
+
+@dataclasses.dataclass
+class Length:
+    num_iterations: int | None = None
+    total_env_steps: int | None = None
+
+
+def test_a_run_has_an_end():
+    for given in (Length(num_iterations=3), Length(total_env_steps=7), Length(3, 7)):
+        assert runs.fill_in_length(given) == given
+    assert runs.fill_in_length(Length()) == Length(total_env_steps=175_000)
 
 
 def test_every_iteration_of_every_seed_draws_other_numbers():

@@ -51,7 +51,7 @@ ONLINE_TAGS = {
 }  # fmt: skip
 TAGS = {
     "tgrpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
-    "grpo_vla": ONLINE_TAGS | {"group/kept_frac"},
+    "grpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
     "ppo_vla": ONLINE_TAGS | {"losses/value_loss", "losses/explained_variance"},
     "sft_vla": {"charts/success_rate", "charts/learning_rate", "losses/nll", "losses/held_out_nll"},
 }
@@ -588,6 +588,7 @@ def test_grpo_with_nothing_to_learn_from(start, capfd):
     assert "Traceback" not in error and "error" not in error
     result = read_json(run / "result.json")
     assert set(result) == RESULT and result["success_after"] == result["success_before"]
+    assert (result["env_steps"], result["episodes"]) == (3 * STEPS, 3 * 2)  # what was played all the same
     assert same(tensors(run, FINAL), load_policy("nano").state_dict())
 
 
