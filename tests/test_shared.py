@@ -45,10 +45,14 @@ def functions_of(name):
     return {function.name: ast.get_source_segment(text, function) for function in functions}
 
 
-def lines_of(name):
-    """The script without its docstring."""
-    text = text_of(name)
-    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
+def statements_of(name):
+    """The code of a script, one statement a line, without comments, docstrings and help texts."""
+    tree = ast.parse(text_of(name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            texts = [n for n in node.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+            node.body = [n for n in node.body if n not in texts]
+    return [line for line in ast.unparse(tree).splitlines() if line]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +77,10 @@ def test_common_arguments_are_the_same_lines():
     assert others == [first] * 3
 
 
-@pytest.mark.parametrize(("name", "most"), [("tgrpo_vla", 115), ("ppo_vla", 135)])
+@pytest.mark.parametrize(("name", "most"), [("tgrpo_vla", 75), ("ppo_vla", 120)])
 def test_scripts_differ_from_grpo_in_few_lines(name, most):
-    matcher = difflib.SequenceMatcher(None, lines_of("grpo_vla"), lines_of(name), autojunk=False)
+    """Statements, each on a line, without comments and docstrings."""
+    matcher = difflib.SequenceMatcher(None, statements_of("grpo_vla"), statements_of(name), autojunk=False)
     changes = [max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal"]
     assert 0 < sum(changes) <= most
 
