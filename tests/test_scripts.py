@@ -543,7 +543,7 @@ def test_a_good_policy_against_a_spoilt_one(start, finished):
 @every_script
 @pytest.mark.parametrize(
     ("protocol", "episodes", "temperature", "limit", "size"),
-    [("lerobot", 10, 1.2, 280, 128), ("openvla", 50, 0.0, 280, 256), ("rlinf", 50, 1.6, 512, 128)],
+    [("lerobot", 10, 1.2, 280, 128), ("openvla", 50, 0.0, 280, 256)],
 )
 def test_a_protocol_sets_the_evaluation(
     script, protocol, episodes, temperature, limit, size, execute, own, monkeypatch

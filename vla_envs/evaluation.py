@@ -113,7 +113,8 @@ def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
 
 def success(outcomes: ArrayLike) -> dict[str, Any]:
     """The success rate of outcomes (E,) with its Wilson interval (95 %), as ``result.json`` has it."""
-    successes, trials = int(np.sum(outcomes)), len(np.asarray(outcomes))
+    won = np.asarray(outcomes, bool)
+    successes, trials = int(won.sum()), len(won)
     low, high = binomtest(successes, trials).proportion_ci(method="wilson")
     return {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
 
