@@ -385,6 +385,8 @@ def update(
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+    with torch.no_grad():
+        runs.check_finite(**{"log-prob after the update": logprobs_of(policy, b, mb_inds, args)[0].mean()})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {name: b[name] for name in ("logprob_gap", "explained_variance")}
     return means | {"ratio_first_minibatch": logs["ratio"][0]}
@@ -441,6 +443,7 @@ if __name__ == "__main__":
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
         state["before"] = state["after"] = assess()
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     progress = runs.progress_bar("PPO", state, args)
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
@@ -493,7 +496,8 @@ if __name__ == "__main__":
 
     if state["evaluated"] != state["iteration"]:
         state["after"] = assess()
-    state["wall_s"] = time.perf_counter() - started
+        state["wall_s"] = time.perf_counter() - started
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.finish(run, policy, state, args)
     for each in (envs, eval_envs, writer):
         each.close()

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import demonstrations, evaluation, runs
-from vla_envs.policies import adapters, count_parameters, load_policy, new_policy
+from vla_envs.policies import adapters, count_parameters, load_policy, new_policy, to_device
 from vla_envs.tasks import get_task
 
 
@@ -174,7 +174,9 @@ def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
 def held_out_loss(policy: Any, samples: dict[str, Any]) -> float:
     """Mean of ``loss_of`` over all samples."""
     parts = np.array_split(np.arange(len(samples["actions"])), 1 + len(samples["actions"]) // 256)
-    return sum(float(loss_of(policy, samples, inds)) * len(inds) for inds in parts) / len(samples["actions"])
+    loss = sum(loss_of(policy, samples, inds) * len(inds) for inds in parts) / len(samples["actions"])
+    runs.check_finite(**{"held-out loss": loss})
+    return float(loss)
 
 
 def update(
@@ -197,6 +199,14 @@ def update(
         losses.append(loss.item())
         norms.append(float(grad_norm))
     return {"nll": float(np.mean(losses)), "grad_norm": float(np.mean(norms))}
+
+
+def ended(state: dict[str, Any], args: Args) -> bool:
+    """Whether all iterations are done, or --early-stop of them have not lowered the held-out loss."""
+    since_best = state["iteration"] - state["best"]["iteration"]
+    return state["iteration"] >= args.num_iterations or bool(
+        args.early_stop and since_best >= args.early_stop
+    )
 
 
 def check(args: Args) -> Args:
@@ -227,8 +237,10 @@ if __name__ == "__main__":
         runs.check_suite(args.suite)
         torch.manual_seed(args.seed)  # of the first weights
         new = args.checkpoint is None and not args.evaluate
-        policy = new_policy(args.policy) if new else load_policy(args.policy, args.checkpoint)
-        policy = policy.to(args.device)
+        if new:
+            policy = to_device(new_policy(args.policy), args.device)
+        else:
+            policy = load_policy(args.policy, args.checkpoint, args.device)
         if policy.action_chunk != args.action_chunk:
             raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
@@ -251,13 +263,14 @@ if __name__ == "__main__":
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
             weight_decay=args.weight_decay,
         )  # fmt: skip
+        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
+        eval_envs.reset(seed=0)
         run, state = runs.start(args, "sft_vla", learner, optimizer)
     writer = SummaryWriter(
         str(run), purge_step=state["iteration"] * args.iteration_steps + 1 if args.resume else None
     )
     trainable, total = count_parameters(learner)
     if args.evaluate:
-        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
@@ -277,18 +290,18 @@ if __name__ == "__main__":
 
     print(f"{run}: {len(samples['actions']):,} samples; training {trainable:,} of {total:,} parameters")
     started = time.perf_counter() - state["wall_s"]
-    best = state.setdefault("best", {"iteration": 0, "nll": float("inf")})
+    best = state.setdefault("best", {"iteration": 0, "nll": None})
     progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="SFT", unit="it")
-    while state["iteration"] < args.num_iterations:
+    while not ended(state, args):
         iteration = state["iteration"] = state["iteration"] + 1
         start = time.perf_counter()
         policy.train()
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
             losses = update(policy, optimizer, samples, iteration, args)
-        policy.eval()
+            policy.eval()
+            losses |= {"held_out_nll": held_out_loss(policy, held_out)} if held_out else {}
         if held_out:
-            losses["held_out_nll"] = held_out_loss(policy, held_out)
-            if losses["held_out_nll"] < best["nll"]:
+            if best["nll"] is None or losses["held_out_nll"] < best["nll"]:
                 best |= {"iteration": iteration, "nll": losses["held_out_nll"]}
                 runs.save_training_state(run / "checkpoints" / "best", learner, optimizer, state)
         update_s = time.perf_counter() - start
@@ -304,18 +317,15 @@ if __name__ == "__main__":
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         progress.update()
         progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if "nll" in name})
-        if args.early_stop and iteration - best["iteration"] >= args.early_stop:
-            tqdm.write(
-                f"iteration {iteration}: held-out loss was lowest at {best['iteration']}; training ends"
-            )
-            break
     progress.close()
 
     if args.early_stop:
+        print(f"held-out loss was lowest at iteration {best['iteration']} of {state['iteration']}")
         runs.load_training_state(run / "checkpoints" / "best", learner, optimizer)
     if args.early_stop or state["evaluated"] != state["iteration"]:
         state["after"] = assess()
-    state["wall_s"] = time.perf_counter() - started
+        state["wall_s"] = time.perf_counter() - started
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.save_policies(run, policy, args)
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": state["after"]}
     runs.write_json(run / "result.json", result | {"best": best, "wall_s": state["wall_s"]})

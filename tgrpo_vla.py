@@ -394,6 +394,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+    with torch.no_grad():
+        runs.check_finite(**{"log-prob after the update": logprobs_of(policy, b, mb_inds, args)[0].mean()})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {"logprob_gap": b["logprob_gap"]}
     return means | {"ratio_first_minibatch": logs["ratio"][0]}
@@ -451,6 +453,7 @@ if __name__ == "__main__":
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
         state["before"] = state["after"] = assess()
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     progress = runs.progress_bar("TGRPO", state, args)
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
@@ -516,7 +519,8 @@ if __name__ == "__main__":
 
     if state["evaluated"] != state["iteration"]:
         state["after"] = assess()
-    state["wall_s"] = time.perf_counter() - started
+        state["wall_s"] = time.perf_counter() - started
+        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.finish(run, policy, state, args)
     for each in (envs, eval_envs, writer):
         each.close()

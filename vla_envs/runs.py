@@ -50,7 +50,7 @@ def one_line_errors(where: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        tqdm.write(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)  # above a progress bar
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 
@@ -135,6 +135,8 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
         raise ValueError(f"eval_episodes is {episodes}; expected 1 to 50, the recorded init states")
     if given.compare and not given.evaluate:
         raise ValueError("compare names a second checkpoint; expected it with --evaluate")
+    if given.compare:
+        load_policy(given.policy, given.compare)  # fails now rather than after the first evaluation
     check_numbers(args, "eval_temperature", above=False)
     return dataclasses.replace(given, eval_episodes=episodes, eval_temperature=temperature)
 

@@ -82,6 +82,15 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
     broken = [name for name, p in policy.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise ValueError(f"checkpoint {str(folder)!r} has numbers that are not finite in {broken[0]}")
+    return to_device(policy, device)
+
+
+def to_device(policy: Any, device: str) -> Any:
+    """``policy`` with its parameters on ``device``.
+
+    Raises:
+        ValueError: When there is no such device.
+    """
     try:
         return policy.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -98,8 +107,8 @@ def write_json(path: Path, content: Any) -> None:
 def replace_folder(partial: Path, folder: Path) -> None:
     """Give ``partial`` the name ``folder``; what was there stays, as ``*.previous``, until that is done."""
     previous = folder.with_name(folder.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
