@@ -426,14 +426,14 @@ if __name__ == "__main__":
             raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
+        )
         protocol = evaluation.settings(args.protocol, args.suite)
         eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         num_envs = 1 if args.evaluate else args.num_groups * args.group_size
         envs = make_envs(num_envs, args.task_id, args.reward, args)
-        optimizer = torch.optim.AdamW(
-            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
-        )
         run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
     writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)

@@ -227,7 +227,7 @@ def test_samples_have_generalised_advantages(seed):
     raw = np.array([expected[key] for key in keys])
     advantages, returns = by_decision(b, "advantages"), by_decision(b, "returns")
     assert sorted(advantages) == keys
-    scores = (raw - raw.mean()) / raw.std(ddof=1)
+    scores = (raw - raw.mean()) / raw.std()
     np.testing.assert_allclose([advantages[key] for key in keys], scores, atol=1e-4)
     np.testing.assert_allclose(
         [returns[key] for key in keys], raw + [values[key].item() for key in keys], atol=1e-5

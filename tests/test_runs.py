@@ -200,7 +200,6 @@ def test_what_evaluations_are_like(given, episodes, temperature):
 def test_evaluations_that_cannot_be(given, words):
     with pytest.raises(ValueError, match=words):
         runs.fill_in_evaluation(Evaluation(**given))
-    runs.fill_in_evaluation(Evaluation(compare=Path("x"), evaluate=True))
 
 
 # ---- The folder --------------------------------------------------------------------------------------

@@ -675,7 +675,7 @@ def test_early_stop_keeps_the_best(start, own, capfd):
     assert best["nll"] == pytest.approx(min(held_out)) == pytest.approx(held_out[best["iteration"] - 1])
     final, stored = tensors(run, FINAL), tensors(run, "checkpoints/best/trained.safetensors")
     assert all(torch.equal(final[name], value) for name, value in stored.items())
-    assert not same(stored, tensors(run, TRAINED))  # which is two iterations later
+    assert same(stored, tensors(run, TRAINED))  # evaluated last, so saved last
     policy = load_policy("nano", run / "checkpoints" / "final")
     loss = sft_vla.held_out_loss(policy, held_out_samples(own, {4: 2, 7: 1}))
     assert loss == pytest.approx(best["nll"], abs=1e-4)

@@ -1,6 +1,7 @@
 """One OpenGL context that draws every environment."""
 
 import importlib
+import importlib.util
 import os
 import platform
 from typing import Any
@@ -22,6 +23,10 @@ def _opengl_context() -> Any:
     if _context is not None:
         return _context
     wanted = os.environ.get("MUJOCO_GL", "").lower()
+    # Mesa's software OpenGL brings LLVM, and so does triton, which PyTorch's CUDA builds load late: loaded
+    # after OpenGL it ends the process.
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
     known = ("egl", "osmesa", "glfw", "cgl")
     default = ("cgl",) if platform.system() == "Darwin" else ("egl", "osmesa", "glfw")
     failures = []
