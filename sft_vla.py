@@ -320,7 +320,7 @@ if __name__ == "__main__":
     progress.close()
 
     if args.early_stop:
-        print(f"held-out loss was lowest at iteration {best['iteration']} of {state['iteration']}")
+        print(f"held-out loss was lowest at {best['iteration']} of {state['iteration']} iterations")
         runs.load_training_state(run / "checkpoints" / "best", learner, optimizer)
     if args.early_stop or state["evaluated"] != state["iteration"]:
         state["after"] = assess()
