@@ -366,8 +366,9 @@ def update(
                 reference, _, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D)
             log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
             k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
-            loss = loss + args.kl_coef * (weights / weights.sum() * k3).sum()
-            measured["kl"] = (weights / weights.sum() * k3).sum().detach()
+            kl = (weights / weights.sum() * k3).sum()
+            loss = loss + args.kl_coef * kl
+            measured["kl"] = kl.detach()
         newvalue = critic(hidden.detach().float()).squeeze(1)  # (B,)
         v_loss = value_loss(newvalue, b["old_values"][mb_inds], b["returns"][mb_inds], args.value_clip)
         loss = v_loss if alone else loss + v_loss

@@ -300,10 +300,9 @@ if __name__ == "__main__":
             losses = update(policy, optimizer, samples, iteration, args)
             policy.eval()
             losses |= {"held_out_nll": held_out_loss(policy, held_out)} if held_out else {}
-        if held_out:
-            if best["nll"] is None or losses["held_out_nll"] < best["nll"]:
-                best |= {"iteration": iteration, "nll": losses["held_out_nll"]}
-                runs.save_training_state(run / "checkpoints" / "best", learner, optimizer, state)
+        if held_out and (best["nll"] is None or losses["held_out_nll"] < best["nll"]):
+            best |= {"iteration": iteration, "nll": losses["held_out_nll"]}
+            runs.save_training_state(run / "checkpoints" / "best", learner, optimizer, state)
         update_s = time.perf_counter() - start
 
         if args.eval_every and iteration % args.eval_every == 0:
