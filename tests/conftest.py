@@ -75,9 +75,9 @@ def drop():
         vector = env.unwrapped
         simulation = getattr(vector, "_envs", vector).simulations[index]
         model, data, goal = simulation.scene.model, simulation.data, simulation.scene.goal
-        joint = model.body_jntadr[goal.object_body]
+        joint = model.body_jntadr[goal.subject[0]]
         start, dof = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
-        data.qpos[start : start + 3] = data.site_xpos[goal.region_site] + [0, 0, height]
+        data.qpos[start : start + 3] = data.site_xpos[goal.target[0]] + [0, 0, height]
         data.qvel[dof : dof + 6] = 0
 
     return drop

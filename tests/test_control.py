@@ -167,5 +167,5 @@ def test_peak_is_the_greatest_height_of_the_object(scene, drop):
     heights = []
     for _ in range(5):
         compiled(scene, data, control, np.zeros((1, 7)))
-        heights.append(data.xpos[scene.goal.object_body, 2])
+        heights.append(data.xpos[scene.goal.subject[0], 2])
         assert control.peak[0] == max(heights)

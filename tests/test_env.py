@@ -74,7 +74,8 @@ def test_types(make):
     assert (type(reward), type(terminated), type(truncated)) == (float, bool, bool)
     for info in (first, later):
         assert {key: type(value) for key, value in info.items()} == {
-            "success": bool, "stage": int, "init_state_id": int, "facts": dict, "instruction": str
+            "success": bool, "stage": int, "stage_name": str, "init_state_id": int, "facts": dict,
+            "instruction": str,
         }  # fmt: skip
         assert {type(value) for value in info["facts"].values()} == {float}
 

@@ -4,7 +4,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from vla_envs.goals import FACTS, Goal, goal_met
+from vla_envs.goals import FACTS, IN_REGION, Goal, in_place
 from vla_envs.scene import load_scene
 from vla_envs.vector import Simulation
 
@@ -21,10 +21,10 @@ def in_box(libero):
 
 
 def met(size, centre, rotation, position):
-    goal = Goal(object_body=1, region_site=2, region_size=np.asarray(size))
+    goal = Goal(*(np.array([x]) for x in (IN_REGION, 1, 2, size)), contact=np.zeros((1, 2, 1), bool))
     xpos, site_xpos, site_xmat = np.full((2, 3), 9.0), np.full((3, 3), 9.0), np.full((3, 9), 9.0)
     xpos[1], site_xpos[2], site_xmat[2] = position, centre, np.ravel(rotation)
-    return goal_met(goal, xpos, site_xpos, site_xmat)
+    return in_place(goal, np.zeros(1), xpos, site_xpos, site_xmat)
 
 
 def test_goal_is_liberos_on_random_boxes(in_box):
@@ -59,16 +59,16 @@ def test_success_is_liberos_in_the_scene(libero_env, task_id):
     """The same joint positions around the basket, given to LIBERO's ``check_success`` and to us."""
     scene, env = load_scene("LiberoObject", task_id), libero_env(task_id)
     rng, data, results = np.random.default_rng(task_id), mujoco.MjData(scene.model), []
-    start = scene.model.jnt_qposadr[scene.model.body_jntadr[scene.goal.object_body]]
+    start = scene.model.jnt_qposadr[scene.model.body_jntadr[scene.goal.subject[0]]]
     for _ in range(200):
         data.qpos[:] = scene.sample_init_state(rng)
         mujoco.mj_kinematics(scene.model, data)
-        around = rng.uniform(-1.5, 1.5, 3) * scene.goal.region_size
-        data.qpos[start : start + 3] = data.site_xpos[scene.goal.region_site] + around
+        around = rng.uniform(-1.5, 1.5, 3) * scene.goal.figures[0]
+        data.qpos[start : start + 3] = data.site_xpos[scene.goal.target[0]] + around
         mujoco.mj_kinematics(scene.model, data)
         env.sim.data.qpos[:] = data.qpos
         env.sim.forward()
-        results.append(goal_met(scene.goal, data.xpos, data.site_xpos, data.site_xmat))
+        results.append(in_place(scene.goal, data.qpos, data.xpos, data.site_xpos, data.site_xmat))
         assert results[-1] == env.check_success()
     assert 0.1 < np.mean(results) < 0.9
 
@@ -85,7 +85,7 @@ def simulation():
 
 
 def read(simulation, success=False):
-    return simulation.facts.read(simulation.rest_height, simulation.control.peak[0], success)
+    return simulation.facts.read(simulation.origin, simulation.control.peak, success)
 
 
 def place(simulation, position):
@@ -120,7 +120,7 @@ def test_facts_follow_the_object(simulation):
     centre_of_mass, fingertips = data.body("ketchup_1_main").xipos, data.site("gripper0_grip_site").xpos
     assert facts["object_to_goal_xy"] == pytest.approx(0.05)
     assert facts["object_above_goal"] == pytest.approx(0.12)
-    assert facts["object_height"] == pytest.approx(basket[2] + 0.12 - simulation.rest_height)
+    assert facts["object_height"] == pytest.approx(basket[2] + 0.12 - simulation.origin[0])
     assert facts["gripper_to_object"] == pytest.approx(np.linalg.norm(centre_of_mass - fingertips))
     assert facts["gripper_to_object_xy"] == pytest.approx(np.hypot(*(centre_of_mass - fingertips)[:2]))
     assert facts["success"] == 1

@@ -5,12 +5,21 @@ import pytest
 
 from vla_envs import FactsReward
 from vla_envs.goals import FACTS
-from vla_envs.rewards import STAGE_REWARDS, STAGES, evaluate_reward, multi_stage, resolve_reward
+from vla_envs.rewards import (
+    JOINT_STAGES,
+    STAGE_REWARDS,
+    STAGES,
+    evaluate_reward,
+    multi_stage,
+    resolve_reward,
+    stage_names,
+)
 
 STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 FAR = {name: 0.0 for name in FACTS} | {
-    "gripper_to_object": 0.4, "gripper_to_object_xy": 0.3, "object_to_goal_xy": 0.5, "gripper_opening": 0.08
+    "gripper_to_object": 0.4, "gripper_to_object_xy": 0.3, "object_to_goal_xy": 0.5, "gripper_opening": 0.08,
+    "goals": 1.0,
 }  # fmt: skip
 HELD = FAR | {"gripper_to_object": 0.01, "touching": 1.0, "grasped": 1.0}
 LIFTED = HELD | {"object_height": 0.1, "object_peak_height": 0.1}
@@ -50,7 +59,42 @@ def test_multi_stage(facts, stage, reward):
     assert (values.tolist(), [STAGES[k] for k in stages]) == ([reward], [stage])
 
 
+CLOSED = FAR | {"is_joint": 1.0, "object_to_goal_xy": 0.0}
+HOLDING = CLOSED | {"gripper_to_object": 0.03}
+
+#: Situation, name of the stage, reward.
+JOINT_SITUATIONS = [
+    (CLOSED, "far", -2),
+    (CLOSED | {"gripper_to_object": 0.149}, "approaching", 2),
+    (HOLDING, "holding", 4),
+    (CLOSED | {"touching": 1.0}, "holding", 4),
+    (HOLDING | {"joint_progress": 0.09}, "holding", 4),
+    (HOLDING | {"joint_progress": 0.11}, "turning", 8),
+    (HOLDING | {"joint_progress": 0.51}, "half way", 10),
+    (CLOSED | {"joint_progress": 0.51}, "let go", -4),
+    (CLOSED | {"success": 1.0, "goals_met": 1.0, "joint_progress": 1.2}, "done", 16),
+]
+TWO = {"goals": 2.0}
+
+#: Of two predicates.
+CONJUNCTIONS = [
+    (FAR | TWO, "0 of 2 met, far", -1),
+    (LIFTED | TWO, "0 of 2 met, lifted", 4),
+    (CLOSED | TWO | {"goals_met": 1.0}, "1 of 2 met, far", 7),
+    (OVER | TWO | {"goals_met": 1.0}, "1 of 2 met, over the goal", 13),
+    (FAR | TWO | {"goals_met": 2.0, "success": 1.0}, "1 of 2 met, placed", 16),
+]
+
+
+@pytest.mark.parametrize(("facts", "name", "reward"), JOINT_SITUATIONS + CONJUNCTIONS)
+def test_joints_and_conjunctions(facts, name, reward):
+    values, stages = multi_stage(batch(facts))
+    assert (values.tolist(), stage_names(batch(facts)).tolist()) == ([reward], [name])
+    assert stages[0] // len(STAGES) == min(facts["goals_met"], facts["goals"] - 1)
+
+
 def test_every_stage_is_put_to_the_test():
+    assert {name for _, name, _ in JOINT_SITUATIONS} == set(JOINT_STAGES)
     assert {stage for _, stage, _ in SITUATIONS} == set(STAGES)
     assert len(STAGES) == len(STAGE_REWARDS)
 
@@ -67,11 +111,11 @@ def test_rewards_of_many_environments_at_once():
 def test_multi_stage_is_constant_within_a_stage():
     """The reward says which stage it is, and nothing more."""
     rng, seen = np.random.default_rng(0), {}
-    units = {"touching", "grasped", "success"}
+    units = {"touching", "grasped", "is_joint", "success"}
     facts = {
         name: rng.integers(0, 2, 20_000).astype(float) if name in units else rng.uniform(0, 0.3, 20_000)
         for name in FACTS
-    }
+    } | {"goals": np.ones(20_000), "goals_met": np.zeros(20_000)}
     for reward, stage in zip(*multi_stage(facts), strict=True):
         seen.setdefault(stage, set()).add(reward)
     assert all(len(rewards) == 1 for rewards in seen.values())

@@ -69,7 +69,9 @@ def test_info(make_vec):
     _, first = envs.reset(seed=0)
     _, _, _, _, later = envs.step(random_actions(3))
     for info in (first, later):
-        assert set(info) == {"success", "stage", "init_state_id", "facts", "instruction"}
+        assert set(info) == {
+            "success", "stage", "stage_name", "init_state_id", "facts", "instruction"
+        }  # fmt: skip
         assert info["instruction"].tolist() == ["pick up the ketchup and place it in the basket"] * 3
         assert info["success"].dtype == bool and info["success"].shape == (3,)
         assert info["stage"].dtype.kind == "i" and info["stage"].shape == (3,)

@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from vla_envs.goals import goal_met
+from vla_envs.goals import in_place
 
 ARM_DOF = 7
 SUBSTEPS = 25  # 20 Hz control over 500 Hz physics
@@ -108,11 +108,11 @@ class ControlState(NamedTuple):
 
     goal_rotation: NDArray[np.float64]  # (3, 3), kept while the rotation command is zero
     gripper: NDArray[np.float64]  # (2,) in [-1, 1], one a finger
-    peak: NDArray[np.float64]  # (1,) greatest height of the goal's object since the reset (m)
+    peak: NDArray[np.float64]  # (n,) greatest heights of the goal's n subjects since the reset (m)
 
     @classmethod
-    def new(cls) -> "ControlState":
-        return cls(np.empty((3, 3)), np.zeros(2), np.zeros(1))
+    def new(cls, subjects: int = 1) -> "ControlState":
+        return cls(np.empty((3, 3)), np.zeros(2), np.zeros(subjects))
 
     def assign(self, other: "ControlState") -> None:
         for mine, theirs in zip(self, other, strict=True):
@@ -273,7 +273,7 @@ def _rotate(command, rotation, out):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def run_chunk(model, data, views, arm, state, goal, actions, just_restored):  # type: ignore[no-untyped-def]
-    """Execute ``actions`` (C, 7), one control step (25 substeps, 0.05 s) each, until the goal is met.
+    """Execute ``actions`` (C, 7), one control step (25 substeps, 0.05 s) each, until all is in its place.
 
     Args:
         model, data: Addresses of the ``MjModel`` and the ``MjData``.
@@ -285,7 +285,8 @@ def run_chunk(model, data, views, arm, state, goal, actions, just_restored):  # 
         just_restored: Whether this is the first control step after LIBERO's ``set_init_state``.
 
     Returns:
-        The number of control steps executed and whether the goal is met after the last one.
+        The number of control steps executed, and whether the goal's predicates hold after the last one as
+        far as positions tell (``goals.in_place``).
     """
     jac, mass = np.empty((6, ARM_DOF)), np.empty((ARM_DOF, ARM_DOF))
     rotation, goal_position, command, torque = np.empty((3, 3)), np.empty(3), np.empty(3), np.empty(ARM_DOF)
@@ -331,7 +332,8 @@ def run_chunk(model, data, views, arm, state, goal, actions, just_restored):  # 
                 low, high = arm.ctrl_low[ARM_DOF + finger], arm.ctrl_high[ARM_DOF + finger]
                 views.ctrl[ARM_DOF + finger] = 0.5 * (high + low) + 0.5 * (high - low) * state.gripper[finger]
             _mj_step2(model, data)
-        state.peak[0] = max(state.peak[0], views.xpos[goal.object_body, 2])
-        if goal_met(goal, views.xpos, views.site_xpos, views.site_xmat):
+        for k in range(len(goal.subject)):
+            state.peak[k] = max(state.peak[k], views.xpos[goal.subject[k], 2])
+        if in_place(goal, views.qpos, views.xpos, views.site_xpos, views.site_xmat):
             return step + 1, True
     return actions.shape[0], False

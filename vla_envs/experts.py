@@ -68,7 +68,7 @@ class ScriptedExpert:
         """From the object's origin to where the fingers close (3, m): its middle, or as low as they reach."""
         simulation = self.envs.simulations[i]
         model, data = simulation.scene.model, simulation.data
-        boxes = simulation.facts.is_object & (model.geom_group == 0)
+        boxes = simulation.facts.solid[0]
         reach = np.einsum(
             "gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes]
         )
@@ -76,14 +76,14 @@ class ScriptedExpert:
         point = (low + high) / 2
         point[0] += SHIFTS.get(self.envs.tasks[i].name.split("_")[3], 0.0)
         point[2] = max(point[2], high[2] - REACH, FLOOR)
-        return point - data.xpos[simulation.scene.goal.object_body]
+        return point - data.xpos[simulation.scene.goal.subject[0]]
 
     def _intended(self, i: int) -> NDArray[np.float64]:
         simulation = self.envs.simulations[i]
         data, goal = simulation.data, simulation.scene.goal
         hand = data.site_xpos[simulation.scene.arm.site]
-        grasp = data.xpos[goal.object_body] + self.offsets[i]
-        basket = data.site_xpos[goal.region_site]
+        grasp = data.xpos[goal.subject[0]] + self.offsets[i]
+        basket = data.site_xpos[goal.target[0]]
         near = np.linalg.norm(grasp - hand) < 0.05
 
         if self.phase[i] in (3, 4) and not near:

@@ -24,12 +24,17 @@ Reward = Callable[[Facts], Any]
 STAGES = ("far", "approaching", "ready to grasp", "lifted", "over the goal", "placed", "dropped")
 STAGE_REWARDS = np.array([-2.0, 2.0, 4.0, 8.0, 10.0, 16.0, -4.0])
 
-#: The distances that part the stages, in metres; the paper gives none, these are ours.
+#: The stages of a drawer, door or knob, which pay what those above them pay.
+JOINT_STAGES = ("far", "approaching", "holding", "turning", "half way", "done", "let go")
+
+#: What parts the stages, in metres but for the last two; the paper gives none, these are ours.
 THRESHOLDS = {
     "approach": 0.15,  # nearer than this to the object: approaching
-    "ready": 0.04,  # fingertips this near to the object's centre, or touching it: ready to grasp
+    "ready": 0.04,  # fingertips this near to the object's centre, or touching it: ready to grasp, holding
     "lift": 0.03,  # the object this much higher than it lay: lifted
-    "near_goal": 0.08,  # horizontal distance to the goal region's centre: over the goal
+    "near_goal": 0.08,  # horizontal distance to the goal's centre: over the goal
+    "turning": 0.1,  # share of the joint's way
+    "half_way": 0.5,  # share of the joint's way
 }
 
 
@@ -39,20 +44,57 @@ def binary(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def multi_stage(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The paper's pick-and-place reward: constant within a stage, paid every step, 16 when placed."""
+    """The paper's pick-and-place reward, made from any of LIBERO's goals; constant within a stage.
+
+    A goal of one ``In`` or ``On`` is the paper's Algorithm 2: -2 to 16 every step. ``Open``, ``Close``,
+    ``TurnOn`` and ``TurnOff`` pay the same for reaching, holding and moving the joint. A conjunction of n
+    predicates pays (16 m + r) / n with m of them met and r the reward of the next one's stage; its stages
+    are numbered 7 m + stage. The last, "placed" or "done" with n - 1 others met, is LIBERO's success.
+    """
     f = {name: np.asarray(value) for name, value in facts.items()}
+    stage = np.where(f["is_joint"] > 0, _joint_stage(f), _place_stage(f))
+    success = f["success"] > 0
+    stage = np.where(success, STAGES.index("placed"), stage)
+    before = np.where(success, f["goals"] - 1, f["goals_met"])
+    reward = (STAGE_REWARDS[STAGES.index("placed")] * before + STAGE_REWARDS[stage]) / f["goals"]
+    return reward, (len(STAGES) * before + stage).astype(np.int64)
+
+
+def _place_stage(f: Facts) -> NDArray[np.int64]:
     lifted = (f["object_height"] > THRESHOLDS["lift"]) & (f["touching"] > 0)
     conditions = [
-        f["success"] > 0,
         lifted & (f["object_to_goal_xy"] < THRESHOLDS["near_goal"]),
         lifted,
         f["object_peak_height"] > THRESHOLDS["lift"],
         (f["gripper_to_object"] < THRESHOLDS["ready"]) | (f["touching"] > 0),
         f["gripper_to_object"] < THRESHOLDS["approach"],
     ]
-    names = ["placed", "over the goal", "lifted", "dropped", "ready to grasp", "approaching"]
-    stage = np.select(conditions, [STAGES.index(name) for name in names], default=STAGES.index("far"))
-    return STAGE_REWARDS[stage], stage
+    names = ["over the goal", "lifted", "dropped", "ready to grasp", "approaching"]
+    return np.select(conditions, [STAGES.index(name) for name in names], default=STAGES.index("far"))
+
+
+def _joint_stage(f: Facts) -> NDArray[np.int64]:
+    holding = (f["gripper_to_object"] < THRESHOLDS["ready"]) | (f["touching"] > 0)
+    conditions = [
+        holding & (f["joint_progress"] > THRESHOLDS["half_way"]),
+        holding & (f["joint_progress"] > THRESHOLDS["turning"]),
+        holding,
+        f["joint_progress"] > THRESHOLDS["turning"],
+        f["gripper_to_object"] < THRESHOLDS["approach"],
+    ]
+    names = ["half way", "turning", "holding", "let go", "approaching"]
+    numbers = [JOINT_STAGES.index(name) for name in names]
+    return np.select(conditions, numbers, default=JOINT_STAGES.index("far"))
+
+
+def stage_names(facts: Facts) -> NDArray[np.str_]:
+    """The names of ``multi_stage``'s stages: "lifted", or "1 of 2 met, lifted" for a conjunction."""
+    names = []
+    for joint, goals, stage in zip(facts["is_joint"], facts["goals"], multi_stage(facts)[1], strict=True):
+        met, k = divmod(int(stage), len(STAGES))
+        name = (JOINT_STAGES if joint else STAGES)[k]
+        names.append(name if goals == 1 else f"{met} of {goals:.0f} met, {name}")
+    return np.array(names)
 
 
 def resolve_reward(reward: str | Reward) -> Reward:

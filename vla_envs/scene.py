@@ -24,8 +24,8 @@ import platformdirs
 from numpy.typing import NDArray
 
 from vla_envs.control import Arm
-from vla_envs.goals import Goal
-from vla_envs.tasks import BUILTIN_SUITES, Task, get_task, libero_folder, nearest
+from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal
+from vla_envs.tasks import BUILTIN_SUITES, Task, get_task, libero_folder, nearest, recorded_init_states
 
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
@@ -36,13 +36,18 @@ ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only wha
 
 @dataclass(frozen=True)
 class Placement:
-    """Where LIBERO may place one object: figures of its ``MultiRegionRandomSampler``."""
+    """Where LIBERO may place one object or fixture: figures of its samplers (``envs/regions``)."""
 
-    qpos_address: int
+    name: str
+    body: int  # body in the model
+    reference: int  # the placement that it is put on or in; -1 for none
+    site: int  # the region of the reference that it is put on or in; -1 for none
     x_ranges: list[list[float]]  # m
     y_ranges: list[list[float]]  # m
+    margin: float  # m, taken off both ends of a range
     rotation: list[tuple[str, float, float]]  # axis, low and high (rad), applied in this order
     z: float  # m, height of the reference plane, LIBERO's z offset included
+    apart: bool  # whether it must keep clear of what was placed before
     radius: float  # m
     bottom: float  # m, from the object's origin
     top: float  # m
@@ -50,51 +55,104 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scene:
-    """One compiled task; shared by all environments that play it."""
+    """One compiled task; shared by all environments that play it.
+
+    A state of a scene is an array ``(nq + 7 * nmocap,)``: LIBERO's joint positions, then the pose of each
+    fixture (position, m; unit quaternion, w first). Fixtures are MuJoCo's mocap bodies, so that
+    environments with fixtures in different places share one model.
+    """
 
     task: Task
     model: mujoco.MjModel
     arm: Arm
     goal: Goal
     placements: tuple[Placement, ...]
+    joint_ranges: tuple[tuple[int, float, float], ...]  # address in qpos, low, high: drawers, doors, knobs
+    burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of the knob, and where it turns on
 
     def sample_init_state(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Joint positions ``(nq,)`` drawn as LIBERO draws them: objects in their BDDL regions, a noisy arm.
+        """A state drawn as LIBERO draws them: everything in its BDDL regions, a noisy arm; not yet settled.
 
-        The distribution is that of the recorded init states (``MultiRegionRandomSampler.sample`` and
-        robosuite's gaussian ``initialization_noise``), not yet settled.
+        The distribution is that of the recorded init states (LIBERO's ``_reset_internal`` and robosuite's
+        gaussian ``initialization_noise``).
         """
         qpos = self.model.qpos0.copy()
         qpos[:7] = self.arm.reset_qpos + ARM_NOISE * rng.standard_normal(7)
         qpos[7:9] = GRIPPER_QPOS
-        placed: list[tuple[NDArray[np.float64], Placement]] = []
+        for address, low, high in self.joint_ranges:
+            qpos[address] = low + (high - low) * rng.random()
+        return self._place(qpos, rng)
+
+    def recorded_init_state(self, state_id: int) -> NDArray[np.float64]:
+        """LIBERO's recorded state ``state_id``, with the fixtures in the middle of their regions.
+
+        LIBERO's files hold joint positions alone: where the fixtures stood is not recorded.
+        """
+        qpos = recorded_init_states(self.task)[state_id, 1 : 1 + self.model.nq]
+        return np.append(qpos, self._place(self.model.qpos0.copy(), None)[self.model.nq :])
+
+    def _place(self, qpos: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.float64]:
+        """The state with everything placed at random, or without ``rng`` in the middle of its region."""
+        model = self.model
+        sites = self._region_positions(qpos)
+        fixtures = np.concatenate([model.body_pos, model.body_quat], axis=1)[model.body_mocapid >= 0]
+        placed: list[tuple[NDArray[np.float64], NDArray[np.float64], Placement]] = []
         for item in self.placements:
+            base = np.array([0.0, 0.0, item.z])
+            if item.reference >= 0:
+                position, quat, below = placed[item.reference]
+                base = base + position + [0.0, 0.0, below.top]
+                if item.site >= 0:
+                    offset = np.empty(3)
+                    mujoco.mju_rotVecQuat(offset, sites[item.site], quat / np.linalg.norm(quat))
+                    base = base + offset
+            base[2] -= item.bottom
             for _ in range(5000):
-                k = rng.integers(len(item.x_ranges))
+                k = rng.integers(len(item.x_ranges)) if rng else 0
                 # LIBERO keeps the object's radius inside the region, also where that turns the range round.
-                low = np.array([item.x_ranges[k][0], item.y_ranges[k][0]]) + item.radius
-                high = np.array([item.x_ranges[k][1], item.y_ranges[k][1]]) - item.radius
-                position = np.append(low + (high - low) * rng.random(2), item.z - item.bottom)
-                if not any(
-                    np.hypot(*(position - other)[:2]) <= item.radius + figures.radius
-                    and position[2] - other[2] <= figures.top - item.bottom
-                    for other, figures in placed
+                low = np.array([item.x_ranges[k][0], item.y_ranges[k][0]]) + item.margin
+                high = np.array([item.x_ranges[k][1], item.y_ranges[k][1]]) - item.margin
+                position = base.copy()
+                position[:2] += low + (high - low) * (rng.random(2) if rng else 0.5)
+                if (
+                    not rng
+                    or not item.apart
+                    or not any(
+                        np.hypot(*(position - other)[:2]) <= item.radius + figures.radius
+                        and position[2] - other[2] <= figures.top - item.bottom
+                        for other, _, figures in placed
+                    )
                 ):
                     break
             else:
-                raise RuntimeError(f"no free place for an object of {self.task.name} after 5000 tries")
-            placed.append((position, item))
-            start = item.qpos_address
-            qpos[start : start + 3] = position
-            qpos[start + 3 : start + 7] = _sample_quat(item.rotation, rng)
-        return qpos
+                raise RuntimeError(f"no free place for {item.name} of {self.task.name} after 5000 tries")
+            quat = _sample_quat(item.rotation, rng)
+            if model.body_mocapid[item.body] >= 0:
+                quat = np.roll(quat, 1)  # LIBERO's samplers turn fixtures rightly, wxyz
+                fixtures[model.body_mocapid[item.body]] = np.append(position, quat)
+            else:
+                start = model.jnt_qposadr[model.body_jntadr[item.body]]
+                qpos[start : start + 7] = np.append(position, quat)
+            placed.append((position, quat, item))
+        return np.append(qpos, fixtures)
+
+    def _region_positions(self, qpos: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Where the sites are ``(nsite, 3)``, fixtures at the origin and drawers as in ``qpos``."""
+        if all(item.site < 0 for item in self.placements):
+            return np.empty((0, 3))
+        data = mujoco.MjData(self.model)
+        data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, data)
+        return data.site_xpos
 
 
-def _sample_quat(rotation: list[tuple[str, float, float]], rng: np.random.Generator) -> NDArray[np.float64]:
+def _sample_quat(
+    rotation: list[tuple[str, float, float]], rng: np.random.Generator | None
+) -> NDArray[np.float64]:
     """LIBERO's ``TableRegionSampler._sample_quat``: products of xyzw quaternions, stored as they are."""
     x0, y0, z0, w0 = 0.0, 0.0, 0.0, 1.0
     for axis, low, high in rotation:
-        angle = low + (high - low) * rng.random()
+        angle = low + (high - low) * (rng.random() if rng else 0.5)
         s, w1 = np.sin(angle / 2), np.cos(angle / 2)
         x1, y1, z1 = (s if axis == name else 0.0 for name in "xyz")
         x0, y0, z0, w0 = (
@@ -205,9 +263,23 @@ def _load(task: Task, assets: str) -> Scene:
         task=task,
         model=model,
         arm=Arm.of(model, np.array(facts["arm_qpos"])),
-        goal=Goal(facts["object_body"], facts["region_site"], np.array(facts["region_size"])),
+        goal=_goal(model, facts["goal"]),
         placements=tuple(Placement(**item) for item in facts["placements"]),
+        joint_ranges=tuple(tuple(item) for item in facts["joint_ranges"]),
+        burners=tuple(tuple(item) for item in facts["burners"]),
     )
+
+
+def _goal(model: mujoco.MjModel, predicates: list[dict[str, Any]]) -> Goal:
+    """The goal behind the cached figures of its predicates."""
+    contact = np.zeros((len(predicates), 2, model.ngeom), bool)
+    for k, predicate in enumerate(predicates):
+        for side, geoms in enumerate(predicate["contact"]):
+            contact[k, side, geoms] = True
+    kind, subject, target, figures = (
+        np.array([predicate[name] for predicate in predicates]) for name in Goal._fields[:4]
+    )
+    return Goal(kind, subject, target, figures, contact)
 
 
 def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
@@ -280,44 +352,26 @@ def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
     spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
     spec.option.tolerance = 1e-12
     spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
+    for fixture in env.fixtures:
+        spec.body(fixture.root_body).mocap = True
     if assets == "builtin":
         spec.visual.quality.offsamples = 0
         spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
         spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
     model = spec.compile()
 
-    def identity(kind: mujoco.mjtObj, name: str) -> int:
-        return mujoco.mj_name2id(model, kind, name)
-
-    ((predicate, object_name, region_name),) = env.parsed_problem["goal_state"]
-    if predicate != "in":
-        raise ValueError(f"{task.name} has the goal predicate {predicate!r}; expected 'in'")
-    placements = []
-    for sampler in env.placement_initializer.samplers.values():
-        (item,) = sampler.mujoco_objects
-        rotation = sampler.rotation
-        if not isinstance(rotation, dict):
-            rotation = {sampler.rotation_axis: rotation}
-        joint = identity(mujoco.mjtObj.mjOBJ_JOINT, item.joints[-1])
-        placement = Placement(
-            qpos_address=int(model.jnt_qposadr[joint]),
-            x_ranges=[[float(x) for x in limits] for limits in sampler.x_ranges],
-            y_ranges=[[float(y) for y in limits] for limits in sampler.y_ranges],
-            rotation=[(axis, float(min(limits)), float(max(limits))) for axis, limits in rotation.items()],
-            z=float(sampler.z_offset + sampler.reference_pos[2]),
-            radius=float(item.horizontal_radius),
-            bottom=float(item.bottom_offset[2]),
-            top=float(item.top_offset[2]),
-        )
-        placements.append(vars(placement))
     blob = np.empty(mujoco.mj_sizeModel(model), np.uint8)
     mujoco.mj_saveModel(model, None, blob)
     facts = {
         "arm_qpos": [float(q) for q in env.robots[0].init_qpos],
-        "object_body": identity(mujoco.mjtObj.mjOBJ_BODY, env.objects_dict[object_name].root_body),
-        "region_site": identity(mujoco.mjtObj.mjOBJ_SITE, region_name),
-        "region_size": [float(x) for x in env.object_sites_dict[region_name].size],
-        "placements": placements,
+        "goal": [_predicate(env, model, *words) for words in env.parsed_problem["goal_state"]],
+        "placements": _placements(env, model),
+        "joint_ranges": _joint_ranges(env, model),
+        "burners": [
+            (model.site(site).id, _address(model, env.get_object(name).joints), _turned_on(env, name)[0])
+            for name in getattr(env, "visualization_sites_list", [])
+            for site, _ in env.get_object(name).object_properties["vis_site_names"].values()
+        ],
         "sha256": hashlib.sha256(blob.tobytes()).hexdigest(),
     }
     # Whole files only: written beside their place, then renamed; the digest ties the two together.
@@ -325,6 +379,113 @@ def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
         partial = Path(f"{base}{suffix}.partial")
         partial.write_bytes(content)
         os.replace(partial, f"{base}{suffix}")
+
+
+def _address(model: mujoco.MjModel, joints: list[str]) -> int:
+    """Address in qpos of the one joint of a drawer, door or knob."""
+    (joint,) = joints
+    return int(model.joint(joint).qposadr[0])
+
+
+def _turned_on(env: Any, name: str) -> list[float]:
+    """Threshold and direction of a stove's ``turn_on``, which holds at the threshold itself too."""
+    ranges = env.get_object(name).object_properties["articulation"]["default_turnon_ranges"]
+    return [float(np.nextafter(min(ranges), -np.inf)), 1.0, 0.0]
+
+
+def _predicate(
+    env: Any, model: mujoco.MjModel, predicate: str, subject: str, target: str = ""
+) -> dict[str, Any]:
+    """One predicate of LIBERO's goal as the figures of `Goal`."""
+    thing = env.get_object(subject)
+    contact: list[list[int]] = [[], []]
+
+    def geoms(item: Any) -> list[int]:
+        return [model.geom(name).id for name in item.contact_geoms]
+
+    if predicate in ("open", "close", "turnon", "turnoff"):
+        region = subject in env.object_sites_dict
+        part = env.get_object(thing.parent_name) if region else thing
+        ranges = part.object_properties["articulation"].get(f"default_{predicate}_ranges")
+        if predicate == "turnon":
+            figures = _turned_on(env, subject)
+        elif predicate == "turnoff":
+            figures = [float(max(ranges)), -1.0, 0.0]
+        else:  # some joints open upwards, others downwards: ask
+            holds = getattr(part, f"is_{predicate}")
+            figures = [float(min(ranges)), 1.0, 0.0] if holds(10.0) else [float(max(ranges)), -1.0, 0.0]
+        body = int(model.jnt_bodyid[model.joint(thing.joints[0]).id])
+        return {
+            "kind": JOINT, "subject": body, "target": _address(model, thing.joints), "figures": figures,
+            "contact": contact,
+        }  # fmt: skip
+    body = model.body(thing.root_body).id
+    if target in env.object_sites_dict:
+        region = env.object_sites_dict[target]
+        kind = {"in": IN_REGION, "on": ON_REGION}[predicate]
+        if kind == ON_REGION and region.parent_name is not None:
+            contact = [geoms(env.get_object(region.parent_name)), geoms(thing)]
+        figures, target_id = [float(x) for x in region.size], model.site(target).id
+    elif predicate == "on":
+        kind, figures, target_id = ON_OBJECT, [0.0, 0.0, 0.0], model.body(env.get_object(target).root_body).id
+        contact = [geoms(env.get_object(target)), geoms(thing)]
+    else:
+        raise ValueError(f"the goal predicate {predicate} {subject} {target} is unknown")
+    return {"kind": kind, "subject": body, "target": target_id, "figures": figures, "contact": contact}
+
+
+def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
+    """The figures of LIBERO's placement samplers, in the order in which they place."""
+    placements: list[Placement] = []
+    for initializer in (
+        env.placement_initializer,
+        env.conditional_placement_initializer,
+        env.conditional_placement_on_objects_initializer,
+    ):
+        for key, sampler in initializer.samplers.items():
+            (item,) = sampler.mujoco_objects
+            arguments = initializer.sample_args[key] or {}
+            rotation = sampler.rotation
+            if not isinstance(rotation, dict):
+                rotation = {sampler.rotation_axis: rotation}
+            limits = {
+                axis: (0.0, 2 * np.pi) if angle is None else (np.min(angle), np.max(angle))
+                for axis, angle in rotation.items()
+            }
+            names = [placement.name for placement in placements]
+            reference, inside = arguments.get("reference"), sampler.ensure_object_boundary_in_range
+            origin = np.zeros(3) if reference else np.asarray(sampler.reference_pos, float)
+            placements.append(
+                Placement(
+                    name=item.name,
+                    body=model.body(item.root_body).id,
+                    reference=-1 if reference is None else names.index(reference),
+                    site=model.site(arguments["site_name"]).id if "site_name" in arguments else -1,
+                    x_ranges=(
+                        np.array(sampler.x_ranges) + (reference is None) * sampler.reference_pos[0]
+                    ).tolist(),
+                    y_ranges=(
+                        np.array(sampler.y_ranges) + (reference is None) * sampler.reference_pos[1]
+                    ).tolist(),
+                    margin=float(item.horizontal_radius) if inside else 0.0,
+                    rotation=[(axis, float(low), float(high)) for axis, (low, high) in limits.items()],
+                    z=float(sampler.z_offset + origin[2]),
+                    apart=bool(sampler.ensure_valid_placement),
+                    radius=float(item.horizontal_radius),
+                    bottom=float(item.bottom_offset[2]),
+                    top=float(item.top_offset[2]),
+                )
+            )
+    return [vars(placement) for placement in placements]
+
+
+def _joint_ranges(env: Any, model: mujoco.MjModel) -> list[tuple[int, float, float]]:
+    """How far LIBERO opens each drawer, door and knob at a reset: address in qpos, low, high."""
+    return [
+        (_address(model, env.get_object(sampler.name).joints), float(low), float(high))
+        for sampler in env.object_property_initializers
+        for low, high in [sampler.joint_ranges]
+    ]
 
 
 def write_libero_config(folder: Path) -> None:

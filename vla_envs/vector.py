@@ -17,9 +17,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.control import ControlState, Views, run_chunk
-from vla_envs.goals import FACTS, FactReader
+from vla_envs.goals import FACTS, FactReader, predicates_met
 from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, evaluate_reward, resolve_reward
+from vla_envs.rewards import Reward, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import recorded_init_states
 
@@ -44,40 +44,45 @@ class Simulation:
         self.scene = scene
         self.data = mujoco.MjData(scene.model)
         self.views = Views.of(self.data)
-        self.control = ControlState.new()
+        self.control = ControlState.new(len(scene.goal.kind))
         self.just_restored = False
         self.facts = FactReader(scene.model, self.data, scene.goal)
         self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
-        self.rest_height = 0.0
+        self.origin = np.zeros(len(scene.goal.kind))
         self._addresses = (scene.model._address, self.data._address)
 
-    def restore(self, qpos: NDArray[np.float64]) -> None:
-        """Put the joints at ``qpos`` (nq,), everything at rest: LIBERO's ``set_init_state``."""
+    def restore(self, state: NDArray[np.float64]) -> None:
+        """Put joints and fixtures as in ``state`` (``Scene``), everything at rest: ``set_init_state``."""
         mujoco.mj_resetData(self.scene.model, self.data)
-        self.data.qpos[:] = qpos
+        self.data.qpos[:], fixtures = np.split(state, [self.scene.model.nq])
+        self.data.mocap_pos[:], self.data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
         self.control.goal_rotation[...] = self.scene.arm.reset_rotation
         self.control.gripper[:] = 0.0
         self.just_restored = True
 
     def run(self, actions: NDArray[np.float64]) -> tuple[int, bool]:
         """Execute ``actions`` (C, 7); the number of control steps done, and whether the goal is met."""
-        steps, success = run_chunk(
-            *self._addresses,
-            self.views,
-            self.scene.arm,
-            self.control,
-            self.scene.goal,
-            actions,
-            self.just_restored,
-        )
-        self.just_restored = False
-        return steps, success
+        done, met = 0, False
+        while done < len(actions) and not met:
+            steps, met = run_chunk(
+                *self._addresses,
+                self.views,
+                self.scene.arm,
+                self.control,
+                self.scene.goal,
+                actions[done:],
+                self.just_restored,
+            )
+            done += steps
+            self.just_restored = False
+            met = met and bool(predicates_met(self.scene.goal, self.data).all())  # contacts too
+        return done, met
 
-    def settle(self, qpos: NDArray[np.float64], steps: int, gripper: float) -> Settled:
-        """Restore ``qpos`` (nq,) and do nothing for ``steps`` control steps but command ``gripper``."""
-        self.restore(qpos)
-        if steps:
-            self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))
+    def settle(self, state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
+        """Restore ``state`` and do nothing for ``steps`` control steps but command ``gripper``."""
+        self.restore(state)
+        while steps:  # a run ends where the goal is met
+            steps -= self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
         physics = np.empty(mujoco.mj_stateSize(self.scene.model, _PHYSICS))
         mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
         return Settled(physics, self.control.copy())
@@ -88,8 +93,8 @@ class Simulation:
         mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
         self.control.assign(settled.control)
         self.just_restored = just_restored
-        self.rest_height = float(self.data.xpos[self.scene.goal.object_body, 2])
-        self.control.peak[0] = self.rest_height
+        self.origin = self.facts.origin()
+        self.control.peak[:] = self.data.xpos[self.scene.goal.subject, 2]
 
     def state(self) -> NDArray[np.float32]:
         """End-effector position (3, m), axis-angle (3, rad), gripper joints (2, m), as OpenVLA reads them."""
@@ -109,7 +114,7 @@ class LiberoVectorEnv(VectorEnv):
 
     Args:
         num_envs: Number of environments.
-        suite: ``"LiberoObject"``.
+        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``.
         task_id: Task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the pictures in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
@@ -223,6 +228,7 @@ class LiberoVectorEnv(VectorEnv):
             for name, space in self.single_observation_space.items()
         }
         self._facts = {name: np.zeros(num_envs) for name in FACTS}
+        self._facts["goals"] += [len(simulation.scene.goal.kind) for simulation in self.simulations]
         self._stage = np.zeros(num_envs, np.int64)
         self._init_state_id = np.full(num_envs, -1)
         self._steps = np.zeros(num_envs, np.int64)
@@ -244,8 +250,15 @@ class LiberoVectorEnv(VectorEnv):
 
     @property
     def qpos(self) -> NDArray[np.float64]:
-        """Joint positions ``(N, nq)`` in LIBERO's order (m, rad, unit quaternions)."""
-        return np.stack([simulation.data.qpos for simulation in self.simulations])
+        """Joint positions ``(N, nq)`` in LIBERO's order (m, rad, unit quaternions).
+
+        Of different tasks ``nq`` is the greatest; shorter rows end in NaN.
+        """
+        rows = [simulation.data.qpos for simulation in self.simulations]
+        qpos = np.full((self.num_envs, max(map(len, rows))), np.nan)
+        for i, row in enumerate(rows):
+            qpos[i, : len(row)] = row
+        return qpos
 
     def _parallel(self, work: Callable[[int], None], indices: Iterable[int]) -> None:
         """Call ``work`` on each index, on the simulator's threads."""
@@ -258,6 +271,9 @@ class LiberoVectorEnv(VectorEnv):
 
     def _draw(self, i: int, camera: str, size: int) -> NDArray[np.uint8]:
         simulation = self.simulations[i]
+        model, qpos = simulation.scene.model, simulation.data.qpos
+        for site, address, threshold in simulation.scene.burners:  # glow while the stove is on
+            model.site_rgba[site, 3] = float(qpos[address] > threshold)
         key = (id(simulation.scene), size)
         if key not in self._renderers:
             self._renderers[key] = Renderer(simulation.scene.model, size)
@@ -266,9 +282,7 @@ class LiberoVectorEnv(VectorEnv):
     def _observe(self, i: int) -> None:
         simulation = self.simulations[i]
         self._obs["state"][i] = simulation.state()
-        facts = simulation.facts.read(
-            simulation.rest_height, simulation.control.peak[0], bool(self._terminated[i])
-        )
+        facts = simulation.facts.read(simulation.origin, simulation.control.peak, bool(self._terminated[i]))
         for name, value in facts.items():
             self._facts[name][i] = value
 
@@ -279,6 +293,7 @@ class LiberoVectorEnv(VectorEnv):
         return {
             "success": self._terminated.copy(),
             "stage": self._stage.copy(),
+            "stage_name": stage_names(self._facts),
             "init_state_id": self._init_state_id.copy(),
             "facts": {name: values.copy() for name, values in self._facts.items()},
             "instruction": np.array(self.instructions),
@@ -356,20 +371,20 @@ class LiberoVectorEnv(VectorEnv):
             if rng is None or seeds[i] is not None:
                 rng = self._rngs[i] = seeding.np_random(seeds[i])[0]
             if state_id is None:
-                qpos = scene.sample_init_state(rng)
+                state = scene.sample_init_state(rng)
             else:
-                qpos = recorded_init_states(scene.task)[state_id, 1 : 1 + scene.model.nq]
+                state = scene.recorded_init_state(state_id)
             self._init_state_id[i] = -1 if state_id is None else state_id
-            keys[i] = (id(scene), qpos.tobytes())
+            keys[i] = (id(scene), state.tobytes())
             if keys[i] not in self._settled:
-                to_settle.setdefault(keys[i], (i, qpos))
+                to_settle.setdefault(keys[i], (i, state))
 
         start = time.perf_counter()
-        work = {i: (key, qpos) for key, (i, qpos) in to_settle.items()}
+        work = {i: (key, state) for key, (i, state) in to_settle.items()}
 
         def settle(i: int) -> None:
-            key, qpos = work[i]
-            self._settled[key] = self.simulations[i].settle(qpos, self.settle_steps, self.settle_gripper)
+            key, state = work[i]
+            self._settled[key] = self.simulations[i].settle(state, self.settle_steps, self.settle_gripper)
 
         self._parallel(settle, work)
         for i in indices:
