@@ -402,6 +402,7 @@ def test_autoreset_is_gymnasiums(make_vec, drop, mode):
         max_episode_steps=3, reward="multi_stage", vector_kwargs={"autoreset_mode": mode},
     )  # fmt: skip
     assert mine.metadata["autoreset_mode"] == theirs.metadata["autoreset_mode"] == mode
+    assert mine.autoreset_mode == theirs.autoreset_mode == mode
     listed = [DictInfoToList(RecordEpisodeStatistics(envs)) for envs in (mine, theirs)]
     (obs, infos), (other_obs, other_infos) = (envs.reset(seed=[3, 4]) for envs in listed)
     assert same(obs, other_obs)

@@ -187,6 +187,7 @@ class LiberoVectorEnv(VectorEnv):
             raise ValueError(f"autoreset_mode is {autoreset_mode!r}; expected one of {modes}")
 
         self.num_envs = num_envs
+        self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks for it
         self.image_size, self.action_chunk, self.max_episode_steps = (
             image_size,
             action_chunk,
@@ -196,7 +197,7 @@ class LiberoVectorEnv(VectorEnv):
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": max(1, round(20 / action_chunk)),
-            "autoreset_mode": AutoresetMode(autoreset_mode),
+            "autoreset_mode": self.autoreset_mode,
         }
         self.set_reward(reward)
         scenes = {task: load_scene(suite, task, str(assets)) for task in dict.fromkeys(task_ids)}
