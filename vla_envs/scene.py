@@ -227,7 +227,7 @@ def _key(task: Task, assets: str) -> str:
     for package in ("mujoco", "robosuite", "hf-libero"):
         digest.update(f"{package}={importlib.metadata.version(package)};".encode())
     here = Path(__file__).parent
-    for path in (here / "scene.py", here / "assets.py", here / "collision.json", task.bddl_file):
+    for path in (here / "scene.py", here / "assets.py", here / "figures.json", task.bddl_file):
         digest.update(path.read_bytes())
     digest.update(assets.encode())
     if assets != "builtin":
