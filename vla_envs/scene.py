@@ -31,6 +31,7 @@ MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break
 BUILD_TIMEOUT_S = 300
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
+BUILD_FILES = ("scene.py", "assets.py", "looks.py", "figures.json")  # what a compiled scene depends on
 ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
 
 
@@ -227,7 +228,7 @@ def _key(task: Task, assets: str) -> str:
     for package in ("mujoco", "robosuite", "hf-libero"):
         digest.update(f"{package}={importlib.metadata.version(package)};".encode())
     here = Path(__file__).parent
-    for path in (here / "scene.py", here / "assets.py", here / "figures.json", task.bddl_file):
+    for path in (*(here / name for name in BUILD_FILES), task.bddl_file):
         digest.update(path.read_bytes())
     digest.update(assets.encode())
     if assets != "builtin":
