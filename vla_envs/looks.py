@@ -83,8 +83,8 @@ def painted(color: str, first: int = 0, end: int | None = None) -> Geom:
 RED, GREEN, WHITE, SILVER = "#d3260f", "#0f8a3c", "#f4f4f0", "#a9adb5"
 YELLOW, ORANGE, BLUE, NAVY, BLACK = "#f6d32a", "#f28a14", "#2f63d0", "#2c3f9e", "#181818"
 BROWN, SAUCE, KETCHUP, RIM = "#4a2313", "#642610", "#e0400f", "#7a4a1e"
-STEEL, IRON, CERAMIC, PAPER = "#63676c", "#2a2c2f", "#eeeeea", "#efe9d6"
-OAK, PINE, TEAK, WALNUT, MAHOGANY = "#9a6b3c", "#dcb67c", "#b98450", "#4f3626", "#5e2318"
+STEEL, IRON, CERAMIC, PAPER = "#63676c", "#2a2c2f", "#dadad6", "#efe9d6"
+OAK, PINE, TEAK, WALNUT, MAHOGANY = "#9a6b3c", "#bd9862", "#b98450", "#4f3626", "#5e2318"
 
 # For each file of LIBERO's what it looks like: the geoms of its one body, or of each of its bodies by name.
 #
@@ -472,7 +472,7 @@ LOOKS: dict[str, list[Geom] | dict[str, list[Geom]]] = {
             },
         }
         for kind, side, top, front, inside, handle in (
-            ("white_cabinet", "#d9d9d4", "#f0f0ec", "#e6e6e1", "#c9c9c3", "#6d7278"),
+            ("white_cabinet", "#b6b6b0", "#c9c9c3", "#c2c2bc", "#92928c", "#6d7278"),
             ("wooden_cabinet", WALNUT, "#5c4130", "#6a4a34", "#3b271b", "#c2c6cc"),
         )
     },
