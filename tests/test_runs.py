@@ -145,7 +145,7 @@ def test_a_kl_term_needs_an_adapter():
             runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": train}))
 
 
-@pytest.mark.parametrize("suite", ["LiberoObjekt", "LiberoGoal", "libero_object", ""])
+@pytest.mark.parametrize("suite", ["LiberoObjekt", "libero_object", ""])
 def test_no_such_suite(suite):
     for check in (
         runs.check_suite,

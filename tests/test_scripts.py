@@ -754,7 +754,6 @@ def expect_error(start, capfd, script, words, **flags):
     ("flags", "words"),
     [
         ({"suite": "LiberoObjekt"}, "LiberoObject"),
-        ({"suite": "LiberoGoal"}, "LiberoGoal"),
         ({"policy": "nanoo"}, "nano"),
         ({"checkpoint": "/no/such/folder"}, "/no/such/folder"),
         ({"assets": "/no/such/folder"}, "/no/such/folder"),

@@ -570,11 +570,6 @@ def test_a_bad_reset_is_refused_and_changes_nothing(make_vec, arguments, words):
     assert same(envs.reset()[0], twins.reset()[0])
 
 
-def test_a_builtin_suite_only():
-    with pytest.raises(ValueError, match="LiberoGoal"):
-        LiberoVectorEnv(num_envs=1, suite="LiberoGoal")
-
-
 def test_environments_share_one_model(make_vec):
     envs = make_vec(3, task_id=[4, 4, 0]).unwrapped
     models = [simulation.scene.model for simulation in envs.simulations]

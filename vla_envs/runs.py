@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vla_envs import evaluation
 from vla_envs.evaluation import PROTOCOLS
 from vla_envs.policies import adapters, load_policy, replace_folder, save_policy, write_json
-from vla_envs.tasks import BUILTIN_SUITES, nearest
+from vla_envs.tasks import SUITES, nearest
 
 ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
@@ -79,16 +79,14 @@ def check_numbers(args: Any, names: str, above: bool) -> None:
 
 
 def check_suite(suite: str) -> None:
-    """Refuse a suite that has no environment.
+    """Refuse a suite that LIBERO does not have.
 
     Raises:
         ValueError: Names those that have one.
     """
-    if suite not in BUILTIN_SUITES:
-        known = list(BUILTIN_SUITES)
-        raise ValueError(
-            f"suite {suite!r} has no environment; expected one of {known}{nearest(suite, known)}"
-        )
+    if suite not in SUITES:
+        known = list(SUITES)
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {known}{nearest(suite, known)}")
 
 
 def check_training(args: Any) -> None:

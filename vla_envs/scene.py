@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from vla_envs.control import Arm
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal
-from vla_envs.tasks import BUILTIN_SUITES, Task, get_task, libero_folder, nearest, recorded_init_states
+from vla_envs.tasks import Task, get_task, libero_folder, nearest, recorded_init_states
 
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
+BUILD_FILES = ("scene.py", "assets.py", "looks.py", "figures.json")  # what a compiled scene depends on
 ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
 
 
@@ -191,19 +192,16 @@ def cache_folder() -> Path:
     return folder
 
 
-def resolve_assets(assets: str | os.PathLike[str], suite: str) -> str:
+def resolve_assets(assets: str | os.PathLike[str]) -> str:
     """``"builtin"``, or the absolute path of a folder that holds LIBERO's meshes and textures.
 
     Args:
         assets: ``"builtin"``; ``"libero"`` for the folder in ``LIBERO_ASSETS``; or a folder.
-        suite: The suite that will be built with them.
 
     Raises:
-        ValueError: When the built-in assets do not draw the suite, or the folder is none.
+        ValueError: When the folder is none.
     """
     if assets == "builtin":
-        if suite not in BUILTIN_SUITES:
-            raise ValueError(f"built-in assets draw {', '.join(BUILTIN_SUITES)}, not {suite}")
         return "builtin"
     if assets == "libero":
         assets = os.environ.get("LIBERO_ASSETS", "")
@@ -227,7 +225,7 @@ def _key(task: Task, assets: str) -> str:
     for package in ("mujoco", "robosuite", "hf-libero"):
         digest.update(f"{package}={importlib.metadata.version(package)};".encode())
     here = Path(__file__).parent
-    for path in (here / "scene.py", here / "assets.py", here / "collision.json", task.bddl_file):
+    for path in (*(here / name for name in BUILD_FILES), task.bddl_file):
         digest.update(path.read_bytes())
     digest.update(assets.encode())
     if assets != "builtin":
@@ -245,7 +243,7 @@ def load_scene(suite: str, task_id: int, assets: str = "builtin") -> Scene:
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     check_versions()
-    return _load(get_task(suite, task_id), resolve_assets(assets, suite))
+    return _load(get_task(suite, task_id), resolve_assets(assets))
 
 
 @lru_cache(maxsize=128)
