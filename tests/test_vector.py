@@ -79,6 +79,15 @@ def test_info(make_vec):
     assert list(envs.unwrapped.instructions) == ["pick up the ketchup and place it in the basket"] * 3
 
 
+def test_training_on_the_evaluation_states_gives_a_warning(make_vec, recwarn):
+    make_vec(1, reward="binary").reset(options={"init_state_id": 0})
+    envs = make_vec(1, reward="multi_stage")
+    envs.reset(seed=0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="init_state_id names the states that every published evaluation"):
+        envs.reset(options={"init_state_id": 0})
+
+
 def test_state_is_the_hands_pose(make_vec):
     envs = make_vec(1)
     obs, _ = envs.reset(seed=0)
