@@ -316,7 +316,8 @@ class LiberoVectorEnv(VectorEnv):
             seed: One seed per environment, or an int ``s`` for ``s, s + 1, ...``. A seed alone decides
                 the init state, a fresh placement from LIBERO's regions, so a repeated seed is a group.
             options: ``init_state_id``: recorded init states (0 to 49) instead, one per environment or one
-                for all; they are for evaluation, and a reward to learn from gives a warning. ``reset_mask``: ``(N,)`` bool, the environments to reset.
+                for all; they are for evaluation, and a reward to learn from gives a warning.
+                ``reset_mask``: ``(N,)`` bool, the environments to reset.
 
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
@@ -324,8 +325,8 @@ class LiberoVectorEnv(VectorEnv):
         mask, ids, seeds = self._check_reset(seed, options or {})
         if self._reward is not binary and any(ids[i] is not None for i in np.flatnonzero(mask)):
             warnings.warn(
-                "init_state_id names the states that every published evaluation uses, and a reward other than "
-                "'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
+                "init_state_id names the states that every published evaluation uses, and a reward other "
+                "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
                 stacklevel=2,
             )
         self._reset(np.flatnonzero(mask), seeds, ids)
