@@ -10,6 +10,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs.culling import Culling
+
 _context: Any = None  # the process's one OpenGL context
 
 
@@ -48,6 +50,22 @@ def _opengl_context() -> Any:
     )
 
 
+def _software() -> bool:
+    """Whether the processor draws (Mesa's llvmpipe or softpipe), not a GPU."""
+    from OpenGL import GL
+
+    return b"pipe" in GL.glGetString(GL.GL_RENDERER)
+
+
+def _sample_positions() -> NDArray[np.float32]:
+    """Where multisampling samples a pixel of the current buffer ``(n, 2)``, from its lower left corner."""
+    from OpenGL import GL
+
+    count = GL.glGetIntegerv(GL.GL_SAMPLES)
+    positions = [GL.glGetMultisamplefv(GL.GL_SAMPLE_POSITION, k) for k in range(count)] or [(0.5, 0.5)]
+    return np.array(positions, np.float32).reshape(-1, 2)
+
+
 class Renderer:
     """Draws the cameras of one model into ``(size, size, 3)`` uint8 images.
 
@@ -60,19 +78,22 @@ class Renderer:
         self._gl = _opengl_context()
         self._gl.make_current()
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
+        exact = model.vis.quality.offsamples > 0  # else one of the scenes that we have made quick to draw
+        if not exact:
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._option = mujoco.MjvOption()
         self._option.geomgroup[0] = 0  # collision shapes
-        self._option.sitegroup[:] = 0
         self._perturb = mujoco.MjvPerturb()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_resizeOffscreen(size, size, self._context)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._pixels = np.empty((size, size, 3), np.uint8)
+        self._culling = Culling(model, size, _sample_positions()) if exact and _software() else None
 
     def draw(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
         """The picture that ``camera`` takes of ``data``, a new array."""
@@ -87,6 +108,8 @@ class Renderer:
             mujoco.mjtCatBit.mjCAT_ALL,
             self._scene,
         )
+        if self._culling is not None:
+            self._culling.upload(data, self._camera.fixedcamid, self._context)
         # Models share one OpenGL context: whichever drew last has left its own buffer bound.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         mujoco.mjr_render(self._viewport, self._scene, self._context)
