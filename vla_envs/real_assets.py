@@ -1,4 +1,4 @@
-"""LIBERO's own meshes and textures: where they lie, whether they are whole, and how to make them quick to draw."""
+"""LIBERO's own meshes and textures: where they lie, whether they are whole, and how to draw them fast."""
 
 import os
 import re
@@ -122,6 +122,9 @@ def _faults(folder: Path, bddl_file: Path) -> Iterator[tuple[Path, str]]:
             if not places:
                 yield folder / f"{name}.xml", "missing, under any folder of objects"
             descriptions += places
+    for path in sorted((folder / "textures").glob("*")):  # a floor or wall may be painted with any
+        if fault := _fault(path):
+            yield path, fault
     while descriptions:
         path = descriptions.pop()
         try:
@@ -148,7 +151,7 @@ def _fault(path: Path) -> str:
             return "empty"
         if path.suffix in (".png", ".jpg", ".jpeg"):
             with Image.open(path) as picture:
-                picture.load()
+                picture.verify()
         elif path.suffix == ".msh":  # MuJoCo's: four counts, then as many floats and ints
             points, normals, texcoords, faces = np.fromfile(path, np.int32, 4).tolist()
             expected = 16 + 12 * points + 12 * normals + 8 * texcoords + 12 * faces

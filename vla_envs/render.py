@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import sys
 from typing import Any
 
 import mujoco
@@ -34,6 +35,8 @@ def _opengl_context() -> Any:
     failures = []
     for backend in (wanted,) if wanted in known else default:
         try:
+            if backend == "egl":
+                _choose_gpu()
             context_type = importlib.import_module(f"mujoco.{backend}").GLContext
             context_type._context = None  # else one that fails complains again when it is collected
             _context = context_type(256, 256)
@@ -48,6 +51,27 @@ def _opengl_context() -> Any:
         f"no OpenGL to draw with; tried {', '.join(failures)}; on Debian or Ubuntu: "
         "apt-get install libegl1 libgl1-mesa-dri"
     )
+
+
+def _choose_gpu() -> None:
+    """Let EGL draw on the GPU that PyTorch computes on, where there are several.
+
+    MuJoCo takes the number in ``MUJOCO_EGL_DEVICE_ID``, else the first device that works. EGL counts all
+    GPUs of the machine, PyTorch those in ``CUDA_VISIBLE_DEVICES``, of which each process that ``torchrun``
+    starts uses the one of its ``LOCAL_RANK``.
+    """
+    torch: Any = sys.modules.get("torch")
+    started = torch is not None and torch.cuda.is_initialized()
+    index = torch.cuda.current_device() if started else int(os.environ.get("LOCAL_RANK", 0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(index) if index else "").split(",")
+    gpu = visible[min(index, len(visible) - 1)].strip()
+    if gpu.isdigit() and int(gpu) < len(_egl_devices()):
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", gpu)
+
+
+def _egl_devices() -> list[Any]:
+    """EGL's devices: GPUs and, last, Mesa's software."""
+    return list(importlib.import_module("mujoco.egl").EGL.eglQueryDevicesEXT())
 
 
 def _software() -> bool:
