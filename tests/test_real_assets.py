@@ -326,7 +326,8 @@ def test_without_a_network(home, network):
 )
 def test_egl_draws_where_torch_computes(monkeypatch, visible, rank, chosen):
     monkeypatch.setattr("vla_envs.render._egl_devices", lambda: [None] * 5)
-    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "")  # remembers what to restore
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
     for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -337,7 +338,6 @@ def test_egl_draws_where_torch_computes(monkeypatch, visible, rank, chosen):
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "4")
     _choose_gpu()
     assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "4"
-    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
 
 
 def test_software_is_told_from_a_gpu(monkeypatch):
