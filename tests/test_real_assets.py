@@ -15,6 +15,7 @@ from skimage.metrics import structural_similarity
 
 import vla_envs.scene
 from vla_envs.assets import write_builtin
+from vla_envs.culling import possible
 from vla_envs.real_assets import check_files, download, resolve_assets
 from vla_envs.render import Renderer, _choose_gpu, _software
 from vla_envs.scene import load_scene
@@ -115,6 +116,16 @@ def test_culled_triangles_change_no_pixel(simulation, size):
     assert np.array_equal(model.mesh_face, faces) and np.array_equal(model.mesh_facenum, counts)
     culled.close()
     whole.close()
+
+
+def test_mirrors_and_shadows_need_all_triangles(simulation):
+    model = simulation(4, 0).scene.model
+    assert possible(model)
+    floor = model.geom("floor").matid[0]
+    for array, index in ((model.light_castshadow, 0), (model.mat_reflectance, floor)):
+        array[index] = 1
+        assert not possible(model)
+        array[index] = 0
 
 
 # ---- Quality "fast" ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.culling import Culling
+from vla_envs.culling import Culling, possible
 
 _context: Any = None  # the process's one OpenGL context
 
@@ -117,7 +117,9 @@ class Renderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._pixels = np.empty((size, size, 3), np.uint8)
-        self._culling = Culling(model, size, _sample_positions()) if exact and _software() else None
+        self._culling: Culling | None = None
+        if exact and _software() and possible(model):
+            self._culling = Culling(model, size, _sample_positions())
 
     def draw(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
         """The picture that ``camera`` takes of ``data``, a new array."""
