@@ -64,6 +64,8 @@ class Args:
     """LIBERO suite"""
     task_id: int = 4
     """Task in the suite, from 0"""
+    task_ids: tuple[int, ...] = ()
+    """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
     """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     max_episode_steps: int = 200
@@ -90,8 +92,6 @@ class Args:
     # ---- Algorithm ----
     demos: Path = Path("demos")
     """Folder of demonstrations: LIBERO's HDF5 files or a LeRobot data set"""
-    task_ids: tuple[int, ...] = ()
-    """Tasks that one policy learns, and is evaluated on [--task-id alone]"""
     episodes: tuple[int, ...] = (8,)
     """Demonstrations a task: one number for all, or one for each of --task-ids"""
     held_out: int = 1
@@ -117,8 +117,8 @@ class Args:
 # ---- Acting ------------------------------------------------------------------------------------------
 
 
-def make_envs(num_envs: int, task_id: int, reward: str, args: Any, **settings: Any) -> Any:
-    """Environments of one task, as in training unless ``settings`` say otherwise."""
+def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: Any) -> Any:
+    """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
         action_chunk=args.action_chunk, num_threads=args.num_threads,
@@ -144,10 +144,10 @@ def act(
 
 
 def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
-    """Play recorded init states 0, 1, ..., one an environment; which of them succeeded, (N,) bool."""
+    """Play every task's recorded init states 0, 1, ...; which of them succeeded, (N,) bool, task by task."""
     torch.manual_seed(args.seed)
     policy.eval()
-    obs, _ = envs.reset(options={"init_state_id": list(range(envs.num_envs))})
+    obs, _ = envs.reset(options={"init_state_id": np.arange(envs.num_envs) % args.eval_episodes})
     frames = [evaluation.film(obs["image"])]
     while not (frozen := envs.unwrapped.frozen).all():
         seen = evaluation.seen(obs, args.protocol)
@@ -217,8 +217,6 @@ def check(args: Args) -> Args:
         raise ValueError(
             f"episodes are {args.episodes}; expected one number above 0, or one for each of {task_ids}"
         )
-    if args.evaluate and len(task_ids) > 1:
-        raise ValueError(f"task_ids are {task_ids}; expected one task, --task-id, with --evaluate")
     if args.early_stop and not args.held_out:
         raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
     runs.check_numbers(args, "seed held_out early_stop eval_every weight_decay", above=False)
@@ -226,8 +224,7 @@ def check(args: Args) -> Args:
         args, "num_iterations iteration_steps minibatch_size learning_rate warmup_frac max_grad_norm"
         " lora_rank last_k temperature", above=True
     )  # fmt: skip
-    args = dataclasses.replace(args, task_id=task_ids[0], task_ids=task_ids, episodes=episodes)
-    return runs.fill_in_evaluation(args)
+    return runs.fill_in_evaluation(dataclasses.replace(args, episodes=episodes))
 
 
 if __name__ == "__main__":
@@ -263,7 +260,8 @@ if __name__ == "__main__":
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
             weight_decay=args.weight_decay,
         )  # fmt: skip
-        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
+        states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
+        eval_envs = make_envs(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         run, state = runs.start(args, "sft_vla", learner, optimizer)
     writer = SummaryWriter(
@@ -274,19 +272,11 @@ if __name__ == "__main__":
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
-    def assess() -> dict[int, Any]:
+    def assess() -> dict[str, Any]:
         iteration = state["evaluated"] = state["iteration"]
-        results = {}
-        for task in tasks:
-            eval_envs = make_envs(args.eval_episodes, task.task_id, "binary", args, **protocol)
-            video = run / "videos" / f"iteration_{iteration:04d}_task_{task.task_id}.mp4"
-            result = evaluation.success(evaluate(eval_envs, policy, args.eval_temperature, args, video))
-            tqdm.write(f"iteration {iteration}: success {evaluation.percent(result)}, {task.instruction}")
-            results[task.task_id] = result
-            eval_envs.close()
-        rate = float(np.mean([result["rate"] for result in results.values()]))
-        writer.add_scalar("charts/success_rate", rate, iteration * args.iteration_steps)
-        return results
+        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
+        outcomes = evaluate(eval_envs, policy, args.eval_temperature, args, video)  # (N,)
+        return evaluation.log(writer, iteration, iteration * args.iteration_steps, outcomes, args.task_ids)
 
     print(f"{run}: {len(samples['actions']):,} samples; training {trainable:,} of {total:,} parameters")
     started = time.perf_counter() - state["wall_s"]

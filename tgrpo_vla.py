@@ -40,7 +40,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import evaluation, runs
@@ -80,6 +79,8 @@ class Args:
     """LIBERO suite"""
     task_id: int = 4
     """Task in the suite, from 0"""
+    task_ids: tuple[int, ...] = ()
+    """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
     """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     max_episode_steps: int = 200
@@ -107,9 +108,9 @@ class Args:
     reward: str = "multi_stage"
     """multi_stage, binary, or path/to/file.py:function"""
     alpha1: float | None = None
-    """Weight of the step term [the paper's for this task; 0.3 elsewhere]"""
+    """Weight of the step term [the paper's for this task; 0.3 elsewhere and for several tasks]"""
     alpha2: float | None = None
-    """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere]"""
+    """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere and for several tasks]"""
     return_mode: Literal["sum", "mean"] = "sum"
     """A trajectory's reward: the sum over its steps, or their mean"""
     stop: Literal["each", "group"] = "each"
@@ -242,8 +243,8 @@ def policy_loss(
 # ---- Acting ------------------------------------------------------------------------------------------
 
 
-def make_envs(num_envs: int, task_id: int, reward: str, args: Any, **settings: Any) -> Any:
-    """Environments of one task, as in training unless ``settings`` say otherwise."""
+def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: Any) -> Any:
+    """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
         action_chunk=args.action_chunk, num_threads=args.num_threads,
@@ -305,10 +306,10 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
 
 
 def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
-    """Play recorded init states 0, 1, ..., one an environment; which of them succeeded, (N,) bool."""
+    """Play every task's recorded init states 0, 1, ...; which of them succeeded, (N,) bool, task by task."""
     torch.manual_seed(args.seed)
     policy.eval()
-    obs, _ = envs.reset(options={"init_state_id": list(range(envs.num_envs))})
+    obs, _ = envs.reset(options={"init_state_id": np.arange(envs.num_envs) % args.eval_episodes})
     frames = [evaluation.film(obs["image"])]
     while not (frozen := envs.unwrapped.frozen).all():
         seen = evaluation.seen(obs, args.protocol)
@@ -407,7 +408,8 @@ def check(args: Args) -> Args:
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
     known = dict(enumerate(PAPER_ALPHAS)) if args.suite == "LiberoObject" else {}
-    paper1, paper2 = known.get(args.task_id, (0.3, 0.7))
+    task_ids = args.task_ids or (args.task_id,)
+    paper1, paper2 = known.get(task_ids[0], (0.3, 0.7)) if len(task_ids) == 1 else (0.3, 0.7)
     alpha1 = paper1 if args.alpha1 is None else args.alpha1
     alpha2 = paper2 if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all():
@@ -431,10 +433,11 @@ if __name__ == "__main__":
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )
         protocol = evaluation.settings(args.protocol, args.suite)
-        eval_envs = make_envs(args.eval_episodes, args.task_id, "binary", args, **protocol)
+        states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
+        eval_envs = make_envs(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
-        num_envs = 1 if args.evaluate else args.num_groups * args.group_size
-        envs = make_envs(num_envs, args.task_id, args.reward, args)
+        played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
+        envs = make_envs(len(played), played, args.reward, args)
         run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
     writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)
@@ -445,10 +448,8 @@ if __name__ == "__main__":
     def assess() -> dict[str, Any]:
         iteration = state["evaluated"] = state["iteration"]
         video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        result = evaluation.success(evaluate(eval_envs, policy, args.eval_temperature, args, video))
-        writer.add_scalar("charts/success_rate", result["rate"], state["env_steps"])
-        tqdm.write(f"iteration {iteration}: success {evaluation.percent(result)}")
-        return result
+        outcomes = evaluate(eval_envs, policy, args.eval_temperature, args, video)  # (N,)
+        return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
 
     print(f"{run}: training {trainable:,} of {total:,} parameters")
     started = time.perf_counter() - state["wall_s"]

@@ -9,9 +9,9 @@ from gymnasium.utils.env_checker import check_env
 
 from vla_envs import LiberoEnv
 from vla_envs.scene import load_scene
-from vla_envs.tasks import BUILTIN_SUITES, get_task, num_tasks, recorded_init_states
+from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
 
-IDS = [f"vla_envs/{suite}-v0" for suite in BUILTIN_SUITES]
+IDS = [f"vla_envs/{suite}-v0" for suite in SUITES]
 STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 

@@ -162,7 +162,7 @@ def test_pictures_of_real_assets_are_liberos(real_env, real_assets, make_vec, ta
 
 
 def test_the_figures_are_liberos(real_assets):
-    """``collision.json`` still says what LIBERO's own files say."""
+    """``figures.json`` still says what LIBERO's own files say."""
     import json
     from pathlib import Path
 

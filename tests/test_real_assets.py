@@ -300,7 +300,7 @@ def test_assets_are_downloaded_once(home, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ConnectionError, match=r"lerobot/libero-assets \(OSError\); set LIBERO_ASSETS"):
         download()
-    folders = [resolve_assets("libero", "LiberoObject") for _ in range(3)]  # it goes on, then is there
+    folders = [resolve_assets("libero") for _ in range(3)]  # it goes on, then is there
     assert calls == [("lerobot/libero-assets", "dataset")] * 2
     assert set(folders) == {str(home / ".cache" / "libero" / "assets")}
 

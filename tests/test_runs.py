@@ -122,7 +122,7 @@ GOOD = {
     "suite": "LiberoObject", "train": "all", "seed": 0, "kl_coef": 0.0, "eval_every": 0, "num_groups": 1,
     "num_iterations": 1, "total_env_steps": None, "update_epochs": 1, "minibatch_size": 1, "lora_rank": 1,
     "last_k": 1, "warmup_iterations": 1, "temperature": 0.1, "learning_rate": 1e-9, "target_kl": 0.1,
-    "max_grad_norm": 0.1,
+    "max_grad_norm": 0.1, "task_ids": (),
 }  # fmt: skip
 AT_LEAST_0 = {"seed", "kl_coef", "eval_every"}
 
@@ -132,7 +132,7 @@ def test_training_with_the_least_of_everything():
     runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": "lora"}))
 
 
-@pytest.mark.parametrize("name", sorted(GOOD.keys() - {"suite", "train"}))
+@pytest.mark.parametrize("name", sorted(GOOD.keys() - {"suite", "train", "task_ids"}))
 def test_numbers_that_do_not_fit(name):
     for value in (-1, float("nan"), float("inf"), *([] if name in AT_LEAST_0 else [0])):
         with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
@@ -145,7 +145,7 @@ def test_a_kl_term_needs_an_adapter():
             runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": train}))
 
 
-@pytest.mark.parametrize("suite", ["LiberoObjekt", "LiberoGoal", "libero_object", ""])
+@pytest.mark.parametrize("suite", ["LiberoObjekt", "libero_object", ""])
 def test_no_such_suite(suite):
     for check in (
         runs.check_suite,
@@ -157,6 +157,8 @@ def test_no_such_suite(suite):
 
 @dataclasses.dataclass
 class Evaluation:
+    task_id: int = 4
+    task_ids: tuple[int, ...] = ()
     protocol: str | None = None
     eval_episodes: int | None = None
     eval_temperature: float | None = None
@@ -182,7 +184,9 @@ class Evaluation:
 def test_what_evaluations_are_like(given, episodes, temperature):
     args = Evaluation(**given)
     filled = runs.fill_in_evaluation(args)
-    assert filled == dataclasses.replace(args, eval_episodes=episodes, eval_temperature=temperature)
+    assert filled == dataclasses.replace(
+        args, task_ids=(4,), eval_episodes=episodes, eval_temperature=temperature
+    )
     assert args == Evaluation(**given) and runs.fill_in_evaluation(filled) == filled
 
 
@@ -194,6 +198,7 @@ def test_what_evaluations_are_like(given, episodes, temperature):
         ({"eval_temperature": -0.1}, "eval_temperature is -0.1"),
         ({"eval_temperature": float("nan")}, "eval_temperature is nan"),
         ({"compare": Path("x")}, "--evaluate"),
+        ({"task_ids": (4, 7, 4)}, "each task once"),
     ],
     ids=str,
 )
@@ -469,7 +474,7 @@ def test_damaged_state(tmp_path, file):
 @dataclasses.dataclass
 class Started(Args):
     suite: str = "LiberoObject"
-    task_id: int = 3
+    task_ids: tuple[int, ...] = (3,)
 
 
 def test_a_new_run_can_be_resumed_at_once(tmp_path):

@@ -176,17 +176,16 @@ def test_another_mujoco_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("assets", "suite", "words"),
+    ("assets", "words"),
     [
-        ("/nowhere/at/all", "LiberoObject", ["'/nowhere/at/all'", "'builtin'", "'libero'"]),
-        ("built-in", "LiberoObject", ["'built-in'", "did you mean 'builtin'"]),
-        ("builtin", "LiberoGoal", ["LiberoGoal", "LiberoObject"]),
+        ("/nowhere/at/all", ["'/nowhere/at/all'", "'builtin'", "'libero'"]),
+        ("built-in", ["'built-in'", "did you mean 'builtin'"]),
     ],
 )
-def test_unknown_assets(monkeypatch, assets, suite, words):
+def test_unknown_assets(monkeypatch, assets, words):
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
     with pytest.raises(ValueError) as error:
-        resolve_assets(assets, suite)
+        resolve_assets(assets)
     assert all(word in str(error.value) for word in words)
 
 
@@ -194,8 +193,8 @@ def test_assets_of_the_environment_variable(monkeypatch, tmp_path):
     for folder in ("scenes", "stable_hope_objects"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
-    assert resolve_assets("libero", "LiberoObject") == str(tmp_path)
-    assert resolve_assets(tmp_path, "LiberoObject") == str(tmp_path)
+    assert resolve_assets("libero") == str(tmp_path)
+    assert resolve_assets(tmp_path) == str(tmp_path)
 
 
 # ---- Placements --------------------------------------------------------------------------------------

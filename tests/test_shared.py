@@ -337,13 +337,13 @@ def test_a_rollout_in_the_first_environments_only():
     assert [action[:, 0, 0].tolist() for action in envs.actions] == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
 
 
-EVALUATION = SimpleNamespace(seed=1, protocol=None)
+EVALUATION = SimpleNamespace(seed=1, eval_episodes=50, protocol=None)
 
 
 def test_evaluation_counts_successes(tmp_path):
     envs, policy = ScriptedEnvs([1, 2, 3, 9, 9, 9, 1, 1, 2, 2], limit=3), OnesPolicy()
     outcomes = grpo_vla.evaluate(envs, policy, 0.0, EVALUATION, tmp_path / "film.mp4")
-    assert envs.asked == {"seed": None, "init_state_id": list(range(10))}
+    assert envs.asked["seed"] is None and envs.asked["init_state_id"].tolist() == list(range(10))
     assert outcomes.tolist() == [True, True, True, False, False, False, True, True, True, True]
     assert [len(asked[0]) for asked in policy.asked] == [10, 7, 4] and policy.asked[0][2] == 0.0
     assert not policy.training
@@ -354,7 +354,7 @@ def test_evaluation_counts_successes(tmp_path):
 def test_evaluations_draw_the_same_numbers(tmp_path):
     draws = {}
     for name, seed, disturbance in (("first", 1, 0), ("again", 1, 5), ("other", 2, 0)):
-        policy, args = OnesPolicy(), SimpleNamespace(seed=seed, protocol=None)
+        policy, args = OnesPolicy(), SimpleNamespace(seed=seed, eval_episodes=50, protocol=None)
         torch.rand(disturbance)
         grpo_vla.evaluate(ScriptedEnvs([9, 9], 3), policy, 1.2, args, tmp_path / "film.mp4")
         draws[name] = policy.draws
@@ -362,7 +362,7 @@ def test_evaluations_draw_the_same_numbers(tmp_path):
 
 
 def test_evaluation_shows_the_pictures_of_its_protocol(tmp_path):
-    policy, args = OnesPolicy(), SimpleNamespace(seed=1, protocol="openvla")
+    policy, args = OnesPolicy(), SimpleNamespace(seed=1, eval_episodes=50, protocol="openvla")
     grpo_vla.evaluate(ScriptedEnvs([1, 9], 2), policy, 0.0, args, tmp_path / "film.mp4")
     assert policy.shapes == [(2, 224, 224, 3), (1, 224, 224, 3)]
     assert imageio.mimread(tmp_path / "film.mp4")[0].shape[:2] == (32, 8)  # its own pictures
@@ -370,7 +370,9 @@ def test_evaluation_shows_the_pictures_of_its_protocol(tmp_path):
 
 def test_acting_in_the_simulator(tmp_path):
     """Two members of a group: the same start, then what each of them samples."""
-    args = grpo_vla.Args(action_chunk=2, max_episode_steps=99, num_threads=1, temperature=1.7)
+    args = grpo_vla.Args(
+        action_chunk=2, max_episode_steps=99, num_threads=1, temperature=1.7, eval_episodes=2
+    )  # fmt: skip
     envs = grpo_vla.make_envs(2, 4, "multi_stage", args, image_size=32, max_episode_steps=5)
     policy = small_policy()
     batch = grpo_vla.rollout(envs, policy, np.array([7, 7]), 1.7)

@@ -6,6 +6,7 @@ The default run takes a few tasks a suite, ``pytest -m slow tests/test_suites.py
 import mujoco
 import numpy as np
 import pytest
+from scipy.stats import ks_2samp
 
 from vla_envs.goals import JOINT, ON_OBJECT, predicates_met
 from vla_envs.scene import load_scene
@@ -57,7 +58,10 @@ def predicates(env):
 
 @pytest.mark.parametrize(("suite", "task_id"), TASKS)
 def test_parity(twins, suite, task_id):
-    """Settling, one control step to 1e-9 and further ones of free motion to 1e-6; success at every step."""
+    """Settling, then free motion: the arm to 1e-9 after one control step and to 1e-6 after twenty.
+
+    What lies on something else is held looser: robosuite solves a landing's contacts thrice, we once.
+    """
     env, scene = twins(suite, task_id)
     state_id = 7 * task_id % 50
     envs = LiberoVectorEnv(1, suite, task_id, image_size=16, num_threads=1)
@@ -72,11 +76,13 @@ def test_parity(twins, suite, task_id):
     for action in actions:
         env.step(action)
         terminated = envs.step(action[None])[2]
-        gaps.append(np.abs(env.sim.data.qpos - envs.qpos[0]).max())
+        gap = np.abs(env.sim.data.qpos - envs.qpos[0])
+        gaps.append([gap[:9].max(), gap.max()])
         assert terminated[0] == env.check_success()
         if terminated[0]:
             break
-    assert gaps[0] < 1e-9 and max(gaps) < 1e-6
+    assert gaps[0][0] < 1e-9 and gaps[0][1] < 1e-5
+    assert np.max(gaps, axis=0)[0] < 1e-6 and np.max(gaps, axis=0)[1] < 1e-2
     assert predicates(env) == predicates_met(scene.goal, envs.simulations[0].data).tolist()
     envs.close()
 
@@ -120,3 +126,73 @@ def test_predicates(twins, suite, task_id):
         results.append(mine)
     results = np.array(results)
     assert results.any(0).all() and not results.all(0).any()
+
+
+def placed_by_libero(env, scene):
+    """What LIBERO's samplers draw at a reset: pose by body, position by joint's address."""
+    inner, model = env.env, scene.model
+    for body in np.flatnonzero(model.body_mocapid >= 0):  # a reset builds the model anew
+        theirs = env.sim.model.body_name2id(model.body(body).name)
+        env.sim.model.body_pos[theirs], env.sim.model.body_quat[theirs] = (
+            model.body_pos[body],
+            model.body_quat[body],
+        )
+    joints = {}
+    for sampler in inner.object_property_initializers:
+        value = sampler.sample()
+        inner.object_states_dict[sampler.name].set_joint(value)
+        (name,) = inner.get_object(sampler.name).joints
+        joints[int(model.joint(name).qposadr[0])] = value
+    env.sim.forward()
+    placements = inner.placement_initializer.sample()
+    placements = inner.conditional_placement_initializer.sample(env.sim, placements)
+    placements = inner.conditional_placement_on_objects_initializer.sample(placements)
+    poses = {thing.root_body: np.concatenate(pose) for *pose, thing in placements.values()}
+    return {model.body(name).id: pose for name, pose in poses.items()}, joints
+
+
+@pytest.mark.parametrize(("suite", "task_id"), TASKS)
+def test_placements(twins, suite, task_id):
+    """Poses of objects and fixtures and positions of drawers, beside LIBERO's own: the same distributions."""
+    env, scene = twins(suite, task_id)
+    model, rng, count = scene.model, np.random.default_rng(1), 150
+    np.random.seed(1)  # noqa: NPY002  (what LIBERO places objects with)
+    ours = np.array([scene.sample_init_state(rng) for _ in range(count)])
+    poses, joints = zip(*[placed_by_libero(env, scene) for _ in range(count)])
+    assert set(poses[0]) == {item.body for item in scene.placements}
+    starts = {
+        body: model.nq + 7 * model.body_mocapid[body]
+        if model.body_mocapid[body] >= 0
+        else model.jnt_qposadr[model.body_jntadr[body]]
+        for body in poses[0]
+    }
+    columns = [
+        (start + k, [pose[body][k] for pose in poses]) for body, start in starts.items() for k in range(7)
+    ]
+    columns += [(address, [drawn[address] for drawn in joints]) for address in joints[0]]
+    for column, theirs in columns:
+        pvalue = ks_2samp(np.round(ours[:, column], 9), np.round(theirs, 9)).pvalue
+        assert pvalue > 1e-5, (column, ours[:3, column], theirs[:3])
+
+
+@pytest.mark.parametrize(("suite", "task_id"), TASKS)
+def test_resets(suite, task_id):
+    """A group shares the whole scene, fixtures included, to the pixel; each recorded state comes to rest."""
+    envs = LiberoVectorEnv(4, suite, task_id, image_size=64, wrist_camera=True)
+    obs, _ = envs.reset(seed=[5, 5, 6, 5])
+    for array in obs.values():
+        assert np.array_equal(array[0], array[1]) and np.array_equal(array[0], array[3])
+        assert not np.array_equal(array[0], array[2])
+    fixtures = [simulation.data.mocap_pos.copy() for simulation in envs.simulations]
+    assert np.array_equal(fixtures[0], fixtures[3])
+    assert len(fixtures[0]) == 0 or not np.array_equal(fixtures[0], fixtures[2])
+    goal = envs.simulations[0].scene.goal
+    for first in range(0, 50, 4):
+        obs, info = envs.reset(options={"init_state_id": [min(first + k, 49) for k in range(4)]})
+        assert not info["success"].any() and (info["facts"]["goals"] == len(goal.kind)).all()
+        assert obs["image"].std(axis=(1, 2, 3)).min() > 10
+        speed = max(np.abs(simulation.data.qvel).max() for simulation in envs.simulations)
+        assert speed < 5, first
+    _, _, terminated, _, _ = envs.step(np.zeros((4, 7)))
+    assert not terminated.any()
+    envs.close()

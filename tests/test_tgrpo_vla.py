@@ -333,8 +333,7 @@ def test_default_alphas_are_the_papers(task_id):
     assert (args.alpha1, args.alpha2) == (0.0, paper[task_id][1])
 
 
-def test_default_alphas_elsewhere(monkeypatch):
-    monkeypatch.setattr(runs, "BUILTIN_SUITES", ("LiberoObject", "LiberoGoal"))
+def test_default_alphas_elsewhere():
     args = tgrpo_vla.check(tgrpo_vla.Args(suite="LiberoGoal", task_id=0))
     assert (args.alpha1, args.alpha2) == (0.3, 0.7)
 

@@ -79,6 +79,15 @@ def test_info(make_vec):
     assert list(envs.unwrapped.instructions) == ["pick up the ketchup and place it in the basket"] * 3
 
 
+def test_training_on_the_evaluation_states_gives_a_warning(make_vec, recwarn):
+    make_vec(1, reward="binary").reset(options={"init_state_id": 0})
+    envs = make_vec(1, reward="multi_stage")
+    envs.reset(seed=0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="init_state_id names the states that every published evaluation"):
+        envs.reset(options={"init_state_id": 0})
+
+
 def test_state_is_the_hands_pose(make_vec):
     envs = make_vec(1)
     obs, _ = envs.reset(seed=0)
@@ -568,11 +577,6 @@ def test_a_bad_reset_is_refused_and_changes_nothing(make_vec, arguments, words):
     assert np.array_equal(envs.unwrapped.qpos, before)
     assert all(map(same, envs.step(random_actions(2)), twins.step(random_actions(2))))
     assert same(envs.reset()[0], twins.reset()[0])
-
-
-def test_a_builtin_suite_only():
-    with pytest.raises(ValueError, match="LiberoGoal"):
-        LiberoVectorEnv(num_envs=1, suite="LiberoGoal")
 
 
 def test_environments_share_one_model(make_vec):

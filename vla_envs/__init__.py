@@ -1,6 +1,6 @@
 """LIBERO as fast Gymnasium vector environments, and policies to fine-tune on them.
 
-Importing this package registers ``vla_envs/LiberoObject-v0`` with Gymnasium.
+Importing this package registers an id for each suite with Gymnasium, ``vla_envs/LiberoObject-v0`` for one.
 """
 
 import os
@@ -17,13 +17,13 @@ if _backend is not None:
 
 from vla_envs.env import LiberoEnv
 from vla_envs.rewards import FactsReward
-from vla_envs.tasks import BUILTIN_SUITES
+from vla_envs.tasks import SUITES
 from vla_envs.vector import LiberoVectorEnv
 
 __version__ = "0.1.0"
 __all__ = ["FactsReward", "LiberoEnv", "LiberoVectorEnv"]
 
-for _suite in BUILTIN_SUITES:
+for _suite in SUITES:
     register(
         id=f"vla_envs/{_suite}-v0",
         entry_point="vla_envs.env:LiberoEnv",

@@ -1,7 +1,7 @@
 """Evaluating a policy: protocols, their pictures, intervals, paired comparisons, videos."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
+from tqdm import tqdm
 
 from vla_envs.policies import load_policy, write_json
 
@@ -111,12 +112,31 @@ def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
 # ---- Figures -----------------------------------------------------------------------------------------
 
 
-def success(outcomes: ArrayLike) -> dict[str, Any]:
-    """The success rate of outcomes (E,) with its Wilson interval (95 %), as ``result.json`` has it."""
+def success(outcomes: ArrayLike, task_ids: Sequence[int] = ()) -> dict[str, Any]:
+    """The success rate of outcomes (E,) with its Wilson interval (95 %), as ``result.json`` has it.
+
+    Of several ``task_ids``, each with an equal share of the outcomes in turn, ``"tasks"`` holds each one's.
+    """
     won = np.asarray(outcomes, bool)
     successes, trials = int(won.sum()), len(won)
     low, high = binomtest(successes, trials).proportion_ci(method="wilson")
-    return {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
+    result = {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
+    if len(task_ids) > 1:
+        parts = np.split(won, len(task_ids))
+        result["tasks"] = {str(task_id): success(part) for task_id, part in zip(task_ids, parts)}
+    return result
+
+
+def log(
+    writer: Any, iteration: int, step: int, outcomes: NDArray[np.bool_], task_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Write an evaluation to TensorBoard at ``step`` and above the progress bar; what ``success`` says."""
+    result = success(outcomes, task_ids)
+    writer.add_scalar("charts/success_rate", result["rate"], step)
+    for task_id, its in result.get("tasks", {}).items():
+        writer.add_scalar(f"charts/success_rate_task_{task_id}", its["rate"], step)
+    tqdm.write(f"iteration {iteration}: success {percent(result)}")
+    return result
 
 
 def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:
@@ -145,15 +165,20 @@ def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:
 
 
 def percent(result: dict[str, Any]) -> str:
-    """A success rate in words, for instance ``21/50 (95 %: 29 to 56 %)``."""
+    """A success rate in words: ``21/50 (95 %: 29 to 56 %)``; of several tasks with each one's successes."""
+    tasks = [f"task {task_id}: {its['successes']}" for task_id, its in result.get("tasks", {}).items()]
     return (
         f"{result['successes']}/{result['trials']}"
-        f" (95 %: {100 * result['low']:.0f} to {100 * result['high']:.0f} %)"
+        f" (95 %: {100 * result['low']:.0f} to {100 * result['high']:.0f} %)" + "; ".join(["", *tasks])
     )
 
 
 def report(
-    name: str, outcomes: NDArray[np.bool_], others: NDArray[np.bool_] | None = None, compared: Any = None
+    name: str,
+    outcomes: NDArray[np.bool_],
+    others: NDArray[np.bool_] | None = None,
+    compared: Any = None,
+    task_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Print one evaluation, and what ``result.json`` holds of it.
 
@@ -161,17 +186,19 @@ def report(
         name: Of the evaluation, for instance ``"greedy"``.
         outcomes: (E,) success from each init state.
         others: (E,) the same of the checkpoint ``compared``.
+        task_ids: As ``success`` has them.
     """
-    result = success(outcomes)
+    result = success(outcomes, task_ids)
     print(f"{name}: success {percent(result)}")
     contents = {name: result, f"{name}_outcomes": outcomes.tolist()}
     if others is not None:
         pairs = paired(outcomes, others)
         print(
-            f"  {compared}: {percent(success(others))}; difference {100 * pairs['difference']:+.0f} points"
+            f"  {compared}: {percent(success(others, task_ids))};"
+            f" difference {100 * pairs['difference']:+.0f} points"
             f" (95 %: {100 * pairs['low']:+.0f} to {100 * pairs['high']:+.0f}), p = {pairs['p_value']:.2g}"
         )
-        theirs = {"checkpoint": str(compared), **success(others), "outcomes": others.tolist()}
+        theirs = {"checkpoint": str(compared), **success(others, task_ids), "outcomes": others.tolist()}
         contents[f"{name}_compared"] = theirs | {"paired": pairs}
     return contents
 
@@ -188,7 +215,7 @@ def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Pat
             outcomes = evaluate(envs, policy, temperature, args, run / "videos" / f"{name}.mp4")  # (N,)
             video = run / "videos" / f"{name}_compared.mp4"
             others = evaluate(envs, other, temperature, args, video) if other else None  # (N,)
-            result |= report(name, outcomes, others, args.compare)
+            result |= report(name, outcomes, others, args.compare, args.task_ids)
             result["success"] = result[name]
     write_json(run / "result.json", result)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vla_envs.tasks import BUILTIN_SUITES, nearest
+from vla_envs.tasks import nearest
 
 QUALITIES = ("exact", "fast")
 REPOSITORY = "lerobot/libero-assets"  # on the Hugging Face hub; the one that hf-libero downloads
@@ -35,21 +35,18 @@ SEAM = 0.05  # texture coordinates of a triangle's corners further apart than th
 # ---- Where ---------------------------------------------------------------------------------------------
 
 
-def resolve_assets(assets: str | os.PathLike[str], suite: str) -> str:
+def resolve_assets(assets: str | os.PathLike[str]) -> str:
     """``"builtin"``, or the absolute path of a folder that holds LIBERO's meshes and textures.
 
     Args:
         assets: ``"builtin"``; ``"libero"`` for the folder in ``LIBERO_ASSETS``, else LIBERO's own download,
             made once; or a folder.
-        suite: The suite that will be built with them.
 
     Raises:
-        ValueError: When the built-in assets do not draw the suite, or the folder is none.
+        ValueError: When the folder is none.
         ConnectionError: When they have to be downloaded and cannot be.
     """
     if assets == "builtin":
-        if suite not in BUILTIN_SUITES:
-            raise ValueError(f"built-in assets draw {', '.join(BUILTIN_SUITES)}, not {suite}")
         return "builtin"
     if assets == "libero":
         assets = os.environ.get("LIBERO_ASSETS") or download()

@@ -19,9 +19,10 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from vla_envs import evaluation
 from vla_envs.evaluation import PROTOCOLS
 from vla_envs.policies import adapters, load_policy, replace_folder, save_policy, write_json
-from vla_envs.tasks import BUILTIN_SUITES, nearest
+from vla_envs.tasks import SUITES, nearest
 
 ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
@@ -78,16 +79,14 @@ def check_numbers(args: Any, names: str, above: bool) -> None:
 
 
 def check_suite(suite: str) -> None:
-    """Refuse a suite that has no environment.
+    """Refuse a suite that LIBERO does not have.
 
     Raises:
         ValueError: Names those that have one.
     """
-    if suite not in BUILTIN_SUITES:
-        known = list(BUILTIN_SUITES)
-        raise ValueError(
-            f"suite {suite!r} has no environment; expected one of {known}{nearest(suite, known)}"
-        )
+    if suite not in SUITES:
+        known = list(SUITES)
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {known}{nearest(suite, known)}")
 
 
 def check_training(args: Any) -> None:
@@ -97,6 +96,10 @@ def check_training(args: Any) -> None:
         ValueError: Names the first, and what was expected.
     """
     check_suite(args.suite)
+    if args.num_groups < len(args.task_ids):
+        raise ValueError(
+            f"num_groups is {args.num_groups}; expected at least one for each of {args.task_ids}"
+        )
     if args.kl_coef and args.train != "lora":
         raise ValueError(
             f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
@@ -117,7 +120,7 @@ def fill_in_length(args: ArgsT) -> ArgsT:
 
 
 def fill_in_evaluation(args: ArgsT) -> ArgsT:
-    """``args`` with the number of episodes and the temperature that evaluations have.
+    """``args`` with the tasks, the number of episodes and the temperature that evaluations have.
 
     Raises:
         ValueError: When they do not fit.
@@ -138,11 +141,23 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     if given.compare:
         load_policy(given.policy, given.compare)  # fails now rather than after the first evaluation
     check_numbers(args, "eval_temperature", above=False)
-    return dataclasses.replace(given, eval_episodes=episodes, eval_temperature=temperature)
+    task_ids = given.task_ids or (given.task_id,)
+    if len(set(task_ids)) < len(task_ids):
+        raise ValueError(f"task_ids are {task_ids}; expected each task once")
+    return dataclasses.replace(
+        given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature
+    )
 
 
-def make_run_folder(run_dir: Path | None, suite: str, task_id: int, script: str, seed: int) -> Path:
+def shared_out(args: Any) -> list[int]:
+    """The task of every environment: groups are dealt to the tasks in turn."""
+    return np.resize(args.task_ids, args.num_groups).repeat(args.group_size).tolist()
+
+
+def make_run_folder(run_dir: Path | None, suite: str, task_id: Any, script: str, seed: int) -> Path:
     """The folder of a new run, ``runs/<suite>_<task id>__<script>__<seed>__<time>`` unless ``run_dir`` says.
+
+    ``task_id`` is an int, or several joined, "0-4-9".
 
     Raises:
         ValueError: When it holds a run already.
@@ -177,7 +192,7 @@ def start(
     """
     if args.resume:
         return args.resume, load_training_state(args.resume / "checkpoints" / "latest", learner, optimizer)
-    run = make_run_folder(args.run_dir, args.suite, args.task_id, script, args.seed)
+    run = make_run_folder(args.run_dir, args.suite, "-".join(map(str, args.task_ids)), script, args.seed)
     state = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None, "evaluated": 0}
     write_json(run / "args.json", dataclasses.asdict(args))
     if not args.evaluate:
@@ -251,6 +266,8 @@ def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
         f"success {before['successes']}/{before['trials']} -> {after['successes']}/{after['trials']}"
         f" in {state['wall_s'] / 60:.1f} min; {run}"
     )
+    for task_id, its in after.get("tasks", {}).items():
+        print(f"  task {task_id}: {before['tasks'][task_id]['successes']} -> {evaluation.percent(its)}")
 
 
 def save_training_state(

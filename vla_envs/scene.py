@@ -32,6 +32,13 @@ MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break
 BUILD_TIMEOUT_S = 300
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
+BUILD_FILES = (
+    "scene.py",
+    "assets.py",
+    "real_assets.py",
+    "looks.py",
+    "figures.json",
+)  # what a compiled scene depends on
 ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
 
 
@@ -198,9 +205,8 @@ def _key(task: Task, assets: str, quality: str) -> str:
     for package in ("mujoco", "robosuite", "hf-libero"):
         digest.update(f"{package}={importlib.metadata.version(package)};".encode())
     here = Path(__file__).parent
-    for name in ("scene.py", "assets.py", "real_assets.py", "collision.json"):
-        digest.update((here / name).read_bytes())
-    digest.update(task.bddl_file.read_bytes())
+    for path in (*(here / name for name in BUILD_FILES), task.bddl_file):
+        digest.update(path.read_bytes())
     digest.update(f"{assets};{quality}".encode())
     if assets != "builtin":
         for path in sorted(Path(assets).rglob("*")):
@@ -230,7 +236,7 @@ def load_scene(suite: str, task_id: int, assets: str = "builtin", quality: str =
         raise ValueError(
             f"quality is {quality!r}; expected {expected}{nearest(str(quality), list(QUALITIES))}"
         )
-    task, assets = get_task(suite, task_id), resolve_assets(assets, suite)
+    task, assets = get_task(suite, task_id), resolve_assets(assets)
     return _load(task, assets, "exact" if assets == "builtin" else quality)
 
 

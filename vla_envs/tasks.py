@@ -21,7 +21,6 @@ SUITES = {
     "Libero10": "libero_10",
     "Libero90": "libero_90",
 }
-BUILTIN_SUITES = ("LiberoObject",)  # the suites that the built-in assets draw
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from vla_envs.control import ControlState, Views, run_chunk
 from vla_envs.goals import FACTS, FactReader, predicates_met
 from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, evaluate_reward, resolve_reward, stage_names
+from vla_envs.rewards import Reward, binary, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import recorded_init_states
 
@@ -319,12 +320,19 @@ class LiberoVectorEnv(VectorEnv):
             seed: One seed per environment, or an int ``s`` for ``s, s + 1, ...``. A seed alone decides
                 the init state, a fresh placement from LIBERO's regions, so a repeated seed is a group.
             options: ``init_state_id``: recorded init states (0 to 49) instead, one per environment or one
-                for all. ``reset_mask``: ``(N,)`` bool, the environments to reset.
+                for all; they are for evaluation, and a reward to learn from gives a warning.
+                ``reset_mask``: ``(N,)`` bool, the environments to reset.
 
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
         """
         mask, ids, seeds = self._check_reset(seed, options or {})
+        if self._reward is not binary and any(ids[i] is not None for i in np.flatnonzero(mask)):
+            warnings.warn(
+                "init_state_id names the states that every published evaluation uses, and a reward other "
+                "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
+                stacklevel=2,
+            )
         self._reset(np.flatnonzero(mask), seeds, ids)
         return self._observation(), self._info()
 
