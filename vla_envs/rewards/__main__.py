@@ -30,7 +30,7 @@ class Args:
     check: str | None = None
     """Reward to check instead of printing the prompt: FILE.py:FUNCTION, binary or multi_stage"""
     demonstrations: Path | None = None
-    """HDF5 file of demonstrations, LIBERO's or vla_envs.experts'; by default the scripted expert plays them"""
+    """HDF5 file of demonstrations, LIBERO's or vla_envs.experts'; by default the expert plays some"""
     episodes: int = 8
     """Episodes of each kind"""
     seed: int = 0
@@ -61,8 +61,13 @@ def main(args: Args) -> bool:
     return all(rule.kept is not False for rule in rules)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program: exit status 0 where all rules are kept, 1 where not, 2 for a mistake in the command."""
     arguments = parse_args(Args)
     with one_line_errors():
         kept = main(arguments)
     raise SystemExit(0 if kept else 1)
+
+
+if __name__ == "__main__":
+    run()

@@ -148,7 +148,7 @@ def _success(seen: Seen) -> Rule:
     return Rule(
         bool(least - best > greatest + EPS),
         "success far above",
-        f"{least:.4g}, else at most {best:.4g}; a step up of {least - best:.4g}, of the others {greatest:.4g}",
+        f"{least:.4g}, else at most {best:.4g}; a step of {least - best:.4g}, the others {greatest:.4g}",
     )
 
 

@@ -45,7 +45,7 @@ def collect(task: Task, episodes: int, seed: int = 0, file: Path | None = None) 
     demos = _read(file, task, episodes) if file else []
     count = len(demos) or episodes
     placements = list(range(seed, seed + count))
-    limit = max([200, *(len(demo["actions"]) for demo in demos)])
+    limit = max([len(demo["actions"]) for demo in demos], default=200)
     envs = LiberoVectorEnv(count, task.suite, task.task_id, image_size=8, max_episode_steps=limit)
     with contextlib.closing(envs):
         if demos and "states" in demos[0]:

@@ -20,7 +20,7 @@ Write a reward function for a robot arm with a two-finger gripper, which learns 
 learning in simulation.
 
 Task: {instruction}
-It is done when, at the same time:
+It is done when all of this holds:
 {goal}
 
 After every control step (20 a second) the function is called with `facts`: a dict of NumPy float arrays of
