@@ -42,7 +42,7 @@ Rules:
 3. The reward is constant within a stage: it depends on the number of the stage and on nothing else.
 4. It rises with every stage.
 5. Success (`facts["success"]`) pays far more than any other stage: the step up to it is the greatest of all.
-6. A drop pays less than being far from the object.
+6. A drop pays less than being far from the object. Letting go above the goal is no drop.
 7. Every reward is a finite number. Each entry depends on the same entry of the facts alone: no loop over
    steps, no memory, no random numbers, no change to `facts`.
 
@@ -51,7 +51,7 @@ saved as my_reward.py and used as `--reward my_reward.py:reward`.
 """
 
 SEVERAL = """ The conditions are met one by one: go on counting where `facts["goals_met"]`
-   rises, so that no number stands for two different counts."""
+   rises, so that no number but -1 stands for two different counts."""
 
 
 def goal_in_words(task: Task) -> list[str]:
