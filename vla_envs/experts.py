@@ -132,7 +132,7 @@ def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[s
     """One episode an environment, from the training placements of ``seeds``; the successful ones.
 
     Each is a dict of arrays over the T control steps: ``image (T, H, W, 3)``, ``state (T, 8)``,
-    ``actions (T, 7)`` as executed, ``expert_actions (T, 7)`` as intended.
+    ``actions (T, 7)`` as executed, ``expert_actions (T, 7)`` as intended; and the placement's ``seed ()``.
     """
     obs, _ = envs.reset(seed=seeds)
     expert = ScriptedExpert(envs, noise, seed=seeds[0])
@@ -147,6 +147,7 @@ def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[s
         rows = [step for step in steps if step[0][i]]
         names = ("image", "state", "actions", "expert_actions")
         episodes.append({name: np.stack([row[k + 1][i] for row in rows]) for k, name in enumerate(names)})
+        episodes[-1]["seed"] = np.asarray(seeds[i])
     return episodes
 
 
@@ -154,7 +155,8 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
     """Write demonstrations in the layout of LIBERO's data sets (``libero/lifelong/datasets.py`` reads it).
 
     Pictures are stored as LIBERO stores them: turned by 180 degrees from what the environments return.
-    ``expert_actions`` is our addition: the actions without noise, which are what to imitate.
+    ``expert_actions`` is our addition: the actions without noise, which are what to imitate; and ``seed``,
+    which with ``actions`` replays the episode.
     """
     partial = path.with_suffix(".partial")
     with h5py.File(partial, "w") as file:
@@ -167,6 +169,7 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
         for k, episode in enumerate(episodes):
             demo = data.create_group(f"demo_{k}")
             demo.attrs["num_samples"] = length = len(episode["actions"])
+            demo.attrs["seed"] = int(episode["seed"])
             demo["actions"], demo["expert_actions"] = episode["actions"], episode["expert_actions"]
             demo["dones"] = demo["rewards"] = (np.arange(length) == length - 1).astype(np.uint8)
             pictures = episode["image"][:, ::-1, ::-1]
