@@ -38,7 +38,7 @@ def test_goals_in_words():
     assert goal_in_words(get_task("LiberoGoal", 0)) == ["wooden cabinet 1 middle region is open"]
     both = get_task("Libero10", 3)
     assert goal_in_words(both) == [
-        "white cabinet 1 bottom region is closed", "akita black bowl 1 is in white cabinet 1 bottom region"
+        "akita black bowl 1 is in white cabinet 1 bottom region", "white cabinet 1 bottom region is closed"
     ]  # fmt: skip
     assert "goals_met" in prompt(both).partition("Rules")[2] not in prompt(KETCHUP)
     tasks = [get_task(suite, k) for suite in SUITES for k in range(num_tasks(suite))]

@@ -24,7 +24,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from vla_envs.control import Arm
-from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal
+from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, turn
 from vla_envs.real_assets import QUALITIES, check_files, resolve_assets, simplify
 from vla_envs.tasks import Task, get_task, libero_folder, nearest, recorded_init_states
 
@@ -32,13 +32,7 @@ MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break
 BUILD_TIMEOUT_S = 300
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
-BUILD_FILES = (
-    "scene.py",
-    "assets.py",
-    "real_assets.py",
-    "looks.py",
-    "figures.json",
-)  # what a compiled scene depends on
+BUILD_FILES = ("scene.py", "goals.py", "assets.py", "real_assets.py", "looks.py", "figures.json")
 ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
 
 
@@ -363,7 +357,10 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     mujoco.mj_saveModel(model, None, blob)
     facts = {
         "arm_qpos": [float(q) for q in env.robots[0].init_qpos],
-        "goal": [_predicate(env, model, *words) for words in env.parsed_problem["goal_state"]],
+        "goal": [
+            _predicate(env, model, *words)
+            for words in sorted(env.parsed_problem["goal_state"], key=lambda words: turn(words[0]))
+        ],
         "placements": _placements(env, model),
         "joint_ranges": _joint_ranges(env, model),
         "burners": [

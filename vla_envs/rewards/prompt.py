@@ -2,7 +2,7 @@
 
 import re
 
-from vla_envs.goals import FACTS
+from vla_envs.goals import FACTS, turn
 from vla_envs.tasks import Task
 
 #: LIBERO's goal predicates in words.
@@ -55,12 +55,12 @@ SEVERAL = """ The conditions are met one by one: go on counting where `facts["go
 
 
 def goal_in_words(task: Task) -> list[str]:
-    """The predicates of LIBERO's goal: ``["ketchup 1 is in basket 1 contain region"]`` for one."""
+    """The predicates of LIBERO's goal, in our order: ``["ketchup 1 is in basket 1 contain region"]``."""
     goal = task.bddl_file.read_text().partition("(:goal")[2]
     predicates = re.findall(rf"\(\s*({'|'.join(WORDS)})((?:\s+\w+)+)\s*\)", goal, re.IGNORECASE)
     return [
         WORDS[name.lower()].format(*(thing.replace("_", " ") for thing in things.split()))
-        for name, things in predicates
+        for name, things in sorted(predicates, key=lambda predicate: turn(predicate[0]))
     ]
 
 
