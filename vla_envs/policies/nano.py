@@ -133,7 +133,7 @@ class NanoPolicy(nn.Module):
         return self.config.action_chunk
 
     def centre_states(self, states: Any) -> None:
-        """Move the centre to the median of ``states`` (B, 8), where most would be cut off: on another table."""
+        """Move the centre to the median of ``states`` (B, 8) where most would be cut off: on a high table."""
         median = (
             torch.as_tensor(states, dtype=torch.float32).median(dim=0).values.to(self.state_centre.device)
         )
