@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.experts import ScriptedExpert
+from vla_envs.experts import COVERED, ScriptedExpert
 from vla_envs.goals import FACTS, predicates_met
 from vla_envs.rewards import Facts
 from vla_envs.tasks import Task
@@ -18,7 +18,6 @@ from vla_envs.vector import LiberoVectorEnv, Simulation
 
 Act = Callable[[int, Facts], NDArray[np.float64]]  # control step, facts (N,) each -> actions (N, 7)
 
-EXPERT_SUITES = ("LiberoObject",)  # suites that the scripted expert plays
 DROP_HEIGHT = 0.1  # m, rise at which the hand opens to make a drop
 OPEN = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
 
@@ -38,9 +37,10 @@ def collect(task: Task, episodes: int, seed: int = 0, file: Path | None = None) 
     Raises:
         ValueError: When there is no expert, the file will not do, or no demonstration reaches the goal.
     """
-    if file is None and task.suite not in EXPERT_SUITES:
+    if file is None and task.task_id not in COVERED.get(task.suite, ()):
         raise ValueError(
-            f"the scripted expert does not play {task.suite}; expected --demonstrations FILE.hdf5"
+            f"the scripted expert does not play {task.suite} {task.task_id}; expected"
+            " --demonstrations FILE.hdf5"
         )
     demos = _read(file, task, episodes) if file else []
     count = len(demos) or episodes
