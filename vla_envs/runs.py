@@ -157,10 +157,10 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
     Raises:
         ValueError: When others are asked for.
     """
-    asked = getattr(args, "action_chunk")
-    if asked not in (None, policy.action_chunk):
-        raise ValueError(f"action_chunk is {asked}; the policy's is {policy.action_chunk}")
-    return dataclasses.replace(args, action_chunk=policy.action_chunk)  # type: ignore[type-var]
+    given: Any = args
+    if given.action_chunk not in (None, policy.action_chunk):
+        raise ValueError(f"action_chunk is {given.action_chunk}; the policy's is {policy.action_chunk}")
+    return dataclasses.replace(given, action_chunk=policy.action_chunk)
 
 
 def shared_out(args: Any) -> list[int]:

@@ -33,8 +33,8 @@ CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 def _no_openvla(config: dict[str, Any]) -> nn.Module:
     raise ValueError(
-        "policy 'openvla' starts from a checkpoint; expected --checkpoint with a folder or a repository of the"
-        " Hugging Face hub, for instance openvla/openvla-7b-finetuned-libero-object"
+        "policy 'openvla' starts from a checkpoint; expected --checkpoint with a folder or a repository of"
+        " the Hugging Face hub, for instance openvla/openvla-7b-finetuned-libero-object"
     )
 
 

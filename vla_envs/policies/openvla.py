@@ -10,7 +10,8 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ from vla_envs.policies.pictures import openvla_pixels
 
 BINS = 256
 ACTION_DIM = 7
-#: What a published checkpoint holds and no prediction needs: the last block and the heads of both towers.
-UNUSED = re.compile(r"vision_backbone\.\w+\.(norm|attn_pool)\..*")
 
 
 @dataclass(frozen=True)
@@ -164,6 +163,12 @@ class OpenVLAModel(nn.Module):
         read_weights(model, folder)
         return model.eval()
 
+    def is_unused(self, name: str) -> bool:
+        """Whether no prediction needs a published tensor: of a tower's last block, norm or pooling."""
+        towers = {"featurizer": self.config.dino, "fused_featurizer": self.config.siglip}
+        parts = (rf"{tower}\.(norm|attn_pool|blocks\.{c.depth - 1})" for tower, c in towers.items())
+        return re.match(rf"vision_backbone\.({'|'.join(parts)})\.", name) is not None
+
     def features(self, pixel_values: Tensor) -> Tensor:
         """What both towers see in pictures (B, 6, S, S): (B, P, dino.dim + siglip.dim)."""
         parts = zip(self.vision_backbone.values(), pixel_values.split(3, dim=1))
@@ -193,7 +198,8 @@ class OpenVLAModel(nn.Module):
         """
         queries = x.shape[1]
         keys = queries + (cache.get_seq_length() if cache is not None else 0)
-        sees = positions = None
+        sees: Any = None
+        positions = None
         if both_ways or mask is not None:
             allowed = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
             allowed = allowed if both_ways else allowed.tril(keys - queries)
@@ -237,7 +243,9 @@ def fetch(checkpoint: str | Path) -> Path:
         return Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.model", "*.safetensors"]))
     except Exception as error:  # the hub's errors are of many kinds, and long
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"it is no folder, and cannot be downloaded: {type(error).__name__}: {reason}") from None
+        raise ValueError(
+            f"it is no folder, and cannot be downloaded: {type(error).__name__}: {reason}"
+        ) from None
 
 
 def make_room(name: str, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -267,23 +275,22 @@ def read_weights(model: OpenVLAModel, folder: Path) -> None:
         ValueError: When one is missing, has another shape or belongs to nothing known.
     """
     targets = dict(model.named_parameters())
-    last = [f"vision_backbone.{tower}.blocks.{len(vit.blocks)}." for tower, vit in model.vision_backbone.items()]
-    shards = json.loads((folder / INDEX).read_text())["weight_map"]
-    missing = sorted(targets.keys() - shards.keys())
-    unknown = [
-        name for name in sorted(shards.keys() - targets.keys())
-        if not UNUSED.fullmatch(name) and not name.startswith(tuple(last))
-    ]  # fmt: skip
-    if missing or unknown:
-        raise ValueError(f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}")
-    for shard in sorted(set(shards.values())):
-        with safetensors.safe_open(str(folder / shard), "pt") as file:
-            for name in file.keys() & targets.keys():
-                tensor = file.get_tensor(name)
-                if tensor.shape != targets[name].shape:
-                    shapes = f"{tuple(tensor.shape)}, expected {tuple(targets[name].shape)}"
-                    raise ValueError(f"{name} has shape {shapes}")
-                targets[name].copy_(tensor)
+    files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    with contextlib.ExitStack() as stack:
+        shards = [stack.enter_context(safetensors.safe_open(str(folder / file), "pt")) for file in files]
+        holders = {name: shard for shard in shards for name in shard.keys()}
+        missing = sorted(targets.keys() - holders.keys())
+        unknown = sorted(filterfalse(model.is_unused, holders.keys() - targets.keys()))
+        if missing or unknown:
+            raise ValueError(
+                f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
+            )
+        for name, target in targets.items():
+            tensor = holders[name].get_tensor(name)
+            if tensor.shape != target.shape:
+                shapes = f"{tuple(tensor.shape)}; expected {tuple(target.shape)}"
+                raise ValueError(f"{name} has shape {shapes}")
+            target.copy_(tensor)
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float = 5e9) -> None:
@@ -354,7 +361,7 @@ class OpenVLAPolicy(OpenVLAModel):
     q01: NDArray[np.float64]  # (7,), what -1 and
     q99: NDArray[np.float64]  # (7,), what 1 stands for
     normalised: NDArray[np.bool_]  # (7,), whether they do
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Any  # a tokenizers.Tokenizer
     files: dict[str, bytes]  # of the checkpoint but the weights
 
     def __init__(self, config: OpenVLAConfig, parallel: bool = False) -> None:
@@ -381,7 +388,9 @@ class OpenVLAPolicy(OpenVLAModel):
         policy.q01, policy.q99, policy.normalised = statistics
         policy.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         policy.dtype = policy.head.weight.dtype
-        kept = (path for path in folder.iterdir() if path.suffix in (".json", ".model") and path.name != INDEX)
+        kept = (
+            path for path in folder.iterdir() if path.suffix in (".json", ".model") and path.name != INDEX
+        )
         policy.files = {path.name: path.read_bytes() for path in kept}
         return policy
 
@@ -402,7 +411,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return self.config.llm.hidden_size
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """Hidden states to logits."""
         return self.language_model.lm_head
 
@@ -425,7 +434,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return self._prompts[instruction]
 
     def prepare(self, obs: dict[str, Any], instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pictures (B, 6, S, S), prompts (B, L) as BOS, padding, text, and their mask (B, L) if there is any."""
+        """Pictures (B, 6, S, S), prompts (B, L) as BOS, padding, text, their mask (B, L) if one is padded."""
         device = self.head.weight.device
         pixels = openvla_pixels(np.asarray(obs["image"]), self.config.dino.image_size, device)
         prompts = [self.prompt(instruction) for instruction in instructions]
@@ -441,12 +450,14 @@ class OpenVLAPolicy(OpenVLAModel):
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
         """On a GPU what is trained is float32, the rest bfloat16; all is computed in bfloat16."""
-        with torch.autocast(self.head.weight.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(
+            self.head.weight.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
             yield
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., 256) float32 of the action tokens."""
-        return F.linear(hidden, self.head.weight[self.first : self.first + BINS]).float()  # type: ignore[index]
+        return F.linear(hidden, self.head.weight[self.first : self.first + BINS]).float()
 
     def _append(self, x: Tensor, mask: Tensor | None, more: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sequences (B, S, width) and their mask (B, S), longer by ``more`` (B, K, width)."""
@@ -461,7 +472,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return torch.cat([empty, self.language_model.model.embed_tokens(stop).to(x.dtype)], dim=1)
 
     def _parallel_hidden(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The hidden states (B, 56, width) that predict the tokens: the last word's and the first 55 empty."""
+        """Hidden states (B, 56, width) that predict the tokens: of the last word and the first 55 empty."""
         x, mask = self._append(x, mask, self._placeholders(x))
         return self.attend(x, mask, both_ways=True)[:, -ACTION_DIM * self.action_chunk - 2 : -2]
 
@@ -488,10 +499,12 @@ class OpenVLAPolicy(OpenVLAModel):
         """
         if len(instructions) > self.rollout_batch:
             cut = self.rollout_batch
-            first = self.sample({name: x[:cut] for name, x in obs.items()}, instructions[:cut], temperature)
-            rest = self.sample({name: x[cut:] for name, x in obs.items()}, instructions[cut:], temperature)
-            actions, *others = zip(first, rest)
-            return np.concatenate(actions), torch.cat(others[0]), torch.cat(others[1])
+            parts: Any = zip(
+                self.sample({name: x[:cut] for name, x in obs.items()}, instructions[:cut], temperature),
+                self.sample({name: x[cut:] for name, x in obs.items()}, instructions[cut:], temperature),
+            )
+            actions, tokens, logprobs = parts
+            return np.concatenate(actions), torch.cat(tokens), torch.cat(logprobs)
         inputs = self.prepare(obs, instructions)
         training = self.training
         self.eval()  # in training, layers that recompute their activations drop the cache
@@ -507,7 +520,7 @@ class OpenVLAPolicy(OpenVLAModel):
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (B, D) of tokens, entropies (B, D) (nats), hidden (B, width) of the first token."""
+        """Log-probabilities (B, D) of tokens, entropies (B, D) (nats), hidden (B, width) at the first."""
         inputs = self.prepare(obs, instructions)
         with self._precision():
             x, mask = self.embed(*inputs)

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-# Means and standard deviations of DINOv2's three channels (ImageNet's, rounded to bfloat16 as in the published
-# preprocessor_config.json), then of SigLIP's.
+# Means and standard deviations of DINOv2's three channels (ImageNet's, rounded to bfloat16 as in the
+# published preprocessor_config.json), then of SigLIP's.
 MEAN = (0.484375, 0.455078125, 0.40625, 0.5, 0.5, 0.5)
 STD = (0.228515625, 0.2236328125, 0.224609375, 0.5, 0.5, 0.5)
 
@@ -36,7 +36,7 @@ def _jpeg(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _process(images: ArrayLike, size: int, device: Any) -> Tensor:
-    """Grey levels (B, 3, size, size), whole numbers from 0 to 255 as float32, of pictures (B, H, W, 3) uint8."""
+    """Grey levels 0 to 255 (B, 3, size, size), whole, float32, of pictures (B, H, W, 3) uint8."""
     with ThreadPoolExecutor() as pool:  # Pillow codes without the interpreter's lock
         decoded = np.stack(list(pool.map(_jpeg, np.ascontiguousarray(images, np.uint8))))
     pixels = torch.from_numpy(decoded).to(device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
