@@ -634,6 +634,23 @@ def test_a_failed_download_is_one_line(monkeypatch):
     assert "no route to host" in refusal("openvla/no-such-checkpoint")
 
 
+def test_weights_are_not_downloaded_where_they_do_not_fit(tiny, monkeypatch):
+    """The small files come first, and with them the size."""
+    import vla_envs.policies.openvla as openvla
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tiny)
+
+    monkeypatch.setattr(openvla, "snapshot_download", download)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**10))
+    refusal("openvla/a-checkpoint", "cuda")
+    assert "*.json" in asked and "*.safetensors" not in asked
+    assert load_policy("openvla", "openvla/a-checkpoint").q99.tolist() == Q99 and "*.safetensors" in asked
+
+
 def test_there_is_no_openvla_without_a_checkpoint(kind):
     for make in (new_policy, load_policy):
         with pytest.raises(ValueError, match="openvla/openvla-7b-finetuned-libero-object"):

@@ -150,7 +150,7 @@ class OpenVLAModel(nn.Module):
             ValueError: When there is no such checkpoint, its tensors are not those of the network, or they do
                 not fit on the card.
         """
-        folder = fetch(checkpoint)
+        folder = fetch(checkpoint, "*.json")
         device = torch.device(device or "cpu")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with torch.device("meta"):
@@ -160,7 +160,7 @@ class OpenVLAModel(nn.Module):
             model.to_empty(device=device)
             llm = model.config.llm  # its angles are in no checkpoint, and float32 whatever the weights are
             model.language_model.model.rotary_emb = LlamaRotaryEmbedding(llm).to(device)
-        read_weights(model, folder)
+        read_weights(model, fetch(checkpoint, "*.json", "*.safetensors"))
         return model.eval()
 
     def is_unused(self, name: str) -> bool:
@@ -227,8 +227,8 @@ class OpenVLAModel(nn.Module):
 # ---- Checkpoints -------------------------------------------------------------------------------------
 
 
-def fetch(checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint, downloaded with a progress bar where it is a hub's repository.
+def fetch(checkpoint: str | Path, *patterns: str) -> Path:
+    """The folder of a checkpoint; of a hub's repository the files are downloaded that fit ``patterns``.
 
     Raises:
         ValueError: When it is neither, or the download fails.
@@ -240,7 +240,7 @@ def fetch(checkpoint: str | Path) -> Path:
             raise ValueError(f"it has no {' and no '.join(missing)}")
         return folder
     try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.model", "*.safetensors"]))
+        return Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's errors are of many kinds, and long
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -379,11 +379,11 @@ class OpenVLAPolicy(OpenVLAModel):
         Raises:
             ValueError: See ``OpenVLAModel.from_pretrained``.
         """
-        folder = fetch(checkpoint)
+        folder = fetch(checkpoint, "*.json", "*.model")
         if not (folder / "tokenizer.json").is_file():
             raise ValueError("it has no tokenizer.json")
         statistics = action_statistics(folder)
-        policy: Any = cls.from_pretrained(folder, dtype=dtype, device=device)
+        policy: Any = cls.from_pretrained(checkpoint, dtype=dtype, device=device)
         policy.parallel = parallel
         policy.q01, policy.q99, policy.normalised = statistics
         policy.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
