@@ -127,6 +127,8 @@ class Args:
     """Passes over a batch"""
     minibatch_size: int = 256
     """Decisions an optimiser step (B)"""
+    micro_batch_size: int | None = None
+    """Decisions that go through the policy at once; gradients of a minibatch's add up [all of them]"""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - this"""
     clip_high: float = 0.28
@@ -325,7 +327,8 @@ def samples_of(policy: Any, critic: nn.Module, batch: dict[str, Any], args: Args
     b["weights"] = torch.ones(len(who), device=args.device)  # (S,) decisions count alike
     with torch.no_grad():
         parts = [
-            logprobs_of(policy, b, inds, args) for inds in torch.arange(len(who)).split(args.minibatch_size)
+            logprobs_of(policy, b, inds, args)
+            for inds in torch.arange(len(who)).split(args.micro_batch_size or args.minibatch_size)
         ]
         b["old_values"] = critic(torch.cat([hidden for _, _, hidden in parts]).float()).squeeze(1)  # (S,)
         last, tokens = batch["last"], batch["tokens"][0].to(args.device)  # any tokens: the first sees none
@@ -356,39 +359,48 @@ def update(
     """
     logs: dict[str, list[float]] = {}
     for mb_inds in minibatches:
-        newlogprob, entropy, hidden = logprobs_of(policy, b, mb_inds, args)  # (B, D), (B, D), (B, H)
-        old_logprob, weights = b["old_logprobs"][mb_inds], b["weights"][mb_inds]  # (B, D), (B,)
-        pg_loss, measured = policy_loss(
-            newlogprob, old_logprob, b["advantages"][mb_inds], weights, args.clip_low, args.clip_high
-        )
-        loss = pg_loss
-        if args.kl_coef:
-            with torch.no_grad(), adapters.adapter_off(policy):
-                reference, _, _ = logprobs_of(policy, b, mb_inds, args)  # (B, D)
-            log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
-            k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
-            kl = (weights / weights.sum() * k3).sum()
-            loss = loss + args.kl_coef * kl
-            measured["kl"] = kl.detach()
-        newvalue = critic(hidden.detach().float()).squeeze(1)  # (B,)
-        v_loss = value_loss(newvalue, b["old_values"][mb_inds], b["returns"][mb_inds], args.value_clip)
-        loss = v_loss if alone else loss + v_loss
         optimizer.zero_grad()
-        loss.backward()
+        measured: dict[str, Any] = {}
+        for inds in mb_inds.split(args.micro_batch_size or len(mb_inds)):  # their gradients add up
+            newlogprob, entropy, hidden = logprobs_of(policy, b, inds, args)  # (B, D), (B, D), (B, H)
+            old_logprob, weights = b["old_logprobs"][inds], b["weights"][inds]  # (B, D), (B,)
+            pg_loss, parts = policy_loss(
+                newlogprob, old_logprob, b["advantages"][inds], weights, args.clip_low, args.clip_high
+            )
+            loss = pg_loss
+            if args.kl_coef:
+                with torch.no_grad(), adapters.adapter_off(policy):
+                    reference, _, _ = logprobs_of(policy, b, inds, args)  # (B, D)
+                log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
+                k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
+                kl = (weights / weights.sum() * k3).sum()
+                loss = loss + args.kl_coef * kl
+                parts["kl"] = kl.detach()
+            newvalue = critic(hidden.detach().float()).squeeze(1)  # (B,)
+            v_loss = value_loss(newvalue, b["old_values"][inds], b["returns"][inds], args.value_clip)
+            loss = v_loss if alone else loss + v_loss
+            share = weights.sum() / b["weights"][mb_inds].sum()  # of the minibatch; 1 where it is not split
+            (loss * share).backward()
+            runs.check_finite(loss=loss)
+            parts |= {
+                "policy_loss": pg_loss.detach(),
+                "entropy": entropy.mean().detach(),
+                "value_loss": v_loss.detach(),
+            }
+            measured = {name: measured.get(name, 0.0) + share * value for name, value in parts.items()}
         norms = [
             torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
             for group in optimizer.param_groups
         ]
-        runs.check_finite(loss=loss, gradient=torch.stack(norms).max())
-        measured |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
-        measured |= {"grad_norm": norms[0], "value_loss": v_loss.detach()}
+        runs.check_finite(gradient=torch.stack(norms).max())
+        measured["grad_norm"] = norms[0]
         for name, value in measured.items():
             logs.setdefault(name, []).append(float(value))
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
     with torch.no_grad():
-        runs.check_finite(**{"log-prob after the update": logprobs_of(policy, b, mb_inds, args)[0].mean()})
+        runs.check_finite(**{"log-prob after the update": logprobs_of(policy, b, inds, args)[0].mean()})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {name: b[name] for name in ("logprob_gap", "explained_variance")}
     return means | {"ratio_first_minibatch": logs["ratio"][0]}

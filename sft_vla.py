@@ -255,6 +255,8 @@ if __name__ == "__main__":
                 if args.held_out
                 else None
             )
+            if new:
+                policy.centre_states(samples["state"])
         optimizer = torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate,
             weight_decay=args.weight_decay,

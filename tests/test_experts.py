@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vla_envs import experts
-from vla_envs.experts import ScriptedExpert
+from vla_envs.experts import COVERED, ScriptedExpert
 from vla_envs.tasks import get_task, recorded_init_states
 
 STILL = [0, 0, 0, 0, 0, 0, -1.0]
@@ -29,12 +29,30 @@ def test_it_succeeds_on_recorded_states(make_vec):
     assert episode(envs, ScriptedExpert(envs.unwrapped)).all()
 
 
+@pytest.mark.parametrize(
+    ("suite", "task_id"), [("LiberoSpatial", 1), ("LiberoSpatial", 4), ("LiberoGoal", 9)]
+)
+def test_it_succeeds_on_other_suites(make_vec, suite, task_id):
+    """A bowl from the table, one out of a drawer, and a bottle on the rack; within 200 control steps."""
+    envs = make_vec(2, suite=suite, task_id=task_id)
+    envs.reset(options={"init_state_id": [0, 25]})
+    assert episode(envs, ScriptedExpert(envs.unwrapped)).all()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task_id", range(10))
-def test_it_succeeds_on_all_recorded_states(make_vec, task_id):
-    envs = make_vec(50, task_id=task_id)
+@pytest.mark.parametrize(("suite", "task_id"), [(suite, k) for suite, ids in COVERED.items() for k in ids])
+def test_it_succeeds_on_all_recorded_states(make_vec, suite, task_id):
+    envs = make_vec(50, suite=suite, task_id=task_id)
     envs.reset(options={"init_state_id": list(range(50))})
-    assert episode(envs, ScriptedExpert(envs.unwrapped)).sum() >= 48
+    assert episode(envs, ScriptedExpert(envs.unwrapped)).sum() >= (48 if suite == "LiberoObject" else 45)
+
+
+@pytest.mark.parametrize(("suite", "task_ids"), [("LiberoGoal", (1, 7)), ("Libero10", ())])
+def test_what_it_does_not_play_is_refused(tmp_path, suite, task_ids):
+    """In one line that says what it plays, before anything is written."""
+    with pytest.raises(ValueError, match="LiberoGoal 1, 2, 4, 6, 8, 9") as error:
+        experts.main(experts.Args(out=tmp_path / "demos", suite=suite, task_ids=task_ids))
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("task_id", range(10))

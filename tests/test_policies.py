@@ -183,6 +183,19 @@ def test_instructions_pictures_and_states_matter(shipped):
             assert (shipped(shipped.prepare(changed, SENTENCES[4:5]))[0] - logits).abs().max() > 0.1
 
 
+def test_states_of_another_table_are_not_cut_off():
+    """LIBERO-Object's arm works just above the floor, LIBERO-Spatial's 90 cm higher."""
+    policy = new_policy("nano")
+    before = policy.state_centre.clone()
+    states = before + policy.state_scale * torch.randn(101, 8, generator=torch.Generator().manual_seed(0))
+    policy.centre_states(states.numpy())
+    assert torch.equal(policy.state_centre, before)
+    states[:, 2] += 0.9
+    policy.centre_states(states.numpy())
+    assert policy.state_centre[2] == states[:, 2].median() != before[2]
+    assert torch.equal(policy.state_centre[[0, 1, 3, 4, 5, 6, 7]], before[[0, 1, 3, 4, 5, 6, 7]])
+
+
 def test_tensors_and_arrays_are_the_same_to_it(policy):
     obs = observations(2)
     tensors = {name: torch.from_numpy(array) for name, array in obs.items()}

@@ -122,7 +122,7 @@ GOOD = {
     "suite": "LiberoObject", "train": "all", "seed": 0, "kl_coef": 0.0, "eval_every": 0, "num_groups": 1,
     "num_iterations": 1, "total_env_steps": None, "update_epochs": 1, "minibatch_size": 1, "lora_rank": 1,
     "last_k": 1, "warmup_iterations": 1, "temperature": 0.1, "learning_rate": 1e-9, "target_kl": 0.1,
-    "max_grad_norm": 0.1, "task_ids": (),
+    "max_grad_norm": 0.1, "task_ids": (), "micro_batch_size": 1,
 }  # fmt: skip
 AT_LEAST_0 = {"seed", "kl_coef", "eval_every"}
 

@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 import vla_envs.scene
+from vla_envs.assets import write_builtin
 from vla_envs.scene import cache_folder, check_versions, load_scene, resolve_assets
 from vla_envs.tasks import recorded_init_states
 
@@ -56,7 +57,7 @@ def test_loading_twice_shares_the_model():
 def cached(reload, tmp_path, monkeypatch):
     """A cache folder of our own that holds task 0; the base path of its files."""
     reload("LiberoObject", 0)
-    digest = vla_envs.scene._key(load_scene("LiberoObject", 0).task, "builtin")
+    digest = vla_envs.scene._key(load_scene("LiberoObject", 0).task, "builtin", "exact")
     source = cache_folder() / f"LiberoObject_0_{digest}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     base = cache_folder() / source.name
@@ -96,7 +97,7 @@ def test_a_damaged_cache_is_rebuilt(cached, reload, monkeypatch, damage):
     good = {suffix: Path(f"{cached}{suffix}").read_bytes() for suffix in (".mjb", ".json")}
     builds = []
 
-    def build(task, assets, base):  # what the child would leave behind
+    def build(task, assets, quality, base):  # what the child would leave behind
         builds.append((task.task_id, assets, base))
         for suffix, content in good.items():
             Path(f"{base}{suffix}").write_bytes(content)
@@ -158,11 +159,13 @@ def test_a_build_leaves_liberos_configuration_alone(tmp_path, existing):
 
 
 def test_a_build_that_fails_says_why(tmp_path, monkeypatch, reload):
+    """An object that LIBERO's code cannot use, in a folder whose files are whole."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for folder in ("scenes", "stable_hope_objects"):
-        (tmp_path / "assets" / folder).mkdir(parents=True)
-    with pytest.raises(RuntimeError, match=r"pick_up_the_alphabet_soup.*No such file"):
-        reload("LiberoObject", 0, str(tmp_path / "assets"))
+    folder = tmp_path / "assets"
+    write_builtin(folder)
+    (folder / "stable_hope_objects/alphabet_soup/alphabet_soup.xml").write_text("<mujoco/>")
+    with pytest.raises(RuntimeError, match=r"could not build pick_up_the_alphabet_soup"):
+        reload("LiberoObject", 0, str(folder))
     assert not list((tmp_path / "cache").rglob("*.mjb"))
 
 
@@ -177,7 +180,6 @@ def test_another_mujoco_is_refused(monkeypatch):
     [
         ("/nowhere/at/all", ["'/nowhere/at/all'", "'builtin'", "'libero'"]),
         ("built-in", ["'built-in'", "did you mean 'builtin'"]),
-        ("libero", ["LIBERO_ASSETS", "not set"]),
     ],
 )
 def test_unknown_assets(monkeypatch, assets, words):

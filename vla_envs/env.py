@@ -46,6 +46,7 @@ class LiberoEnv(gym.Env):
         max_episode_steps: int = 200,
         reward: str | Reward = "binary",
         assets: str | os.PathLike[str] = "builtin",
+        quality: str = "exact",
         wrist_camera: bool = False,
         num_threads: int | None = 1,
         settle_steps: int = 10,
@@ -53,8 +54,8 @@ class LiberoEnv(gym.Env):
         render_mode: str | None = None,
     ) -> None:
         self._envs = LiberoVectorEnv(
-            1, suite, task_id, image_size, action_chunk, max_episode_steps, reward, assets, wrist_camera,
-            num_threads, settle_steps, settle_gripper, render_mode=render_mode,
+            1, suite, task_id, image_size, action_chunk, max_episode_steps, reward, assets, quality,
+            wrist_camera, num_threads, settle_steps, settle_gripper, render_mode=render_mode,
         )  # fmt: skip
         self.metadata = {**self.metadata, "render_fps": self._envs.metadata["render_fps"]}
         self.render_mode = render_mode

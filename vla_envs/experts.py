@@ -1,46 +1,82 @@
-"""A scripted expert for LIBERO-Object: reach, grasp, lift, carry, release.
+"""A scripted expert for pick-and-place: reach, grasp, lift, carry, release.
 
-It reads poses from the simulator, which no policy may, and serves to make demonstrations:
+It plays all of LIBERO-Object and LIBERO-Spatial, and of LIBERO-Goal the tasks that put one thing somewhere:
+the bowl on the stove (1), on the cabinet (4) and on the plate (8), the wine bottle on the cabinet (2) and on
+the rack (9), the cream cheese in the bowl (6). It reads poses from the simulator, which no policy may, and
+serves to make demonstrations:
 
     python -m vla_envs.experts --task-ids 4 --episodes 8 --out demos --videos
+    python -m vla_envs.experts --suite LiberoSpatial --task-ids 3 --episodes 8 --out demos
 
-writes ``demos/LiberoObject_4_demo.hdf5`` and a film of them.
+The first writes ``demos/LiberoObject_4_demo.hdf5`` and a film of them.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import imageio.v2 as imageio
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from vla_envs.goals import IN_REGION, ON_OBJECT
 from vla_envs.runs import one_line_errors, parse_args
-from vla_envs.tasks import num_tasks
+from vla_envs.tasks import get_task
 from vla_envs.vector import LiberoVectorEnv
 
+#: Ids of the tasks that the expert plays.
+COVERED = {"LiberoObject": range(10), "LiberoSpatial": range(10), "LiberoGoal": (1, 2, 4, 6, 8, 9)}
 REACH = 0.035  # m, how far below an object's top the fingertips get before the palm touches it
 SHIFTS = {
     "cream": -0.02,
     "tomato": -0.012,
     "bbq": -0.008,
 }  # m along x: clear of a neighbour that the hand would hit
-FLOOR = 0.012  # m, lowest that the fingertips go
-HOVER = 0.12  # m above the object before the descent
-CARRY = 0.27  # m, height of the fingertips on the way to the basket
+WIDE = 0.09  # m; what is wider, a bowl, is grasped at its rim
+RIM = 0.015  # m, how far inside the rim the hand comes down, which keeps it off what stands beside the bowl
+RIM_REACH = 0.012  # m, how far below the rim the fingertips get: the palm stays above a drawer's sides
+TURNS = {"wooden_cabinet": 1.12}  # rad about the vertical: fingers along the drawer, on the robot's side
+FLOOR = 0.012  # m above the table or floor, lowest that the fingertips go
+CARRY = 0.27  # m above the table or floor, on the way to the goal
 RELEASE = 0.22  # m, height of the fingertips over the basket when they open
 GAIN = 1.0 / 0.05  # action per metre of error: full speed beyond 5 cm
-CLOSE_STEPS = 6  # control steps that the fingers take to hold
+
+
+class Manner(NamedTuple):
+    """How to bring an object to its goal."""
+
+    hover: float  # m above the object before the descent
+    close_steps: int  # control steps that the fingers take to hold
+    over: float  # m, horizontally, from above the goal when the descent begins
+    open: float  # m above the release height, where the fingers open
+    held: tuple[int, ...]  # phases in which a grasp that has slipped starts over
+
+
+DROP = Manner(0.12, 6, 0.03, 0.03, (3, 4))  # into a basket, which is wide: the hand goes over its middle
+PLACE = Manner(0.06, 13, 0.01, 0.0, (3, 4, 5))  # the object goes on its place; thin rims take longest
+
+
+def check_covered(suite: str, task_id: int) -> None:
+    """Refuse a task that the expert does not play.
+
+    Raises:
+        ValueError: When the task does not exist or is not covered; names those that are.
+    """
+    name = get_task(suite, task_id).name
+    if task_id not in COVERED.get(suite, ()):
+        known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in COVERED.items())
+        raise ValueError(f"{suite} {task_id} ({name}) has no scripted expert; expected one of {known}")
 
 
 class ScriptedExpert:
     """Actions for every environment of a ``LiberoVectorEnv`` with ``action_chunk=1``.
 
-    The phases are approach, descend, close, lift, carry and release; each ends when the fingertips have
-    arrived. A grasp that has slipped starts over.
+    The phases are approach, descend, close, lift, carry and release; each ends when the fingertips, or the
+    object they hold, have arrived. A grasp that has slipped starts over.
 
     Args:
         envs: The environments.
@@ -54,6 +90,8 @@ class ScriptedExpert:
             raise ValueError(
                 f"the expert acts every control step; expected action_chunk=1, got {envs.action_chunk}"
             )
+        for task in envs.tasks:
+            check_covered(task.suite, task.task_id)
         self.envs, self.noise = envs, noise
         self.rng = np.random.default_rng(seed)
         self.reset()
@@ -62,58 +100,78 @@ class ScriptedExpert:
         """Forget the phases; call it with the environments' reset."""
         self.phase = np.zeros(self.envs.num_envs, np.int64)
         self.waited = np.zeros(self.envs.num_envs, np.int64)
+        self.grounds = [self._ground(i) for i in range(self.envs.num_envs)]
+        self.turns = [self._turn(i) for i in range(self.envs.num_envs)]
         self.offsets = np.stack([self._grasp_offset(i) for i in range(self.envs.num_envs)])
 
+    def _ground(self, i: int) -> float:
+        """Height of the table, or of the floor where there is none (m)."""
+        simulation = self.envs.simulations[i]
+        site = mujoco.mj_name2id(simulation.scene.model, mujoco.mjtObj.mjOBJ_SITE, "table_top")
+        return float(simulation.data.site_xpos[site, 2]) if site >= 0 else 0.0
+
+    def _turn(self, i: int) -> NDArray[np.float64]:
+        """The hand's rotation about the vertical (3, 3), from square to the world with fingers along y."""
+        angle = sum(angle for words, angle in TURNS.items() if words in self.envs.tasks[i].name)
+        sin, cos = np.sin(angle), np.cos(angle)
+        return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+
     def _grasp_offset(self, i: int) -> NDArray[np.float64]:
-        """From the object's origin to where the fingers close (3, m): its middle, or as low as they reach."""
+        """From the object's origin to where the fingers close (3, m): its middle or its rim, or as low as
+        they reach."""
         simulation = self.envs.simulations[i]
         model, data = simulation.scene.model, simulation.data
         boxes = simulation.facts.solid[0]
-        reach = np.einsum(
+        extent = np.einsum(
             "gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes]
         )
-        low, high = (data.geom_xpos[boxes] - reach).min(axis=0), (data.geom_xpos[boxes] + reach).max(axis=0)
-        point = (low + high) / 2
+        low, high = (data.geom_xpos[boxes] - extent).min(axis=0), (data.geom_xpos[boxes] + extent).max(axis=0)
+        point, width = (low + high) / 2, high[1] - low[1]
         point[0] += SHIFTS.get(self.envs.tasks[i].name.split("_")[3], 0.0)
-        point[2] = max(point[2], high[2] - REACH, FLOOR)
+        if width > WIDE:
+            point += self.turns[i] @ [0.0, width / 2 - RIM, 0.0]
+        reach = RIM_REACH if width > WIDE else REACH
+        point[2] = max(point[2], high[2] - reach, self.grounds[i] + FLOOR)
         return point - data.xpos[simulation.scene.goal.subject[0]]
 
     def _intended(self, i: int) -> NDArray[np.float64]:
         simulation = self.envs.simulations[i]
-        data, goal = simulation.data, simulation.scene.goal
-        hand = data.site_xpos[simulation.scene.arm.site]
-        grasp = data.xpos[goal.subject[0]] + self.offsets[i]
-        basket = data.site_xpos[goal.target[0]]
-        near = np.linalg.norm(grasp - hand) < 0.05
+        data, goal, arm = simulation.data, simulation.scene.goal, simulation.scene.arm
+        hand, subject = data.site_xpos[arm.site], data.xpos[goal.subject[0]]
+        grasp = subject + self.offsets[i]
+        x, y, z = (data.xpos if goal.kind[0] == ON_OBJECT else data.site_xpos)[goal.target[0]]
+        carry = self.grounds[i] + CARRY
+        # What is steered to the goal, and the height at which that ends.
+        if goal.kind[0] == IN_REGION:
+            manner, steered, release = DROP, hand, RELEASE
+        else:
+            manner, steered, release = PLACE, subject, z
 
-        if self.phase[i] in (3, 4) and not near:
+        if self.phase[i] in manner.held and np.linalg.norm(grasp - hand) >= 0.05:
             self.phase[i] = 0  # lost it
-        targets = [
-            grasp + np.array([0.0, 0.0, HOVER]),
-            grasp,
-            grasp,
-            np.array([hand[0], hand[1], CARRY]),
-            np.array([basket[0], basket[1], CARRY]),
-            np.array([basket[0], basket[1], RELEASE]),
-        ]
-        error = targets[self.phase[i]] - hand
+        error = [
+            grasp + np.array([0.0, 0.0, manner.hover]) - hand,
+            grasp - hand,
+            grasp - hand,
+            np.array([0.0, 0.0, carry - steered[2]]),
+            np.array([x, y, carry]) - steered,
+            np.array([x, y, release]) - steered,
+        ][self.phase[i]]
         arrived = [
             np.linalg.norm(error[:2]) < 0.015,
             np.linalg.norm(error) < 0.012,
-            self.waited[i] >= CLOSE_STEPS,
+            self.waited[i] >= manner.close_steps,
             error[2] < 0.03,
-            np.linalg.norm(error[:2]) < 0.03,
+            np.linalg.norm(error[:2]) < manner.over,
             False,
         ][self.phase[i]]
         action = np.zeros(7)
         action[:3] = np.clip(error * GAIN, -1.0, 1.0)
-        # Keep the fingers pointing down and square to the world, as they were when the arm was reset.
-        rotation = data.site_xmat[simulation.scene.arm.site].reshape(3, 3)
-        action[3:6] = np.clip(
-            np.cross(rotation, simulation.scene.arm.reset_rotation, axis=0).sum(axis=1), -1.0, 1.0
-        )
+        # Keep the fingers pointing down, as they were when the arm was reset.
+        rotation, upright = data.site_xmat[arm.site].reshape(3, 3), self.turns[i] @ arm.reset_rotation
+        action[3:6] = np.clip(np.cross(rotation, upright, axis=0).sum(axis=1), -1.0, 1.0)
         action[6] = 1.0 if self.phase[i] in (2, 3, 4) else -1.0
-        if self.phase[i] == 5 and error[2] < -0.03:
+        if self.phase[i] == 5 and error[2] < -manner.open:
             action[6] = 1.0
         self.waited[i] = self.waited[i] + 1 if self.phase[i] == 2 else 0
         if arrived:
@@ -132,7 +190,7 @@ def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[s
     """One episode an environment, from the training placements of ``seeds``; the successful ones.
 
     Each is a dict of arrays over the T control steps: ``image (T, H, W, 3)``, ``state (T, 8)``,
-    ``actions (T, 7)`` as executed, ``expert_actions (T, 7)`` as intended.
+    ``actions (T, 7)`` as executed, ``expert_actions (T, 7)`` as intended; and the placement's ``seed ()``.
     """
     obs, _ = envs.reset(seed=seeds)
     expert = ScriptedExpert(envs, noise, seed=seeds[0])
@@ -147,6 +205,7 @@ def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[s
         rows = [step for step in steps if step[0][i]]
         names = ("image", "state", "actions", "expert_actions")
         episodes.append({name: np.stack([row[k + 1][i] for row in rows]) for k, name in enumerate(names)})
+        episodes[-1]["seed"] = np.asarray(seeds[i])
     return episodes
 
 
@@ -154,7 +213,8 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
     """Write demonstrations in the layout of LIBERO's data sets (``libero/lifelong/datasets.py`` reads it).
 
     Pictures are stored as LIBERO stores them: turned by 180 degrees from what the environments return.
-    ``expert_actions`` is our addition: the actions without noise, which are what to imitate.
+    ``expert_actions`` is our addition: the actions without noise, which are what to imitate; and ``seed``,
+    which with ``actions`` replays the episode.
     """
     partial = path.with_suffix(".partial")
     with h5py.File(partial, "w") as file:
@@ -167,6 +227,7 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
         for k, episode in enumerate(episodes):
             demo = data.create_group(f"demo_{k}")
             demo.attrs["num_samples"] = length = len(episode["actions"])
+            demo.attrs["seed"] = int(episode["seed"])
             demo["actions"], demo["expert_actions"] = episode["actions"], episode["expert_actions"]
             demo["dones"] = demo["rewards"] = (np.arange(length) == length - 1).astype(np.uint8)
             pictures = episode["image"][:, ::-1, ::-1]
@@ -190,7 +251,9 @@ class Args:
     suite: str = "LiberoObject"
     """LIBERO suite"""
     task_ids: tuple[int, ...] = ()
-    """Tasks of the suite, from 0; none means all"""
+    """Tasks of the suite, from 0; none means all that the expert plays"""
+    assets: str = "builtin"
+    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     episodes: int = 8
     """Successful demonstrations a task"""
     noise: float = 0.3
@@ -205,10 +268,14 @@ class Args:
 
 def main(args: Args) -> None:
     """Record what ``args`` says, task by task."""
-    task_ids = args.task_ids or tuple(range(num_tasks(args.suite)))
+    task_ids = args.task_ids or COVERED.get(args.suite, (0,))
+    for task_id in task_ids:
+        check_covered(args.suite, task_id)
     args.out.mkdir(parents=True, exist_ok=True)
     for task_id in tqdm(task_ids, desc="demonstrations", unit="task"):
-        envs = LiberoVectorEnv(min(args.episodes, 16), args.suite, task_id, image_size=args.image_size)
+        envs = LiberoVectorEnv(
+            min(args.episodes, 16), args.suite, task_id, image_size=args.image_size, assets=args.assets
+        )
         episodes: list[dict[str, NDArray[Any]]] = []
         seed = args.seed
         while len(episodes) < args.episodes:

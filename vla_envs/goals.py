@@ -10,8 +10,13 @@ from numpy.typing import NDArray
 IN_REGION, ON_REGION, ON_OBJECT, JOINT = range(4)
 
 
+def turn(predicate: str) -> int:
+    """When a predicate is best met: a drawer is opened first and closed last. LIBERO's files say no order."""
+    return {"open": 0, "close": 2}.get(predicate.lower(), 1)
+
+
 class Goal(NamedTuple):
-    """LIBERO's goal of a task: n predicates that must all hold.
+    """LIBERO's goal of a task: n predicates that must all hold, in the order in which to meet them (`turn`).
 
     Sources: LIBERO's ``envs/object_states/base_object_states.py``, ``envs/objects/site_object.py`` and
     ``envs/objects/articulated_objects.py``.

@@ -106,8 +106,8 @@ def check_training(args: Any) -> None:
         )
     check_numbers(args, "seed kl_coef eval_every", above=False)
     check_numbers(
-        args, "num_groups num_iterations total_env_steps update_epochs minibatch_size lora_rank last_k"
-        " warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
+        args, "num_groups num_iterations total_env_steps update_epochs minibatch_size micro_batch_size"
+        " lora_rank last_k warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
     )  # fmt: skip
 
 

@@ -24,14 +24,15 @@ import platformdirs
 from numpy.typing import NDArray
 
 from vla_envs.control import Arm
-from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal
+from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, turn
+from vla_envs.real_assets import QUALITIES, check_files, resolve_assets, simplify
 from vla_envs.tasks import Task, get_task, libero_folder, nearest, recorded_init_states
 
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
-BUILD_FILES = ("scene.py", "assets.py", "looks.py", "figures.json")  # what a compiled scene depends on
+BUILD_FILES = ("scene.py", "goals.py", "assets.py", "real_assets.py", "looks.py", "figures.json")
 ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
 
 
@@ -192,34 +193,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def resolve_assets(assets: str | os.PathLike[str]) -> str:
-    """``"builtin"``, or the absolute path of a folder that holds LIBERO's meshes and textures.
-
-    Args:
-        assets: ``"builtin"``; ``"libero"`` for the folder in ``LIBERO_ASSETS``; or a folder.
-
-    Raises:
-        ValueError: When the folder is none.
-    """
-    if assets == "builtin":
-        return "builtin"
-    if assets == "libero":
-        assets = os.environ.get("LIBERO_ASSETS", "")
-        if not assets:
-            raise ValueError(
-                "assets='libero' needs the folder of LIBERO's assets in LIBERO_ASSETS; it is not set"
-            )
-    folder = Path(assets).expanduser().resolve()
-    if not (folder / "scenes").is_dir() or not (folder / "stable_hope_objects").is_dir():
-        hint = nearest(str(assets), ["builtin", "libero"])
-        raise ValueError(
-            f"assets {str(assets)!r} is no folder of LIBERO's assets (scenes/, stable_hope_objects/, ...); "
-            f"expected 'builtin', 'libero' or such a folder{hint}"
-        )
-    return str(folder)
-
-
-def _key(task: Task, assets: str) -> str:
+def _key(task: Task, assets: str, quality: str) -> str:
     """A digest of everything that shapes the compiled scene."""
     digest = hashlib.sha256()
     for package in ("mujoco", "robosuite", "hf-libero"):
@@ -227,7 +201,7 @@ def _key(task: Task, assets: str) -> str:
     here = Path(__file__).parent
     for path in (*(here / name for name in BUILD_FILES), task.bddl_file):
         digest.update(path.read_bytes())
-    digest.update(assets.encode())
+    digest.update(f"{assets};{quality}".encode())
     if assets != "builtin":
         for path in sorted(Path(assets).rglob("*")):
             status = path.stat()
@@ -235,24 +209,38 @@ def _key(task: Task, assets: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_scene(suite: str, task_id: int, assets: str = "builtin") -> Scene:
+def load_scene(suite: str, task_id: int, assets: str = "builtin", quality: str = "exact") -> Scene:
     """The compiled scene of a task: the one in use, from the cache on disk, or built now.
 
+    Args:
+        suite: Suite of the task.
+        task_id: Task in the suite, from 0.
+        assets: ``"builtin"``, ``"libero"`` or a folder of LIBERO's assets.
+        quality: Of LIBERO's assets, ``"exact"`` (its own pixels) or ``"fast"`` (simplified meshes, no
+            multisampling). The built-in assets have one quality; there it changes nothing.
+
     Raises:
-        ValueError: When the task or the assets do not exist.
+        ValueError: When the task, the assets or the quality do not exist, or files of the assets are
+            missing or damaged.
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     check_versions()
-    return _load(get_task(suite, task_id), resolve_assets(assets))
+    if quality not in QUALITIES:
+        expected = " or ".join(map(repr, QUALITIES))
+        raise ValueError(
+            f"quality is {quality!r}; expected {expected}{nearest(str(quality), list(QUALITIES))}"
+        )
+    task, assets = get_task(suite, task_id), resolve_assets(assets)
+    return _load(task, assets, "exact" if assets == "builtin" else quality)
 
 
 @lru_cache(maxsize=128)
-def _load(task: Task, assets: str) -> Scene:
-    base = cache_folder() / f"{task.suite}_{task.task_id}_{_key(task, assets)}"
+def _load(task: Task, assets: str, quality: str) -> Scene:
+    base = cache_folder() / f"{task.suite}_{task.task_id}_{_key(task, assets, quality)}"
     with filelock.FileLock(f"{base}.lock"):
         cached = _read(base)
         if cached is None:
-            _build_in_child(task, assets, base)
+            _build_in_child(task, assets, quality, base)
             cached = _read(base)
     if cached is None:
         raise RuntimeError(f"the compiled scene at {base}.mjb cannot be read back")
@@ -292,7 +280,9 @@ def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
     return mujoco.MjModel.from_binary_path("scene.mjb", {"scene.mjb": blob}), facts
 
 
-def _build_in_child(task: Task, assets: str, base: Path) -> None:
+def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
+    if assets != "builtin":
+        check_files(Path(assets), task.bddl_file)
     print(
         f"Building the scene of {task.suite} task {task.task_id}; once, about 10 s.",
         file=sys.stderr,
@@ -306,6 +296,7 @@ def _build_in_child(task: Task, assets: str, base: Path) -> None:
             task.suite,
             str(task.task_id),
             assets,
+            quality,
             str(base),
             scratch,
         ]
@@ -328,7 +319,7 @@ def _build_in_child(task: Task, assets: str, base: Path) -> None:
         raise RuntimeError(f"LIBERO could not build {task.name}: {words[-1]}")
 
 
-def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
+def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> None:
     """Build and compile the scene with LIBERO's code (in the child process); write ``base``.mjb and .json."""
     write_libero_config(scratch)
     import libero.libero
@@ -356,13 +347,20 @@ def _build(task: Task, assets: str, base: Path, scratch: Path) -> None:
         spec.visual.quality.offsamples = 0
         spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
         spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
+    elif quality == "fast":
+        simplify(spec, env.sim.model._model, scratch)
     model = spec.compile()
+    env.visualize({name: False for name in env._visualizations})  # hides sites, as LIBERO's reset does
+    model.site_rgba[:] = env.sim.model.site_rgba
 
     blob = np.empty(mujoco.mj_sizeModel(model), np.uint8)
     mujoco.mj_saveModel(model, None, blob)
     facts = {
         "arm_qpos": [float(q) for q in env.robots[0].init_qpos],
-        "goal": [_predicate(env, model, *words) for words in env.parsed_problem["goal_state"]],
+        "goal": [
+            _predicate(env, model, *words)
+            for words in sorted(env.parsed_problem["goal_state"], key=lambda words: turn(words[0]))
+        ],
         "placements": _placements(env, model),
         "joint_ranges": _joint_ranges(env, model),
         "burners": [
@@ -502,5 +500,6 @@ def write_libero_config(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    suite_name, task_number, assets_argument, base_path, scratch_path = sys.argv[1:]
-    _build(get_task(suite_name, int(task_number)), assets_argument, Path(base_path), Path(scratch_path))
+    suite_name, number, assets_argument, quality_argument, *paths = sys.argv[1:]
+    base_path, scratch_path = map(Path, paths)
+    _build(get_task(suite_name, int(number)), assets_argument, quality_argument, base_path, scratch_path)

@@ -122,7 +122,10 @@ class LiberoVectorEnv(VectorEnv):
         max_episode_steps: Control steps until an episode is truncated.
         reward: ``"binary"``, ``"multi_stage"``, a callable on facts, or ``"path/to/file.py:function"``.
             It is evaluated after the last control step of a chunk.
-        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``) or a folder.
+        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``, else LIBERO's download) or a
+            folder.
+        quality: How LIBERO's assets are drawn: ``"exact"``, its own pixels, or ``"fast"``, with simplified
+            meshes and no multisampling. The built-in assets have one quality.
         wrist_camera: Whether observations hold ``wrist_image``.
         num_threads: Simulator threads; by default one per available core.
         settle_steps: Control steps without motion after a reset (OpenVLA's protocol: 10).
@@ -154,6 +157,7 @@ class LiberoVectorEnv(VectorEnv):
         max_episode_steps: int = 200,
         reward: str | Reward = "binary",
         assets: str | os.PathLike[str] = "builtin",
+        quality: str = "exact",
         wrist_camera: bool = False,
         num_threads: int | None = None,
         settle_steps: int = 10,
@@ -201,7 +205,7 @@ class LiberoVectorEnv(VectorEnv):
             "autoreset_mode": self.autoreset_mode,
         }
         self.set_reward(reward)
-        scenes = {task: load_scene(suite, task, str(assets)) for task in dict.fromkeys(task_ids)}
+        scenes = {task: load_scene(suite, task, str(assets), quality) for task in dict.fromkeys(task_ids)}
         self.simulations = [Simulation(scenes[task]) for task in task_ids]
         self.tasks = [simulation.scene.task for simulation in self.simulations]
         self.instructions = [task.instruction for task in self.tasks]

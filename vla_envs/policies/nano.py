@@ -137,6 +137,14 @@ class NanoPolicy(nn.Module):
         """Control steps that one decision covers."""
         return self.config.action_chunk
 
+    def centre_states(self, states: Any) -> None:
+        """Move the centre to the median of ``states`` (B, 8) where most would be cut off: on a high table."""
+        median = (
+            torch.as_tensor(states, dtype=torch.float32).median(dim=0).values.to(self.state_centre.device)
+        )
+        far = ((median - self.state_centre) / self.state_scale).abs() > 3.0
+        self.state_centre.copy_(torch.where(far, median, self.state_centre))
+
     def prepare(self, obs: dict[str, Any], instructions: list[str]) -> dict[str, Tensor]:
         """The network's inputs: pictures ``(B, 3, 64, 64)`` in [-1, 1], states ``(B, 8)``, words ``(B, 16)``.
 

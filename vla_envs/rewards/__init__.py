@@ -103,7 +103,7 @@ def resolve_reward(reward: str | Reward) -> Reward:
     A file is Python code of the user's own and is run as such.
 
     Raises:
-        ValueError: When there is no such reward, file or function.
+        ValueError: When there is no such reward, file or function, or the file does not run.
     """
     if callable(reward):
         return reward
@@ -122,7 +122,10 @@ def resolve_reward(reward: str | Reward) -> Reward:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward file {path!r} does not run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(

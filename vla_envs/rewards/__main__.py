@@ -1,0 +1,73 @@
+"""Rewards written by a language model: the prompt that asks for one, and a check of what comes back.
+
+python -m vla_envs.rewards --task-id 4
+python -m vla_envs.rewards --task-id 4 --check my_reward.py:reward --plot reward.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vla_envs.rewards import resolve_reward
+from vla_envs.rewards.check import as_text, check, check_plot, draw
+from vla_envs.rewards.episodes import collect
+from vla_envs.rewards.prompt import prompt
+from vla_envs.runs import check_numbers, one_line_errors, parse_args
+from vla_envs.tasks import get_task
+
+
+@dataclass
+class Args:
+    """Print the prompt that asks a language model for a task's reward function, or check such a function.
+
+    The check plays demonstrations, drops and random episodes, and says of every rule whether the function
+    keeps it; the exit status is 0 if it keeps all, else 1.
+    """
+
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    task_id: int = 4
+    """Task of the suite, from 0"""
+    check: str | None = None
+    """Reward to check instead of printing the prompt: FILE.py:FUNCTION, binary or multi_stage"""
+    demonstrations: Path | None = None
+    """HDF5 file of demonstrations, LIBERO's or vla_envs.experts'; by default the expert plays some"""
+    episodes: int = 8
+    """Episodes of each kind"""
+    seed: int = 0
+    """Seed of the first placement; the others follow it"""
+    plot: Path | None = None
+    """Picture to write of reward against time, for instance reward.png"""
+
+
+def main(args: Args) -> bool:
+    """Do what ``args`` says; whether all rules are kept."""
+    task = get_task(args.suite, args.task_id)
+    if args.check is None:
+        if args.plot or args.demonstrations:
+            raise ValueError(
+                "--plot and --demonstrations belong to a check; expected --check FILE.py:FUNCTION"
+            )
+        print(prompt(task), end="")
+        return True
+    check_numbers(args, "episodes", above=True)
+    check_numbers(args, "seed", above=False)
+    reward = resolve_reward(args.check)
+    if args.plot:
+        check_plot(args.plot)
+    rules, seen = check(reward, collect(task, args.episodes, args.seed, args.demonstrations))
+    print(f"{args.check} on {task.suite} task {task.task_id}: {task.instruction}\n{as_text(rules, seen)}")
+    if args.plot and seen:
+        draw(seen, args.plot, f"{args.check}: {task.instruction}")
+    return all(rule.kept is not False for rule in rules)
+
+
+def run() -> None:
+    """The program: exit status 0 where all rules are kept, 1 where not, 2 for a mistake in the command."""
+    arguments = parse_args(Args)
+    with one_line_errors():
+        kept = main(arguments)
+    raise SystemExit(0 if kept else 1)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,159 @@
+"""The facts of demonstrations, drops and random episodes, to hold a reward function against."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_envs.experts import COVERED, ScriptedExpert
+from vla_envs.goals import FACTS, predicates_met
+from vla_envs.rewards import Facts
+from vla_envs.tasks import Task
+from vla_envs.vector import LiberoVectorEnv, Simulation
+
+Act = Callable[[int, Facts], NDArray[np.float64]]  # control step, facts (N,) each -> actions (N, 7)
+
+DROP_HEIGHT = 0.1  # m, rise at which the hand opens to make a drop
+OPEN = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
+
+
+def collect(task: Task, episodes: int, seed: int = 0, file: Path | None = None) -> dict[str, list[Facts]]:
+    """Demonstrations, drops and random episodes of a task, each a dict of facts (T + 1,) from the reset on.
+
+    A drop is a demonstration whose hand opens once the object has risen by 10 cm. Random episodes are as long
+    as the longest demonstration. From recorded states, as in LIBERO's files, no drops are made.
+
+    Args:
+        task: What is played.
+        episodes: Episodes of each kind, N; fewer where ``file`` holds fewer.
+        seed: Of the expert's and the random placements (``seed``, ``seed + 1``, ...) and the random actions.
+        file: HDF5 file of demonstrations; without it the scripted expert plays them.
+
+    Raises:
+        ValueError: When there is no expert, the file will not do, or no demonstration reaches the goal.
+    """
+    if file is None and task.task_id not in COVERED.get(task.suite, ()):
+        raise ValueError(
+            f"the scripted expert does not play {task.suite} {task.task_id}; expected"
+            " --demonstrations FILE.hdf5"
+        )
+    demos = _read(file, task, episodes) if file else []
+    count = len(demos) or episodes
+    placements = list(range(seed, seed + count))
+    limit = max([len(demo["actions"]) for demo in demos], default=200)
+    envs = LiberoVectorEnv(count, task.suite, task.task_id, image_size=8, max_episode_steps=limit)
+    with contextlib.closing(envs):
+        if demos and "states" in demos[0]:
+            shown = [_facts_of(envs.simulations[0], demo["states"]) for demo in demos]
+        else:
+            starts = [demo["seed"] for demo in demos] or placements
+            act = (lambda: _replay(demos)) if demos else (lambda: _expert(envs))
+            shown = _play(envs, starts, act, limit)
+        longest = max(len(facts["success"]) for facts in shown) - 1
+        played = {"demonstrations": shown}
+        if not (demos and "states" in demos[0]):
+            played["drops"] = _play(envs, starts, lambda: _clumsy(act()), longest)
+        played["random episodes"] = _play(envs, placements, lambda: _random(count, seed), longest)
+    if not any(facts["success"][-1] for facts in shown):
+        where = f" of {str(file)!r}" if file else ""
+        raise ValueError(f"no demonstration{where} reaches the goal here; expected some that do")
+    return played
+
+
+def _play(envs: LiberoVectorEnv, seeds: list[int], start: Callable[[], Act], steps: int) -> list[Facts]:
+    """The facts of one episode an environment; ``start`` is called after the reset."""
+    rows, alive = [envs.reset(seed=seeds)[1]["facts"]], [np.ones(envs.num_envs, bool)]
+    act = start()
+    while len(rows) <= steps and not envs.frozen.all():
+        alive.append(~envs.frozen)
+        rows.append(envs.step(act(len(rows) - 1, rows[-1]))[4]["facts"])
+    lengths = np.sum(alive, axis=0)
+    return [
+        {name: np.array([row[name][i] for row in rows[: lengths[i]]]) for name in FACTS}
+        for i in range(envs.num_envs)
+    ]
+
+
+def _expert(envs: LiberoVectorEnv) -> Act:
+    expert = ScriptedExpert(envs)
+    return lambda t, facts: expert()[0]
+
+
+def _replay(demos: list[dict[str, Any]]) -> Act:
+    """Recorded actions; the last ones again past their end."""
+    return lambda t, facts: np.stack([demo["actions"][min(t, len(demo["actions"]) - 1)] for demo in demos])
+
+
+def _clumsy(act: Act) -> Act:
+    """``act`` until the object is up, then an open hand that stays where it is."""
+    return lambda t, facts: np.where(
+        (facts["object_peak_height"] > DROP_HEIGHT)[:, None], OPEN, act(t, facts)
+    )
+
+
+def _random(count: int, seed: int) -> Act:
+    rng = np.random.default_rng(seed)
+    return lambda t, facts: rng.uniform(-1.0, 1.0, (count, 7))
+
+
+def _read(path: Path, task: Task, episodes: int) -> list[dict[str, Any]]:
+    """The first demonstrations of a file: ``states (T, 1 + nq + nv)`` as LIBERO records, or the ``seed`` that
+    ``vla_envs.experts`` records; and ``actions (T, 7)``.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no demonstration file {str(path)!r}")
+    try:
+        with h5py.File(path) as file:
+            data: Any = file["data"] if "data" in file else {}
+            names = sorted((int(name[5:]), name) for name in data if name[5:].isdigit())
+            if not names or any("actions" not in data[name] for _, name in names):
+                raise ValueError(
+                    f"{str(path)!r} is not in the layout of LIBERO's data sets: no data/demo_0/actions"
+                )
+            shown = Path(str(data.attrs.get("bddl_file_name", task.bddl_file.name))).name
+            if shown != task.bddl_file.name:
+                raise ValueError(f"{str(path)!r} shows {shown}; expected {task.bddl_file.name}")
+            chosen = [data[name] for _, name in names[:episodes]]
+            actions = [{"actions": demo["actions"][:]} for demo in chosen]
+            if all("states" in demo for demo in chosen):
+                return [a | {"states": demo["states"][:]} for a, demo in zip(actions, chosen)]
+            if all("seed" in demo.attrs for demo in chosen):
+                return [a | {"seed": int(demo.attrs["seed"])} for a, demo in zip(actions, chosen)]
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} is no whole HDF5 file: {' '.join(str(error).split())}") from None
+    raise ValueError(
+        f"{str(path)!r} holds neither states nor seeds to replay; record it anew: python -m vla_envs.experts"
+    )
+
+
+def _facts_of(simulation: Simulation, states: NDArray[np.float64]) -> Facts:
+    """The facts (T,) in recorded states, up to success; fixtures in the middle of their regions.
+
+    Args:
+        simulation: Of the task.
+        states: Time (s), joint positions and velocities, (T, 1 + nq + nv).
+    """
+    scene, data = simulation.scene, simulation.data
+    nq = scene.model.nq
+    if states.ndim != 2 or states.shape[1] != 1 + nq + scene.model.nv:
+        raise ValueError(
+            f"states have shape {states.shape}; expected (T, {1 + nq + scene.model.nv}) of this task"
+        )
+    fixtures = scene.recorded_init_state(0)[nq:]
+    simulation.restore(np.append(states[0, 1 : 1 + nq], fixtures))
+    mujoco.mj_forward(scene.model, data)
+    origin, peak = simulation.facts.origin(), np.full(len(scene.goal.kind), -np.inf)
+    rows: list[dict[str, float]] = []
+    for state in states:
+        data.qpos[:], data.qvel[:] = np.split(state[1:], [nq])
+        mujoco.mj_forward(scene.model, data)
+        peak = np.maximum(peak, data.xpos[scene.goal.subject, 2])
+        rows.append(simulation.facts.read(origin, peak, bool(predicates_met(scene.goal, data).all())))
+        if rows[-1]["success"]:
+            break
+    return {name: np.array([row[name] for row in rows]) for name in FACTS}
