@@ -95,6 +95,12 @@ class Args:
     """LoRA's r"""
     last_k: int = 1
     """Blocks trained in full with --train lora+last-k"""
+    adapter: str = "adapter"
+    """Name of the LoRA adapter: its folder in checkpoints/"""
+    shared_adapter: tuple[Path, ...] = ()
+    """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
+    merge: bool = True
+    """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     temperature: float = 1.2
     """Divides the logits, in rollout and update alike"""
 
@@ -400,7 +406,8 @@ if __name__ == "__main__":
         policy = load_policy(args.policy, args.checkpoint, args.device)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
-        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
+        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
         optimizer = torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )

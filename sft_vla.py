@@ -86,6 +86,12 @@ class Args:
     """LoRA's r"""
     last_k: int = 1
     """Blocks trained in full with --train lora+last-k"""
+    adapter: str = "adapter"
+    """Name of the LoRA adapter: its folder in checkpoints/"""
+    shared_adapter: tuple[Path, ...] = ()
+    """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
+    merge: bool = True
+    """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     temperature: float = 1.2
     """Divides the logits, in rollout and update alike"""
 
@@ -239,7 +245,8 @@ if __name__ == "__main__":
         else:
             policy = load_policy(args.policy, args.checkpoint, args.device)
         args = runs.fill_in_chunk(args, policy)
-        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
+        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
         protocol = evaluation.settings(args.protocol, args.suite, policy)
         tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
         if not args.evaluate:
