@@ -67,7 +67,9 @@ class Args:
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
-    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
+    """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
+    quality: str = "exact"
+    """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     max_episode_steps: int = 200
     """Control steps until an episode ends without success"""
     action_chunk: int | None = None
@@ -127,7 +129,7 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        action_chunk=args.action_chunk, num_threads=args.num_threads,
+        quality=args.quality, action_chunk=args.action_chunk, num_threads=args.num_threads,
         **{"max_episode_steps": args.max_episode_steps, **settings},
     )  # fmt: skip
 
