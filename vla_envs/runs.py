@@ -30,10 +30,11 @@ DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of
 
 def parse_args(args_type: type[ArgsT]) -> ArgsT:
     """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2."""
-    errors = io.StringIO()
+    errors, module = io.StringIO(), sys.modules["__main__"].__spec__
+    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_type)
+            return tyro.cli(args_type, prog=prog)
     except SystemExit as exit_:
         if exit_.code:
             words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())  # without the frame that tyro draws
