@@ -498,7 +498,7 @@ if __name__ == "__main__":
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
             "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
             "time/update_s": update_s,
-        } | {f"losses/{name}": value for name, value in losses.items()}
+        } | {f"losses/{name}": value for name, value in losses.items()} | runs.stage_shares(envs)
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)

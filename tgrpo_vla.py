@@ -480,6 +480,7 @@ if __name__ == "__main__":
         advantages = tgrpo_advantages(
             rewards, alive, args.group_size, args.alpha1, args.alpha2, args.return_mode
         )  # (T, N)
+        step_part = args.alpha1 * step_advantages(rewards, alive, args.group_size)  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -512,12 +513,14 @@ if __name__ == "__main__":
             "group/success_mean": totals["successes"] / totals["episodes"],
             "group/kept_frac": float((groups_std > 0).float().mean()),
             "group/zero_std_frac": float((step_std < 1e-6)[running].float().mean()),
+            "advantage/step_abs": float(step_part[alive].abs().mean()),
+            "advantage/trajectory_abs": float((advantages - step_part)[alive].abs().mean()),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
             "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
             "time/update_s": update_s,
-        } | {f"losses/{name}": value for name, value in losses.items()}
+        } | {f"losses/{name}": value for name, value in losses.items()} | runs.stage_shares(envs)
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)

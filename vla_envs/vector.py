@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -217,6 +217,8 @@ class LiberoVectorEnv(VectorEnv):
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         #: Seconds spent so far, by kind of work.
         self.seconds = {"physics": 0.0, "render": 0.0}
+        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
+        self.stages: Counter[str] = Counter()
 
         picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict(
@@ -473,6 +475,7 @@ class LiberoVectorEnv(VectorEnv):
             self._observe(i)
         reward, stage = evaluate_reward(self._reward, self._facts)
         self._stage[alive] = stage[alive]
+        self.stages.update(stage_names(self._facts)[alive].tolist())
         reward = np.where(frozen, 0.0, reward)
         terminated, truncated = self._terminated.copy(), self._truncated.copy()
         extra: dict[str, Any] = {}
