@@ -493,12 +493,13 @@ if __name__ == "__main__":
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/success_mean": totals["successes"] / totals["episodes"],
+            **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
             "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
             "time/update_s": update_s,
-        } | {f"losses/{name}": value for name, value in losses.items()} | runs.stage_shares(envs)
+        } | {f"losses/{name}": value for name, value in losses.items()}
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
