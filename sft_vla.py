@@ -56,8 +56,8 @@ class Args:
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
     """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
-    device: str = "cpu"
-    """Where the policy runs: cpu, cuda, cuda:1, ..."""
+    device: str | None = None
+    """Where the policy runs: cpu, cuda, cuda:1, ... [nano: cpu; openvla: cuda where there is one]"""
 
     # ---- Environment ----
     suite: str = "LiberoObject"
@@ -70,16 +70,16 @@ class Args:
     """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     max_episode_steps: int = 200
     """Control steps until an episode ends without success"""
-    action_chunk: int = 8
-    """Control steps a decision (C); has to fit the policy"""
+    action_chunk: int | None = None
+    """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
     """Simulator threads [one per core]"""
 
     # ---- Policy ----
     policy: str = "nano"
-    """Kind of policy"""
+    """Kind of policy: nano, openvla or openvla-oft"""
     checkpoint: Path | None = None
-    """Folder of the starting checkpoint [the shipped one; sft_vla.py: random weights]"""
+    """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
     lora_rank: int = 32
@@ -150,7 +150,7 @@ def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path)
     obs, _ = envs.reset(options={"init_state_id": np.arange(envs.num_envs) % args.eval_episodes})
     frames = [evaluation.film(obs["image"])]
     while not (frozen := envs.unwrapped.frozen).all():
-        seen = evaluation.seen(obs, args.protocol)
+        seen = evaluation.seen(obs, args.protocol, policy)
         actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
         obs, _, success, _, _ = envs.step(actions)
         frames.append(evaluation.film(obs["image"]))
@@ -238,10 +238,9 @@ if __name__ == "__main__":
             policy = to_device(new_policy(args.policy), args.device)
         else:
             policy = load_policy(args.policy, args.checkpoint, args.device)
-        if policy.action_chunk != args.action_chunk:
-            raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
+        args = runs.fill_in_chunk(args, policy)
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
-        protocol = evaluation.settings(args.protocol, args.suite)
+        protocol = evaluation.settings(args.protocol, args.suite, policy)
         tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
         if not args.evaluate:
             demos = [

@@ -71,8 +71,8 @@ class Args:
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
     """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
-    device: str = "cpu"
-    """Where the policy runs: cpu, cuda, cuda:1, ..."""
+    device: str | None = None
+    """Where the policy runs: cpu, cuda, cuda:1, ... [nano: cpu; openvla: cuda where there is one]"""
 
     # ---- Environment ----
     suite: str = "LiberoObject"
@@ -85,16 +85,16 @@ class Args:
     """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
     max_episode_steps: int = 200
     """Control steps until an episode ends without success"""
-    action_chunk: int = 8
-    """Control steps a decision (C); has to fit the policy"""
+    action_chunk: int | None = None
+    """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
     """Simulator threads [one per core]"""
 
     # ---- Policy ----
     policy: str = "nano"
-    """Kind of policy"""
+    """Kind of policy: nano, openvla or openvla-oft"""
     checkpoint: Path | None = None
-    """Folder of the starting checkpoint [the shipped one; sft_vla.py: random weights]"""
+    """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
     lora_rank: int = 32
@@ -314,7 +314,7 @@ def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path)
     obs, _ = envs.reset(options={"init_state_id": np.arange(envs.num_envs) % args.eval_episodes})
     frames = [evaluation.film(obs["image"])]
     while not (frozen := envs.unwrapped.frozen).all():
-        seen = evaluation.seen(obs, args.protocol)
+        seen = evaluation.seen(obs, args.protocol, policy)
         actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
         obs, _, success, _, _ = envs.step(actions)
         frames.append(evaluation.film(obs["image"]))
@@ -432,19 +432,18 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         policy = load_policy(args.policy, args.checkpoint, args.device)
-        if policy.action_chunk != args.action_chunk:
-            raise ValueError(f"action_chunk is {args.action_chunk}; the policy's is {policy.action_chunk}")
+        args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
         optimizer = torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )
-        protocol = evaluation.settings(args.protocol, args.suite)
+        protocol = evaluation.settings(args.protocol, args.suite, policy)
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
         eval_envs = make_envs(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
-        envs = make_envs(len(played), played, args.reward, args)
+        envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
         run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
     writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)

@@ -11,7 +11,6 @@ from PIL import Image
 
 from vla_envs.evaluation import (
     PROTOCOLS,
-    _lanczos3,
     evaluate_only,
     film,
     openvla_pictures,
@@ -25,6 +24,7 @@ from vla_envs.evaluation import (
 )
 from vla_envs.policies import save_policy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.policies.pictures import _lanczos3
 
 SUITES = ("LiberoSpatial", "LiberoObject", "LiberoGoal", "Libero10", "Libero90")
 

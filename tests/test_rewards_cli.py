@@ -234,7 +234,10 @@ def test_without_matplotlib(monkeypatch, tmp_path):
         ({"check": "multi_stage", "demonstrations": "nowhere.hdf5"}, "no demonstration file"),
         ({"check": "multi_stage", "demonstrations": "{bad}"}, "no whole HDF5 file"),
         ({"check": "multi_stage", "demonstrations": "{recorded}", "task_id": 3}, "expected pick_up_the_bbq"),
-        ({"check": "multi_stage", "suite": "LiberoGoal", "task_id": 0}, "expected --demonstrations FILE.hdf5"),
+        (
+            {"check": "multi_stage", "suite": "LiberoGoal", "task_id": 0},
+            "expected --demonstrations FILE.hdf5",
+        ),
         ({"plot": "reward.png"}, "expected --check"),
         ({"suite": "Libero"}, "suite 'Libero' is unknown"),
         ({"task_id": 10}, "task_id 10 does not exist"),

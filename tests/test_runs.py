@@ -163,6 +163,8 @@ class Evaluation:
     eval_episodes: int | None = None
     eval_temperature: float | None = None
     temperature: float = 0.7
+    policy: str = "nano"
+    device: str | None = None
     compare: Path | None = None
     evaluate: bool = False
 
@@ -185,7 +187,7 @@ def test_what_evaluations_are_like(given, episodes, temperature):
     args = Evaluation(**given)
     filled = runs.fill_in_evaluation(args)
     assert filled == dataclasses.replace(
-        args, task_ids=(4,), eval_episodes=episodes, eval_temperature=temperature
+        args, task_ids=(4,), eval_episodes=episodes, eval_temperature=temperature, device="cpu"
     )
     assert args == Evaluation(**given) and runs.fill_in_evaluation(filled) == filled
 

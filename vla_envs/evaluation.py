@@ -1,23 +1,18 @@
 """Evaluating a policy: protocols, their pictures, intervals, paired comparisons, videos."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from scipy.stats import binomtest
-from torch import Tensor
 from tqdm import tqdm
 
 from vla_envs.policies import load_policy, write_json
+from vla_envs.policies.pictures import openvla_pictures
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Protocol:
         settle_steps: Control steps without motion before the first decision.
         settle_gripper: Gripper command of those (-1 opens, 0 holds, 1 closes).
         image_size: Height and width of the rendered picture (pixels).
-        openvla_pictures: Whether pictures go through ``openvla_pictures`` below.
+        openvla_pictures: Whether pictures go through ``openvla_pictures``.
     """
 
     max_episode_steps: dict[str, int]
@@ -55,58 +50,29 @@ PROTOCOLS = {
 }
 
 
-def settings(protocol: str | None, suite: str) -> dict[str, Any]:
-    """What ``protocol`` asks of the environments of ``suite``, as their keyword arguments."""
+def settings(protocol: str | None, suite: str, policy: Any = None) -> dict[str, Any]:
+    """What ``protocol`` asks of the environments of ``suite``, as their keyword arguments.
+
+    Without one, and where ``policy`` processes pictures itself, they have the size that ``policy`` takes.
+    """
+    wanted = {} if policy is None else {"image_size": policy.image_size}
     if protocol is None:
-        return {}
+        return wanted
     chosen = PROTOCOLS[protocol]
     return {
         "max_episode_steps": chosen.max_episode_steps[suite],
         "settle_steps": chosen.settle_steps,
         "settle_gripper": chosen.settle_gripper,
         "image_size": chosen.image_size,
-    }
+    } | (wanted if getattr(policy, "own_pictures", False) else {})
 
 
-def seen(obs: dict[str, Any], protocol: str | None) -> dict[str, Any]:
-    """``obs`` with its pictures processed as ``protocol`` has them."""
-    if protocol is None or not PROTOCOLS[protocol].openvla_pictures:
+def seen(obs: dict[str, Any], protocol: str | None, policy: Any = None) -> dict[str, Any]:
+    """``obs`` with its pictures processed as ``protocol`` has them, unless ``policy`` does that itself."""
+    own = getattr(policy, "own_pictures", False)
+    if own or protocol is None or not PROTOCOLS[protocol].openvla_pictures:
         return obs
     return {**obs, "image": openvla_pictures(obs["image"])}
-
-
-# ---- Pictures ----------------------------------------------------------------------------------------
-
-
-@lru_cache
-def _lanczos3(size: int, new_size: int) -> Tensor:
-    """The (new_size, size) matrix that resizes a row of pixels with the antialiased Lanczos-3 kernel."""
-    scale = max(size / new_size, 1.0)
-    centres = (torch.arange(new_size, dtype=torch.float64) + 0.5) * size / new_size  # (new_size,)
-    distance = (torch.arange(size) + 0.5 - centres[:, None]) / scale  # (new_size, size)
-    weights = torch.where(distance.abs() < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
-
-
-def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
-    """Pictures (B, H, W, 3) uint8 as OpenVLA's LIBERO evaluation shows them to a policy: (B, 224, 224, 3).
-
-    JPEG (quality 95, 4:2:0) and back, Lanczos-3 to 224 pixels, the central 90 % of the area, bilinearly
-    back to 224 (openvla/experiments/robot). TensorFlow's own differs by about one grey level of 255.
-    """
-    decoded = []
-    for image in np.asarray(images, np.uint8):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=2)
-        decoded.append(np.asarray(Image.open(buffer)))
-    pixels = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
-    rows, columns = _lanczos3(pixels.shape[2], 224), _lanczos3(pixels.shape[3], 224)
-    resized = torch.einsum("oh,bchw,pw->bcop", rows, pixels, columns).round().clamp(0, 255)
-    side = 0.9**0.5
-    box = torch.tensor([[side, 0.0, 0.0], [0.0, side, 0.0]]).expand(len(pixels), 2, 3)
-    grid = F.affine_grid(box, [len(pixels), 3, 224, 224], align_corners=True)
-    cropped = F.grid_sample(resized / 255, grid, align_corners=True)  # (B, 3, 224, 224)
-    return (cropped * 255.5).floor().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 # ---- Figures -----------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def fill_in_length(args: ArgsT) -> ArgsT:
 
 
 def fill_in_evaluation(args: ArgsT) -> ArgsT:
-    """``args`` with the tasks, the number of episodes and the temperature that evaluations have.
+    """``args`` with the device, and the tasks, number of episodes and temperature that evaluations have.
 
     Raises:
         ValueError: When they do not fit.
@@ -139,14 +139,28 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     if given.compare and not given.evaluate:
         raise ValueError("compare names a second checkpoint; expected it with --evaluate")
     if given.compare:
-        load_policy(given.policy, given.compare)  # fails now rather than after the first evaluation
+        load_policy(given.policy, given.compare, "meta")  # fails now rather than after the first evaluation
     check_numbers(args, "eval_temperature", above=False)
     task_ids = given.task_ids or (given.task_id,)
     if len(set(task_ids)) < len(task_ids):
         raise ValueError(f"task_ids are {task_ids}; expected each task once")
+    device = given.device or ("cuda" if given.policy != "nano" and torch.cuda.is_available() else "cpu")
     return dataclasses.replace(
-        given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature
-    )
+        given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
+        device=device,
+    )  # fmt: skip
+
+
+def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
+    """``args`` with the control steps that a decision of ``policy`` covers.
+
+    Raises:
+        ValueError: When others are asked for.
+    """
+    given: Any = args
+    if given.action_chunk not in (None, policy.action_chunk):
+        raise ValueError(f"action_chunk is {given.action_chunk}; the policy's is {policy.action_chunk}")
+    return dataclasses.replace(given, action_chunk=policy.action_chunk)
 
 
 def shared_out(args: Any) -> list[int]:
@@ -254,9 +268,7 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
 
 def save_policies(run: Path, policy: Any, args: Any) -> None:
     """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter."""
-    plain = load_policy(args.policy, args.checkpoint)
-    plain.load_state_dict(adapters.merged(policy))
-    save_policy(plain, args.policy, run / "checkpoints" / "final")
+    save_policy(policy, args.policy, run / "checkpoints" / "final")
     if args.train.startswith("lora"):
         adapters.save_adapter(policy, run / "checkpoints" / "adapter")
 

@@ -1,6 +1,7 @@
 """Policies behind one interface: ``sample`` and ``evaluate``; made, saved and loaded here.
 
-A checkpoint is a folder with ``config.json`` and ``model.safetensors``: numbers and JSON, never pickles.
+A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (``openvla``: shards of it, as the hub
+has them): numbers and JSON, never pickles.
 """
 
 import importlib.util
@@ -23,13 +24,25 @@ if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
     if _found and _found.origin and "+cpu" not in Path(_found.origin).with_name("version.py").read_text():
         sys.modules["torchvision"] = None  # type: ignore[assignment]
 
+from vla_envs.policies.adapters import merged
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.tasks import nearest
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+
+
+def _no_openvla(config: dict[str, Any]) -> nn.Module:
+    raise ValueError(
+        "policy 'openvla' starts from a checkpoint; expected --checkpoint with a folder or a repository of"
+        " the Hugging Face hub, for instance openvla/openvla-7b-finetuned-libero-object"
+    )
+
+
 #: The policies, each with the function that builds it from a checkpoint's configuration.
 POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "nano": lambda config: NanoPolicy(NanoConfig(**config))
+    "nano": lambda config: NanoPolicy(NanoConfig(**config)),
+    "openvla": _no_openvla,
+    "openvla-oft": _no_openvla,
 }
 #: The checkpoint that is shipped for each policy.
 SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object"}
@@ -57,13 +70,16 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
 
     Args:
         name: One of ``POLICIES``.
-        checkpoint: Folder with ``config.json`` and ``model.safetensors``.
-        device: Where its parameters go.
+        checkpoint: Folder with ``config.json`` and ``model.safetensors``; ``openvla``: a folder in the
+            published format, or a repository of the Hugging Face hub.
+        device: Where its parameters go; on ``"meta"`` the checkpoint is checked and nothing kept.
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
     _check_name(name)
+    if name not in SHIPPED:
+        return _load_openvla(name, checkpoint, device)
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
     missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
     if missing:
@@ -79,10 +95,29 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
     except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(folder)!r} is no checkpoint of {name!r}: {reason}") from error
+    _check_finite(policy, folder)
+    return to_device(policy, device)
+
+
+def _load_openvla(name: str, checkpoint: str | Path | None, device: str) -> Any:
+    if checkpoint is None:
+        return new_policy(name)
+    from vla_envs.policies.openvla import OpenVLAPolicy  # takes seconds, so only where it is used
+
+    try:
+        policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device)
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded: {reason}") from error
+    if device != "meta":
+        _check_finite(policy, checkpoint)
+    return policy
+
+
+def _check_finite(policy: nn.Module, checkpoint: str | Path) -> None:
     broken = [name for name, p in policy.named_parameters() if not torch.isfinite(p).all()]
     if broken:
-        raise ValueError(f"checkpoint {str(folder)!r} has numbers that are not finite in {broken[0]}")
-    return to_device(policy, device)
+        raise ValueError(f"checkpoint {str(checkpoint)!r} has numbers that are not finite in {broken[0]}")
 
 
 def to_device(policy: Any, device: str) -> Any:
@@ -115,12 +150,16 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def save_policy(policy: Any, name: str, folder: Path) -> None:
-    """Write ``policy`` as a checkpoint, whole or not at all."""
+    """Write ``policy``, its adapter added in, as a checkpoint, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / "config.json").write_text(json.dumps({"policy": name, **policy.describe()}, indent=2) + "\n")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
-    safetensors.torch.save_file(tensors, partial / "model.safetensors")
+    tensors = {key: value.contiguous() for key, value in merged(policy).items()}
+    if name in SHIPPED:
+        config = json.dumps({"policy": name, **policy.describe()}, indent=2)
+        (partial / "config.json").write_text(config + "\n")
+        safetensors.torch.save_file(tensors, partial / "model.safetensors")
+    else:
+        policy.save(tensors, partial)
     replace_folder(partial, folder)
 
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from vla_envs.tasks import nearest
 
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
-#: Linear layers that LoRA adapts: those of the transformer's blocks, never the head.
-LORA_TARGETS = r".*blocks\.\d+\.(qkv|proj|fc1|fc2)"
 
 
 def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> Any:
     """Freeze all of ``policy`` but what ``train`` names; adds a LoRA adapter where it is asked for.
 
+    What is trained is float32, whatever the rest is: bfloat16 would round small steps away.
+
     Args:
-        policy: A policy with ``blocks`` and ``head``.
+        policy: A policy with ``blocks``, ``norm``, ``head`` and ``lora_targets``.
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
@@ -40,7 +40,7 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
             r=rank,
             lora_alpha=min(rank, 16),
             lora_dropout=0.0,
-            target_modules=LORA_TARGETS,
+            target_modules=policy.lora_targets,
             init_lora_weights="gaussian",
         )
         peft.inject_adapter_in_model(config, policy)
@@ -52,6 +52,9 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
     for module in extra:
         for parameter in module.parameters():
             parameter.requires_grad = True
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return policy
 
 
@@ -73,7 +76,7 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
 
 
 def merged(policy: Any) -> dict[str, Tensor]:
-    """The policy's weights with its LoRA adapter added in, under the names of the plain policy."""
+    """The policy's weights (on the CPU) with its LoRA adapter added in, named as in the plain policy."""
     layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
     for name, value in policy.state_dict().items():
@@ -83,7 +86,7 @@ def merged(policy: Any) -> dict[str, Tensor]:
         layer = layers.get(plain.rpartition(".")[0])
         if layer is not None and plain.endswith("weight"):
             value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-        weights[plain] = value.detach().clone()
+        weights[plain] = value.detach().to("cpu", copy=True)
     return weights
 
 

@@ -86,6 +86,11 @@ class NanoPolicy(nn.Module):
     ``sample`` and ``evaluate`` are the interface of every policy of this package.
     """
 
+    image_size = 128  # pixels, of the rendered picture
+    own_pictures = False  # a protocol's processing comes first
+    #: Linear layers that LoRA adapts: those of the transformer's blocks, never the head.
+    lora_targets = r".*blocks\.\d+\.(qkv|proj|fc1|fc2)"
+
     def __init__(self, config: NanoConfig = NanoConfig()) -> None:
         super().__init__()
         self.config = config

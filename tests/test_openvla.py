@@ -1,0 +1,699 @@
+"""OpenVLA and OpenVLA-OFT: parity with the original, pictures, tokens, batches, training, scripts.
+
+Checkpoints are tiny, random, and in the published format. The original implementation's own figures are
+read from the folder that OPENVLA_REFERENCE names (``../shared/openvla_reference``), where it is there.
+"""
+
+import io
+import json
+import os
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+from PIL import Image
+from torch import nn
+
+from vla_envs.evaluation import PROTOCOLS, seen, settings
+from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
+from vla_envs.policies.adapters import TRAINABLE_SETS, adapter_off, make_trainable, merged, save_adapter
+from vla_envs.policies.openvla import (
+    INDEX,
+    LlamaConfig,
+    OpenVLAConfig,
+    OpenVLAModel,
+    OpenVLAPolicy,
+    ViTConfig,
+    bin_values,
+    choose,
+    value_bins,
+    write_weights,
+)
+from vla_envs.policies.pictures import openvla_pictures, openvla_pixels
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = Path(os.environ.get("OPENVLA_REFERENCE", ROOT.parent / "shared" / "openvla_reference"))
+KINDS = ("openvla", "openvla-oft")
+CHUNK = {"openvla": 1, "openvla-oft": 8}
+SENTENCES = ["pick up the ketchup and place it in the basket", "pick up the milk", "push the plate"]
+Q01, Q99 = [-0.54, -0.88, -0.94, -0.07, -0.12, -0.16, 0.0], [0.85, 0.84, 0.94, 0.08, 0.15, 0.09, 1.0]
+TINY = {
+    "dino": ViTConfig(24, 3, 2, 48, 28, 14, registers=2, cls_token=True, layer_scale=True),
+    "siglip": ViTConfig(32, 4, 4, 40, 28, 14),
+}
+TEXT = {
+    "vocab_size": 512, "pad_token_id": 448, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "model_type": "llama",
+}  # fmt: skip
+
+
+def tiny_config():
+    return OpenVLAConfig(**TINY, llm=LlamaConfig(**TEXT))
+
+
+def write_tiny(folder, seed=0):
+    """A random checkpoint in the published format, with a tokenizer of whole words; about 0.4 MB."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    model = OpenVLAModel(tiny_config())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for tower, depth in {"featurizer": 3, "fused_featurizer": 4}.items():  # what nothing needs
+        weights[f"vision_backbone.{tower}.blocks.{depth - 1}.norm1.weight"] = torch.ones(3)
+        weights[f"vision_backbone.{tower}.norm.bias"] = torch.ones(3)
+    write_weights(weights, folder, shard_bytes=2e5)
+    statistics = {"libero_object": {"action": {"q01": Q01, "q99": Q99, "mask": [True] * 6 + [False]}}}
+    towers = {name: asdict(config) for name, config in TINY.items()}
+    config = {"model_type": "openvla", "text_config": TEXT, "norm_stats": statistics, **towers}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+    text = "In : What action should the robot take to ? Out : " + " ".join(SENTENCES)
+    words = dict.fromkeys(["<unk>", "<s>", "</s>", "▁", *text.split()])
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("openvla") / "tiny")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def policy(tiny, kind):
+    return load_policy(kind, tiny)
+
+
+def observations(batch, size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (batch, size // 8, size // 8, 3), dtype=np.uint8)
+    return {"image": coarse.repeat(8, axis=1).repeat(8, axis=2), "state": np.zeros((batch, 8), np.float32)}
+
+
+# ---- The original implementation's figures -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference():
+    if not (REFERENCE / "expected.npz").is_file():
+        pytest.skip(f"{REFERENCE} holds no figures of the original implementation (OPENVLA_REFERENCE)")
+    dino = ViTConfig(48, 4, 3, 192, 56, 14, registers=4, cls_token=True, layer_scale=True)
+    siglip = ViTConfig(64, 5, 4, int(64 * 3.7362), 56, 14)
+    text = json.loads((REFERENCE / "config.json").read_text())["text_config"]
+    model = OpenVLAModel.from_pretrained(REFERENCE, OpenVLAConfig(dino, siglip, LlamaConfig(**text)))
+    with np.load(REFERENCE / "expected.npz") as file:
+        return model, {name: torch.from_numpy(file[name]) for name in file}
+
+
+def close(mine, theirs):
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_features_projector_and_logits_are_the_originals(reference):
+    model, expected = reference
+    features = model.features(expected["pixel_values"])
+    close(features, expected["features"])
+    close(model.project(features), expected["projected"])
+    logits = model(expected["pixel_values"], expected["input_ids"])
+    assert logits.shape == (3, 16 + 12, 32064)
+    close(logits[:, :4], expected["logits_first"])
+    close(logits[:, -8:], expected["logits_last"])
+
+
+@torch.no_grad()
+def test_greedy_tokens_and_actions_are_the_originals(reference):
+    model, expected = reference
+    ids = expected["input_ids"]
+    for _ in range(7):
+        ids = torch.cat([ids, model(expected["pixel_values"], ids)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids[:, -7:], expected["tokens"])
+    policy = OpenVLAPolicy.__new__(OpenVLAPolicy)
+    action = json.loads((REFERENCE / "config.json").read_text())["norm_stats"]["libero_object"]["action"]
+    values = {"q01": action["q01"], "q99": action["q99"], "normalised": action["mask"]}
+    policy.__dict__ |= {name: np.array(value) for name, value in values.items()}
+    actions = policy.unnormalise(bin_values(ids[:, -7:].numpy() - 31744))
+    np.testing.assert_allclose(actions, expected["actions"].reshape(3, 7), atol=1e-12)
+
+
+# ---- The network -------------------------------------------------------------------------------------
+
+
+def plain_vit(vit, c, pictures):
+    """A tower written out: one patch, one head at a time."""
+    side = c.image_size // c.patch_size
+    weight, bias = vit.patch_embed["proj"].weight.flatten(1), vit.patch_embed["proj"].bias
+    s = c.patch_size
+    x = [
+        pictures[:, :, s * i : s * i + s, s * j : s * j + s].flatten(1) @ weight.T + bias
+        for i in range(side) for j in range(side)
+    ]  # fmt: skip
+    x = torch.stack(x, dim=1) + vit.pos_embed
+    if c.cls_token:
+        prefix = torch.cat([vit.cls_token, vit.reg_token], dim=1)
+        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+
+    def norm(x, layer):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        return x * layer.weight + layer.bias
+
+    for block in list(vit.blocks)[: c.depth - 1]:
+        q, k, v = block.attn["qkv"](norm(x, block.norm1)).chunk(3, dim=-1)
+        heads = []
+        for part in torch.arange(c.dim).chunk(c.heads):
+            scores = (q[..., part] @ k[..., part].mT / len(part) ** 0.5).softmax(-1)
+            heads.append(scores @ v[..., part])
+        y = block.attn["proj"](torch.cat(heads, dim=-1))
+        x = x + (y * block.ls1["scale_factor"] if c.layer_scale else y)
+        y = block.mlp["fc1"](norm(x, block.norm2))
+        y = block.mlp["fc2"](y * 0.5 * (1 + torch.erf(y / 2**0.5)))
+        x = x + (y * block.ls2["scale_factor"] if c.layer_scale else y)
+    return x[:, c.cls_token + c.registers :]
+
+
+@torch.no_grad()
+def test_the_towers_written_out(tiny):
+    model = OpenVLAModel.from_pretrained(tiny).double()
+    pixels = torch.randn(2, 6, 28, 28, dtype=torch.float64)
+    towers = model.vision_backbone
+    dino = plain_vit(towers["featurizer"], TINY["dino"], pixels[:, :3])
+    siglip = plain_vit(towers["fused_featurizer"], TINY["siglip"], pixels[:, 3:])
+    features = model.features(pixels)
+    assert features.shape == (2, 4, 56)
+    torch.testing.assert_close(features, torch.cat([dino, siglip], dim=2))
+
+
+def test_the_published_size():
+    """982 tensors are published, of which 43 are never used; LoRA of rank 32 as OpenVLA's own fine-tuning."""
+    with torch.device("meta"):
+        policy = OpenVLAPolicy(OpenVLAConfig())
+        assert len(policy.state_dict()) == 982 - 43
+        assert count_parameters(policy)[1] == pytest.approx(7.498e9, rel=1e-4)
+        assert policy.first == 31744
+        trained = count_parameters(make_trainable(policy, "lora"))[0]
+    assert trained == pytest.approx(107.9e6, rel=1e-3)
+    adapted = [name for name, module in policy.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == 4 * (23 + 26) + 3 + 7 * 32
+    assert not any("lm_head" in name or "patch_embed" in name for name in adapted)
+
+
+@torch.no_grad()
+def test_padding_after_the_first_word_changes_nothing(tiny):
+    model = OpenVLAModel.from_pretrained(tiny)
+    pixels, ids = torch.randn(1, 6, 28, 28), torch.tensor([[1, 5, 6, 7]])
+    padded = torch.tensor([[1, 0, 0, 0, 5, 6, 7]])
+    mask = torch.tensor([[1, 0, 0, 0, 1, 1, 1]])
+    close(model(pixels, padded, mask)[:, -3:], model(pixels, ids)[:, -3:])
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------
+
+
+def slow_picture(image, size):
+    """JPEG, then TensorFlow's lanczos3 and crop_and_resize as their documentation has them, in float64."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=2)
+    x = np.asarray(Image.open(buffer)).astype(float)
+
+    def resize(x):  # along the first axis
+        scale = len(x) / size
+        rows = []
+        for o in range(size):
+            at = (np.arange(len(x)) + 0.5 - (o + 0.5) * scale) / max(scale, 1.0)
+            kernel = np.where(np.abs(at) < 3, np.sinc(at) * np.sinc(at / 3), 0.0)
+            rows.append(np.tensordot(kernel / kernel.sum(), x, 1))
+        return np.stack(rows)
+
+    x = np.clip(np.rint(resize(resize(x).swapaxes(0, 1)).swapaxes(0, 1)), 0, 255) / 255
+
+    def crop(x):
+        low, high = (1 - 0.9**0.5) / 2 * (size - 1), (1 + 0.9**0.5) / 2 * (size - 1)
+        at = low + np.arange(size) * (high - low) / (size - 1)
+        i = np.floor(at).astype(int)
+        weight = (at - i)[:, None, None]
+        return (1 - weight) * x[i] + weight * x[np.minimum(i + 1, size - 1)]
+
+    x = crop(crop(x).swapaxes(0, 1)).swapaxes(0, 1)
+    return np.clip(np.floor(x * 255.5), 0, 255)
+
+
+def scene(size=256):
+    """Edges, gradients and fine stripes."""
+    y, x = np.mgrid[:size, :size]
+    red = 255 * ((x // 32 + y // 32) % 2)
+    green = 255 * x / size
+    blue = 127.5 + 127.5 * np.sin(x * y / 300)
+    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def test_pictures_are_those_of_the_slow_reference():
+    mine, theirs = openvla_pictures(scene()[None])[0].astype(float), slow_picture(scene(), 224)
+    assert np.abs(mine - theirs).max() <= 1 and np.abs(mine - theirs).mean() < 1e-3
+    stored = {
+        (3, 5): [0, 11, 177],
+        (60, 100): [255, 115, 209],
+        (112, 112): [68, 103, 4],
+        (200, 37): [132, 45, 108],
+    }
+    for (row, column), grey in stored.items():
+        assert np.abs(mine[row, column] - grey).max() <= 2  # another libjpeg rounds otherwise
+
+
+def test_two_normalisations():
+    grey = openvla_pictures(scene()[None])[0] / 255.0
+    pixels = openvla_pixels(scene()[None])
+    assert pixels.shape == (1, 6, 224, 224) and pixels.dtype == torch.float32
+    means, stds = [0.484375, 0.455078125, 0.40625], [0.228515625, 0.2236328125, 0.224609375]
+    np.testing.assert_allclose(pixels[0, :3].permute(1, 2, 0), (grey - means) / stds, atol=1e-5)
+    np.testing.assert_allclose(pixels[0, 3:].permute(1, 2, 0), grey * 2 - 1, atol=1e-5)
+
+
+def test_a_batch_of_pictures_equals_each_alone():
+    images = observations(3)["image"]
+    together = openvla_pixels(images, 28)
+    assert torch.equal(together, torch.cat([openvla_pixels(image[None], 28) for image in images]))
+
+
+def test_pictures_are_processed_once(tiny):
+    """By the policy; ``nano`` sees what the protocol makes of them. Rendering follows the policy's size."""
+    obs, nano = {"image": scene()[None]}, new_policy("nano")
+    policy = load_policy("openvla", tiny)
+    assert seen(obs, "openvla", policy)["image"] is obs["image"]
+    assert seen(obs, "openvla", nano)["image"].shape == (1, 224, 224, 3)
+    for protocol in PROTOCOLS:
+        assert settings(protocol, "LiberoObject", policy)["image_size"] == 256
+        assert settings(protocol, "LiberoObject", nano) == settings(protocol, "LiberoObject")
+    assert settings(None, "LiberoObject", nano) == {"image_size": 128}
+    assert settings(None, "LiberoObject", policy) == {"image_size": 256}
+
+
+# ---- Tokens ------------------------------------------------------------------------------------------
+
+
+def test_tokens_by_hand():
+    """Token 255 is the lowest bin, tokens 0 and 1 the highest; 255 centres lie 2/255 apart."""
+    values = bin_values(np.arange(256))
+    assert values[[0, 1, 255]] == pytest.approx([1 - 1 / 255, 1 - 1 / 255, -1 + 1 / 255])
+    assert np.diff(values[1:]) == pytest.approx(np.full(254, -2 / 255))
+    assert value_bins(torch.tensor([-1.0, -0.999, 0.999, 1.0, 7.0, -7.0])).tolist() == [
+        255,
+        255,
+        1,
+        0,
+        0,
+        255,
+    ]
+    assert torch.equal(value_bins(torch.from_numpy(values[1:])), torch.arange(1, 256))
+
+
+def test_actions_of_tokens_by_hand(policy, kind):
+    chunk = CHUNK[kind]
+    tokens = torch.full((2, 7 * chunk), 255)
+    tokens[1, -7:] = 1
+    actions = policy.decode(tokens)
+    assert actions.shape == (2, chunk, 7) and actions.dtype == np.float32
+    span = np.array(Q99[:6]) - Q01[:6]
+    np.testing.assert_allclose(actions[0, 0, :6], np.array(Q01[:6]) + span / 510, atol=1e-6)
+    np.testing.assert_allclose(actions[1, -1, :6], np.array(Q99[:6]) - span / 510, atol=1e-6)
+    assert actions[0, 0, 6] == 1 and actions[1, -1, 6] == -1  # closed; open
+
+
+def test_demonstrated_actions_come_back(policy, kind):
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(Q01, Q99, (5, CHUNK[kind], 7))
+    actions[..., 6] = rng.choice([-1.0, 1.0], (5, CHUNK[kind]))
+    given = torch.from_numpy(actions)
+    tokens = policy.encode(given)
+    assert tokens.shape == (5, 7 * CHUNK[kind]) and np.array_equal(given.numpy(), actions)
+    error = np.abs(policy.decode(tokens) - actions)
+    assert (error[..., :6] <= (np.array(Q99[:6]) - Q01[:6]) / 510 + 1e-6).all() and (error[..., 6] == 0).all()
+
+
+def test_prompts(policy):
+    words = "<s> In : What action should the robot take to push the plate ? Out : ▁".split()
+    assert [policy.tokenizer.id_to_token(i) for i in policy.prompt("Push the plate")] == words
+    _, ids, mask = policy.prepare(observations(2), SENTENCES[1:])
+    pads = len(policy.prompt(SENTENCES[1])) - len(policy.prompt(SENTENCES[2]))
+    assert pads == 1 and mask.tolist() == [[True] * 18, [True, False] + [True] * 16]
+    assert ids[1].tolist() == [1, 0, *policy.prompt(SENTENCES[2])[1:]]
+    assert policy.prepare(observations(2), SENTENCES[:1] * 2)[2] is None
+
+
+# ---- sample and evaluate -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.6])
+def test_evaluation_repeats_the_sampled_logprobs(policy, kind, temperature):
+    torch.manual_seed(0)
+    obs, size = observations(3), 7 * CHUNK[kind]
+    actions, tokens, sampled = policy.sample(obs, SENTENCES, temperature)
+    assert actions.shape == (3, CHUNK[kind], 7) and tokens.shape == sampled.shape == (3, size)
+    assert np.array_equal(actions, policy.decode(tokens)) and policy.action_chunk == CHUNK[kind]
+    logprobs, entropy, hidden = policy.evaluate(obs, SENTENCES, tokens, temperature)
+    close(logprobs.detach(), sampled)
+    assert entropy.shape == (3, size) and (entropy > 0).all() and (entropy < np.log(256) + 1e-5).all()
+    assert hidden.shape == (3, policy.hidden_size) and hidden.dtype == torch.float32
+
+
+def test_a_batch_of_mixed_prompts_equals_each_alone(policy):
+    obs = observations(3)
+    _, tokens, together = policy.sample(obs, SENTENCES, 0.0)
+    for i in range(3):
+        mine = {name: array[i : i + 1] for name, array in obs.items()}
+        _, alone, logprobs = policy.sample(mine, SENTENCES[i : i + 1], 0.0)
+        assert torch.equal(alone[0], tokens[i])
+        close(logprobs[0], together[i])
+    policy.rollout_batch = 2
+    assert torch.equal(policy.sample(obs, SENTENCES, 0.0)[1], tokens)
+
+
+@torch.no_grad()
+def test_greedy_tokens_are_the_likeliest_of_the_whole_forward_pass(tiny):
+    policy, obs = load_policy("openvla", tiny), observations(2)
+    _, tokens, _ = policy.sample(obs, SENTENCES[:1] * 2, 0.0)
+    pixels, ids, _ = policy.prepare(obs, SENTENCES[:1] * 2)
+    for d in range(7):
+        logits = policy(pixels, ids)[:, -1, 192 : 192 + 256]
+        assert torch.equal(logits.argmax(-1), tokens[:, d])
+        ids = torch.cat([ids, tokens[:, d : d + 1] + 192], dim=1)
+
+
+@torch.no_grad()
+def test_all_steps_at_once_by_hand(tiny):
+    """56 zeros and </s> after the prompt, Llama not causal; the last word predicts the first token."""
+    policy, obs = load_policy("openvla-oft", tiny), observations(2)
+    tokens = torch.randint(0, 256, (2, 56))
+    mine = policy.evaluate(obs, SENTENCES[:1] * 2, tokens)[0]
+    pixels, ids, _ = policy.prepare(obs, SENTENCES[:1] * 2)
+    words = policy.language_model.model.embed_tokens
+    patches = policy.project(policy.features(pixels))
+    stop = words(torch.full((2, 1), 2))
+    sequence = [words(ids[:, :1]), patches, words(ids[:, 1:]), torch.zeros(2, 56, 32), stop]
+    whole = policy.language_model.model(inputs_embeds=torch.cat(sequence, dim=1), is_causal=False)
+    start = 4 + ids.shape[1] - 1
+    logits = policy.head(whole.last_hidden_state)[:, start : start + 56, 192:448]
+    theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    close(mine, theirs)
+    causal = load_policy("openvla", tiny).evaluate(obs, SENTENCES[:1] * 2, tokens[:, :7])[0]
+    assert (causal[:, 0] - mine[:, 0]).abs().max() > 1e-3
+
+
+def test_nothing_waits_for_the_device_while_tokens_are_drawn(tiny, monkeypatch):
+    policy = load_policy("openvla", tiny)
+    x, mask = policy.embed(*policy.prepare(observations(3), SENTENCES))
+
+    def wait(*_):
+        raise AssertionError("the host waits for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    with torch.no_grad():
+        tokens, _ = policy._decode(x, mask, 1.0)
+    assert tokens.shape == (3, 7)
+
+
+def test_samples_follow_the_probabilities():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20000, 3)
+    for temperature in (1.0, 0.5):
+        tokens, logprobs = choose(logits, temperature)
+        weights = np.array([0.5, 0.3, 0.2]) ** (1 / temperature)
+        expected = weights / weights.sum()
+        assert np.bincount(tokens, minlength=3) / 20000 == pytest.approx(expected, abs=0.02)
+        np.testing.assert_allclose(logprobs.exp(), expected[tokens], atol=1e-6)
+
+
+def test_pictures_and_instructions_matter(policy):
+    tokens = torch.zeros(1, 7 * policy.action_chunk, dtype=torch.int64)
+    base = policy.evaluate(observations(1), SENTENCES[:1], tokens)[0]
+    for obs, sentence in ((observations(1, seed=1), SENTENCES[0]), (observations(1), SENTENCES[1])):
+        assert (policy.evaluate(obs, [sentence], tokens)[0] - base).abs().max() > 1e-3
+
+
+# ---- Training ----------------------------------------------------------------------------------------
+
+
+def loss_of(policy, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 256, (3, 7 * policy.action_chunk), generator=rng)
+    return -policy.evaluate(observations(3), SENTENCES, tokens)[0].mean()
+
+
+def optimise(policy, steps=2):
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(policy).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("train", TRAINABLE_SETS)
+def test_what_is_trained(tiny, kind, train):
+    policy = make_trainable(load_policy(kind, tiny), train, rank=2, last_k=1).train()
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimise(policy)
+    changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
+    head = {"language_model.lm_head.weight", "language_model.model.norm.weight"}
+    last = {name for name in before if "layers.1." in name}
+    lora = {name for name in before if "lora_" in name}
+    parts = {"lora": lora, "head": head, "lora+head": lora | head, "lora+last-k": lora | head | last}
+    assert changed == parts.get(train, set(before))
+    other = OpenVLAPolicy(policy.config)
+    other.load_state_dict(merged(policy))
+    other.__dict__ |= {name: policy.__dict__[name] for name in ("dtype", "tokenizer", "parallel")}
+    close(loss_of(other).detach(), loss_of(policy).detach())
+
+
+def test_gradients_are_the_same_with_and_without_recomputation(policy):
+    gradients = []
+    for training in (False, True):
+        policy.train(training)
+        policy.zero_grad()
+        loss_of(policy).backward()
+        gradients.append(
+            {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        )
+    assert gradients[0].keys() == dict(policy.named_parameters()).keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_sampling_in_training_mode_is_the_same(policy):
+    obs = observations(3)
+    _, tokens, logprobs = policy.sample(obs, SENTENCES, 0.0)
+    policy.train()
+    again = policy.sample(obs, SENTENCES, 0.0)
+    assert policy.training and torch.equal(again[1], tokens) and torch.equal(again[2], logprobs)
+
+
+def test_adapter_off_is_the_policy_without_it(tiny, kind):
+    policy = make_trainable(load_policy(kind, tiny), "lora", rank=4)
+    plain = loss_of(load_policy(kind, tiny))
+    assert torch.equal(loss_of(policy), plain)
+    optimise(policy)
+    assert (loss_of(policy) - plain).abs() > 1e-3
+    with adapter_off(policy):
+        assert torch.equal(loss_of(policy), plain)
+
+
+def test_half_precision(tiny, kind):
+    """What a GPU does: bfloat16 weights, a float32 adapter, and steps that are not rounded away."""
+    policy = OpenVLAPolicy.load(tiny, kind == "openvla-oft", dtype=torch.bfloat16)
+    policy = make_trainable(policy, "lora", rank=4).train()
+    kinds = {p.dtype for p in policy.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in policy.parameters() if not p.requires_grad}
+    assert (kinds, frozen) == ({torch.float32}, {torch.bfloat16})
+    _, tokens, logprobs = policy.sample(observations(3), SENTENCES, 1.0)
+    again = policy.evaluate(observations(3), SENTENCES, tokens)[0]
+    assert logprobs.dtype == again.dtype == torch.float32 and (logprobs - again).abs().max() < 0.3
+    before = loss_of(policy)
+    optimise(policy, steps=5)
+    assert loss_of(policy) < before
+    assert merged(policy).keys() == OpenVLAModel(tiny_config()).state_dict().keys()
+
+
+def test_peft_reads_the_adapter(tiny, tmp_path):
+    import peft
+
+    policy = make_trainable(load_policy("openvla", tiny), "lora")
+    optimise(policy)
+    save_adapter(policy, tmp_path / "adapter")
+    config = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 16, 0.0)
+    theirs = peft.PeftModel.from_pretrained(load_policy("openvla", tiny), str(tmp_path / "adapter"))
+    assert torch.equal(loss_of(theirs.base_model.model), loss_of(policy))
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_again(tiny, kind, tmp_path):
+    policy = make_trainable(load_policy(kind, tiny), "lora+head", rank=4)
+    optimise(policy)
+    save_policy(policy, kind, tmp_path / "a" / "final")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["final"]
+    loaded = load_policy(kind, tmp_path / "a" / "final")
+    assert all(torch.equal(value, merged(policy)[name]) for name, value in loaded.state_dict().items())
+    close(loss_of(loaded).detach(), loss_of(policy).detach())
+    for name in ("config.json", "dataset_statistics.json", "tokenizer.json"):
+        assert (tmp_path / "a" / "final" / name).read_bytes() == (tiny / name).read_bytes()
+
+
+def test_shards_and_their_index(tiny):
+    index = json.loads((tiny / INDEX).read_text())
+    files = sorted(tiny.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    held = {path.name: safetensors.torch.load_file(path) for path in files}
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    total = sum(tensor.nbytes for tensors in held.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+
+
+def refusal(checkpoint, device="cpu", name="openvla"):
+    with pytest.raises(ValueError) as error:
+        load_policy(name, checkpoint, device)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and str(checkpoint) in message
+    return message
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    return write_tiny(tmp_path / "tiny")
+
+
+def test_damaged_checkpoints(damaged):
+    assert load_policy("openvla", damaged, "meta").head.weight.is_meta
+    file = damaged / "model-00001-of-00004.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(tensors | {"no_such.weight": torch.ones(1)}, file)
+    assert "no_such.weight" in refusal(damaged)
+    name, _ = tensors.popitem()
+    safetensors.torch.save_file(tensors, file)
+    assert name in refusal(damaged) and name in refusal(damaged, "meta")
+    (damaged / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refusal(damaged)
+    (damaged / INDEX).unlink()
+    assert INDEX in refusal(damaged)
+
+
+def test_weights_that_do_not_fit_or_are_not_finite(damaged):
+    file = damaged / json.loads((damaged / INDEX).read_text())["weight_map"]["projector.fc1.bias"]
+    tensors = safetensors.torch.load_file(file)
+    tensors["projector.fc1.bias"][3] = float("nan")
+    safetensors.torch.save_file(tensors, file)
+    assert "projector.fc1.bias" in refusal(damaged)
+    tensors["projector.fc1.bias"] = torch.zeros(5)
+    safetensors.torch.save_file(tensors, file)
+    assert "(5,)" in refusal(damaged) and "(224,)" in refusal(damaged)
+
+
+def test_statistics_of_one_suite(damaged):
+    file = damaged / "dataset_statistics.json"
+    stored = json.loads(file.read_text())["libero_object"]
+    file.write_text(json.dumps({"bridge_orig": {}, "libero_10_no_noops": stored}))
+    assert load_policy("openvla", damaged, "meta").q99.tolist() == Q99
+    file.write_text(json.dumps({"libero_10": stored, "libero_goal": stored}))
+    assert "libero_10" in refusal(damaged) and "libero_goal" in refusal(damaged)
+    file.unlink()
+    assert load_policy("openvla", damaged, "meta").q01.tolist() == Q01
+
+
+def test_memory_is_named_and_missing_memory_refused(tiny, monkeypatch, capsys):
+    load_policy("openvla", tiny)
+    assert "G parameters in float32 take" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**10))
+    message = refusal(tiny, "cuda")
+    assert "bfloat16" in message and "0.0 GiB free" in message
+
+
+def test_a_failed_download_is_one_line(monkeypatch):
+    import vla_envs.policies.openvla as openvla
+
+    def fail(name, **_):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(openvla, "snapshot_download", fail)
+    assert "no route to host" in refusal("openvla/no-such-checkpoint")
+
+
+def test_weights_are_not_downloaded_where_they_do_not_fit(tiny, monkeypatch):
+    """The small files come first, and with them the size."""
+    import vla_envs.policies.openvla as openvla
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tiny)
+
+    monkeypatch.setattr(openvla, "snapshot_download", download)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**10))
+    refusal("openvla/a-checkpoint", "cuda")
+    assert "*.json" in asked and "*.safetensors" not in asked
+    assert load_policy("openvla", "openvla/a-checkpoint").q99.tolist() == Q99 and "*.safetensors" in asked
+
+
+def test_there_is_no_openvla_without_a_checkpoint(kind):
+    for make in (new_policy, load_policy):
+        with pytest.raises(ValueError, match="openvla/openvla-7b-finetuned-libero-object"):
+            make(kind)
+
+
+# ---- Scripts -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Flags of each script; a reward that differs at every step; a demonstration of random motion."""
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "nearer.py").write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n")
+    (folder / "demos").mkdir()
+    rng = np.random.default_rng(0)
+    with h5py.File(folder / "demos" / "LiberoObject_4_demo.hdf5", "w") as file:
+        for k in range(2):
+            image = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+            file[f"data/demo_{k}/obs/agentview_rgb"] = image
+            for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
+                file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (5, width))
+    online = ["--num-groups", "1", "--group-size", "2", "--reward", f"{folder / 'nearer.py'}:nearer"]
+    return {
+        "grpo_vla": [*online, "--keep-low", "0", "--keep-high", "1"],
+        "tgrpo_vla": online,
+        "ppo_vla": [*online, "--critic-warmup", "1"],
+        "sft_vla": ["--demos", str(folder / "demos"), "--episodes", "1", "--iteration-steps", "2"],
+    }
+
+
+@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "sft_vla"])
+def test_scripts(script, kind, tiny, own, tmp_path, monkeypatch):
+    flags = (
+        f"--policy {kind} --checkpoint {tiny} --run-dir {tmp_path / 'run'} --train lora --lora-rank 4"
+        f" --num-iterations 1 --eval-episodes 1 --eval-every 0 --max-episode-steps {2 * CHUNK[kind]}"
+        " --num-threads 1 --minibatch-size 4 --device cpu"
+    )
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split(), *own[script]])
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    run = tmp_path / "run"
+    assert json.loads((run / "args.json").read_text())["action_chunk"] == CHUNK[kind]
+    assert (run / "checkpoints" / "adapter" / "adapter_model.safetensors").is_file()
+    before, after = (load_policy(kind, path).state_dict() for path in (tiny, run / "checkpoints" / "final"))
+    moved = script != "ppo_vla"  # there only the critic learns at first
+    assert any(not torch.equal(before[name], after[name]) for name in before) is moved
