@@ -27,7 +27,7 @@ from vla_envs.runs import check_numbers, one_line_errors, parse_args
 
 @dataclass
 class Args:
-    """Write one HTML page about runs, finished or going on; a folder that holds none is named and left out."""
+    """Write one HTML page about runs, finished or going on; a folder without one is named and left out."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs"""
@@ -276,7 +276,7 @@ def differing(runs: list[Run]) -> list[str]:
 
 def _success(result: dict[str, Any] | None) -> str:
     if not result:
-        return "–"
+        return ""
     lines = [f"{result['successes']}/{result['trials']} "
              f"({100 * result['low']:.0f} to {100 * result['high']:.0f} %)"]  # fmt: skip
     lines += [f"task {k}: {its['successes']}/{its['trials']}" for k, its in result.get("tasks", {}).items()]
@@ -294,9 +294,9 @@ def row(run: Run, names: list[str]) -> str:
     cells = [
         f'<i style="background: {run.colour}"></i> {text(run.name)}', script, text(run.args["suite"]),
         text(", ".join(map(str, run.task_ids))), text(run.args["seed"]), _success(before), _success(after),
-        "–" if steps is None else f"{steps:,}", "–" if seconds is None else f"{seconds / 60:.1f} min",
+        "" if steps is None else f"{steps:,}", "" if seconds is None else f"{seconds / 60:.1f} min",
         "finished" if run.finished else f"iteration {state.get('iteration', 0)}",
-        "<br>".join(map(text, own)) or "–",
+        "<br>".join(map(text, own)) or "",
     ]  # fmt: skip
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
