@@ -138,14 +138,11 @@ def read_run(folder: Path) -> Run:
     files = [folder / "result.json"]
     files += [folder / "checkpoints" / name / "counters.json" for name in ("latest", "latest.previous")]
     state: dict[str, Any] = next((_read_json(file) for file in files if file.is_file()), {})
-    try:
-        events = EventAccumulator(str(folder)).Reload()
-        scalars = {
-            tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T
-            for tag in events.Tags()["scalars"]
-        }
-    except Exception as error:  # TensorBoard's own kinds
-        raise ValueError(f"the TensorBoard events of {str(folder)!r} are damaged: {error}") from None
+    events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
+    scalars = {
+        tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T
+        for tag in events.Tags()["scalars"]
+    }
     return Run(folder, args, state, files[0].is_file(), scalars)
 
 
@@ -167,11 +164,13 @@ def _svg(figure: Any, name: str) -> str:
 
 def _figure(title: str, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(5.6 if columns == 1 else 3.7 * columns, 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle(title, fontsize=11)
     return figure, panels
 
@@ -203,9 +202,10 @@ def line_figure(title: str, tags: tuple[str, ...], runs: list[Run]) -> str:
 def stack_figure(title: str, parts: list[dict[str, NDArray[np.float64]]], runs: list[Run]) -> str:
     """A panel for every run with ``parts`` (2, n) stacked, each a series of steps and values, as SVG."""
     import matplotlib
+    from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(name for its in parts for name in its))
-    colours = dict(zip(names, matplotlib.colormaps["tab20"](np.arange(len(names)) % 20)))
+    colours = dict(zip(names, matplotlib.colormaps["viridis"](np.linspace(0, 1, len(names)))))
     shown = [(its, run) for its, run in zip(parts, runs) if its]
     columns = min(3, len(shown))
     figure, panels = _figure(title, -(-len(shown) // columns), columns)
@@ -218,8 +218,6 @@ def stack_figure(title: str, parts: list[dict[str, NDArray[np.float64]]], runs: 
         panel.set_title(run.name, fontsize=8, color=run.colour, parse_math=False)
     for panel in panels[len(shown) :]:
         panel.remove()
-    from matplotlib.patches import Patch
-
     keys = [Patch(color=colours[name], label=name.replace("_", " ")) for name in names]
     figure.legend(handles=keys, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return _svg(figure, title)
@@ -373,7 +371,12 @@ def main(args: Args) -> None:
     print(f"{args.out}: {len(found)} run{'s' * (len(found) > 1)}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program: exit status 0, or 2 for a mistake in the command."""
     arguments = parse_args(Args)
     with one_line_errors():
         main(arguments)
+
+
+if __name__ == "__main__":
+    run()
