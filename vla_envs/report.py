@@ -54,14 +54,13 @@ LINES = {
 SCRIPTS = {
     "alpha1": "tgrpo_vla.py", "keep_low": "grpo_vla.py", "gae_lambda": "ppo_vla.py", "demos": "sft_vla.py"
 }  # fmt: skip
-STAGES = ("far", "approaching", "ready_to_grasp", "holding", "lifted", "turning", "over_the_goal", "half_way",
-          "placed", "done", "dropped", "let_go")  # fmt: skip
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 body { color: #222; background: #fff; }
 table { border-collapse: collapse; } th, td { padding: .25rem .7rem; text-align: left; vertical-align: top; }
 tr { border-bottom: 1px solid #ddd; } .table { overflow-x: auto; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; } svg { max-width: 100%; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
+svg { max-width: 100%; height: auto; }
 i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; } pre { white-space: pre-wrap; }
 """
 
@@ -224,14 +223,9 @@ def stack_figure(title: str, parts: list[dict[str, NDArray[np.float64]]], runs: 
 
 
 def stages_of(run: Run) -> dict[str, NDArray[np.float64]]:
-    """The shares of the stages, from far to done."""
-    found = {tag.partition("/")[2]: series for tag, series in run.scalars.items() if tag[:7] == "stages/"}
-
-    def rank(name: str) -> tuple[str, int]:
-        met, _, stage = name.rpartition("met_")
-        return met, STAGES.index(stage) if stage in STAGES else len(STAGES)
-
-    return {name: found[name] for name in sorted(found, key=rank)}
+    """The shares of the stages that occur, in their order."""
+    found = {tag.partition("/")[2]: its for tag, its in run.scalars.items() if tag.startswith("stages/")}
+    return {name: its for name, its in found.items() if its[1].any()}
 
 
 def times_of(run: Run) -> dict[str, NDArray[np.float64]]:

@@ -248,8 +248,9 @@ def totals(batch: dict[str, Any]) -> dict[str, Any]:
 def stage_shares(envs: Any) -> dict[str, float]:
     """How many of the decisions since the last call ended in which stage: shares by ``stages/<name>``."""
     stages = envs.unwrapped.stages
-    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / stages.total() for name, n in stages.items()}
-    stages.clear()
+    total = max(1, stages.total())
+    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in stages.items()}
+    stages.subtract(dict(stages))
     return shares
 
 

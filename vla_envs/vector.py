@@ -18,9 +18,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.control import ControlState, Views, run_chunk
-from vla_envs.goals import FACTS, FactReader, predicates_met
+from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, binary, evaluate_reward, resolve_reward, stage_names
+from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import recorded_init_states
 
@@ -219,6 +219,8 @@ class LiberoVectorEnv(VectorEnv):
         self.seconds = {"physics": 0.0, "render": 0.0}
         #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
         self.stages: Counter[str] = Counter()
+        for scene in scenes.values():
+            self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
 
         picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict(
