@@ -67,7 +67,9 @@ class Args:
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
-    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
+    """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
+    quality: str = "exact"
+    """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     max_episode_steps: int = 200
     """Control steps until an episode ends without success"""
     action_chunk: int | None = None
@@ -86,6 +88,12 @@ class Args:
     """LoRA's r"""
     last_k: int = 1
     """Blocks trained in full with --train lora+last-k"""
+    adapter: str = "adapter"
+    """Name of the LoRA adapter: its folder in checkpoints/"""
+    shared_adapter: tuple[Path, ...] = ()
+    """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
+    merge: bool = True
+    """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     temperature: float = 1.2
     """Divides the logits, in rollout and update alike"""
 
@@ -121,7 +129,7 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        action_chunk=args.action_chunk, num_threads=args.num_threads,
+        quality=args.quality, action_chunk=args.action_chunk, num_threads=args.num_threads,
         **{"max_episode_steps": args.max_episode_steps, **settings},
     )  # fmt: skip
 
@@ -239,7 +247,8 @@ if __name__ == "__main__":
         else:
             policy = load_policy(args.policy, args.checkpoint, args.device)
         args = runs.fill_in_chunk(args, policy)
-        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k)
+        below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
+        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
         protocol = evaluation.settings(args.protocol, args.suite, policy)
         tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
         if not args.evaluate:

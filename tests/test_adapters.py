@@ -187,6 +187,94 @@ def test_peft_reads_the_adapter(tmp_path, rank):
     assert names == {"adapter_config.json", "adapter_model.safetensors"}  # no pickles
 
 
+# ---- One adapter above those of the tasks ------------------------------------------------------------
+
+
+@pytest.fixture
+def below(tmp_path):
+    """The saved adapter of each sentence's task, and log-probs of the policy with each."""
+    folders, expected = {}, []
+    for i, sentence in enumerate(SENTENCES):
+        policy = make_trainable(plain(), "lora", rank=2 + i)
+        torch.manual_seed(i)
+        optimise(policy, steps=2 + i)
+        save_adapter(policy, tmp_path / f"task_{i}")
+        folders[sentence] = tmp_path / f"task_{i}"
+        expected.append(logprobs(policy)[i])
+    assert not torch.equal(*expected)
+    return folders, torch.stack(expected)
+
+
+def test_a_fresh_shared_adapter_answers_as_the_tasks_adapters_do(below):
+    folders, expected = below
+    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
+    assert {name.removeprefix("policy.") for name in trainable_state(policy)} == LORA
+
+
+def test_only_the_shared_adapter_learns(below):
+    folders, expected = below
+    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimise(policy)
+    changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.removeprefix("policy.") for name in changed} == LORA
+    adapted = logprobs(policy)
+    assert (adapted - expected).abs().amax(dim=1).min() > 1e-3  # of both tasks
+    with torch.no_grad(), adapter_off(policy):
+        torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(logprobs(policy), adapted)
+
+
+def test_each_task_merges_into_a_policy_of_its_own(below, tmp_path):
+    folders, _ = below
+    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    optimise(policy)
+    for i, sentence in enumerate(SENTENCES):
+        policy.activate(policy.names[sentence])
+        save_policy(policy, "nano", tmp_path / sentence)
+        loaded = load_policy("nano", tmp_path / sentence)
+        torch.testing.assert_close(logprobs(loaded)[i], logprobs(policy)[i], atol=1e-5, rtol=1e-5)
+
+
+def test_samples_of_two_tasks_are_those_of_each_alone(below):
+    policy = make_trainable(plain(), "lora", rank=4, below=below[0])
+    optimise(policy)
+    rng = np.random.default_rng(0)
+    obs = {"image": rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8), "state": np.zeros((4, 8), "f4")}
+    texts = [SENTENCES[k] for k in (1, 0, 0, 1)]
+    actions, tokens, scores = policy.sample(obs, texts, 0.0)
+    for i, text in enumerate(texts):
+        alone = policy.sample({name: array[i : i + 1] for name, array in obs.items()}, [text], 0.0)
+        assert np.array_equal(actions[i], alone[0][0]) and torch.equal(tokens[i], alone[1][0])
+        torch.testing.assert_close(scores[i], alone[2][0], atol=1e-5, rtol=1e-5)
+
+
+def test_peft_stacks_the_saved_adapters(below, tmp_path):
+    import peft
+
+    folders, _ = below
+    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    optimise(policy)
+    save_adapter(policy, tmp_path / "shared")
+    theirs = peft.PeftModel.from_pretrained(plain(), str(folders[SENTENCES[1]]), adapter_name="task")
+    theirs.load_adapter(str(tmp_path / "shared"), "shared")
+    theirs.base_model.set_adapter(["task", "shared"])
+    torch.testing.assert_close(
+        logprobs(theirs.base_model.model)[1], logprobs(policy)[1], atol=1e-6, rtol=1e-6
+    )
+
+
+def test_folders_that_hold_no_fitting_adapter(below, tmp_path):
+    folders, _ = below
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ValueError, match="is no adapter of this policy"):
+            make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+    wide = NanoPolicy(NanoConfig(action_chunk=2, image_size=32, width=32, depth=3, heads=2))
+    with pytest.raises(ValueError, match="is no adapter of this policy"):
+        make_trainable(wide, "lora", below=folders)
+
+
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_an_optimiser_goes_on_from_its_state(train):
     first, second = (make_trainable(plain(), train, rank=2) for _ in range(2))

@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sft_vla
 from vla_envs import demonstrations, evaluation, runs
 from vla_envs.policies import SHIPPED, load_policy, new_policy
+from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task
 
 ROOT = Path(__file__).parent.parent
@@ -313,7 +314,7 @@ def test_what_sft_logs(finished):
     assert set(logged) >= TAGS["sft_vla"]
     for tag in logged:
         assert all(math.isfinite(value) for value in values(logged, tag)), tag
-        every = 6 if tag == "charts/success_rate" else 3
+        every = 6 if tag.startswith("charts/success_rate") else 3
         assert steps(logged, tag) == list(range(every, 13, every)), tag
     assert values(logged, "losses/nll")[0] == pytest.approx(math.log(256), rel=0.1)
     assert values(logged, "losses/nll")[-1] < 0.8 * values(logged, "losses/nll")[0]
@@ -717,6 +718,40 @@ def test_several_tasks(script, start, capfd):
     assert tags <= set(scalars(run))
     out = capfd.readouterr().out
     assert "; task 7: 0; task 4: 0" in out and "  task 4: 0 -> 0/2" in out
+
+
+@every_online_script
+def test_one_adapter_above_those_of_the_tasks(script, start, tmp_path, capfd):
+    """The tasks' adapters are left alone; what is trained lies above both, and merges with each."""
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        policy = make_trainable(load_policy("nano"), "lora", rank=2)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        save_adapter(policy, tmp_path / f"task_{seed}")
+        folders.append(tmp_path / f"task_{seed}")
+    flags = {"task_ids": (7, 4), "num_groups": 2, "num_iterations": 1, "train": "lora", "lora_rank": 2}
+    run = start(script, **flags, shared_adapter=tuple(folders), adapter="above")
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"latest", "above", "final_task_7", "final_task_4"}
+    one, other = (load_policy("nano", run / "checkpoints" / f"final_task_{k}").state_dict() for k in (7, 4))
+    assert not torch.equal(one["blocks.0.qkv.weight"], other["blocks.0.qkv.weight"])
+    assert torch.equal(one["head.weight"], other["head.weight"])
+    start(script, resume=run)
+    assert "0/4" in capfd.readouterr().out
+    run = start(script, "plain", **flags, no_merge=None)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "adapter"}
+
+
+@every_online_script
+def test_adapters_that_do_not_fit(script, start, tmp_path, capfd):
+    flags = {"task_ids": (7, 4), "num_groups": 2}
+    expect_error(start, capfd, script, "names 1 adapters", shared_adapter=tmp_path, train="lora", **flags)
+    both = (tmp_path, tmp_path)
+    expect_error(start, capfd, script, "--train lora", shared_adapter=both, **flags)
+    expect_error(start, capfd, script, "is no adapter", shared_adapter=both, train="lora", **flags)
 
 
 @every_online_script

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vla_envs import evaluation
 from vla_envs.evaluation import PROTOCOLS
 from vla_envs.policies import adapters, load_policy, replace_folder, save_policy, write_json
-from vla_envs.tasks import SUITES, nearest
+from vla_envs.tasks import SUITES, get_task, nearest
 
 ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
@@ -163,6 +163,25 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
     return dataclasses.replace(given, action_chunk=policy.action_chunk)
 
 
+def adapters_below(args: Any) -> dict[str, Path]:
+    """The folder of the adapter of each task's instruction, where ``--shared-adapter`` names them.
+
+    Raises:
+        ValueError: When they do not fit.
+    """
+    if not args.shared_adapter:
+        return {}
+    if len(args.shared_adapter) != len(args.task_ids) or not args.train.startswith("lora"):
+        raise ValueError(
+            f"shared_adapter names {len(args.shared_adapter)} adapters; expected one for each of the tasks"
+            f" {args.task_ids}, and --train lora"
+        )
+    texts = [get_task(args.suite, task_id).instruction for task_id in args.task_ids]
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"two of the tasks {args.task_ids} have the same instruction: adapters go by it")
+    return dict(zip(texts, args.shared_adapter))
+
+
 def shared_out(args: Any) -> list[int]:
     """The task of every environment: groups are dealt to the tasks in turn."""
     return np.resize(args.task_ids, args.num_groups).repeat(args.group_size).tolist()
@@ -268,10 +287,19 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
 
 
 def save_policies(run: Path, policy: Any, args: Any) -> None:
-    """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter."""
-    save_policy(policy, args.policy, run / "checkpoints" / "final")
+    """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter.
+
+    Adapters of several tasks below a shared one make a whole policy for each: ``final_task_4`` and so on.
+    """
     if args.train.startswith("lora"):
-        adapters.save_adapter(policy, run / "checkpoints" / "adapter")
+        adapters.save_adapter(policy, run / "checkpoints" / args.adapter)
+    if not args.merge:
+        return
+    if not args.shared_adapter:
+        return save_policy(policy, args.policy, run / "checkpoints" / "final")
+    for task_id in args.task_ids:
+        policy.activate(policy.names[get_task(args.suite, task_id).instruction])
+        save_policy(policy, args.policy, run / "checkpoints" / f"final_task_{task_id}")
 
 
 def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
@@ -356,8 +384,9 @@ def load_args(args: ArgsT) -> ArgsT:
     known = {field.name: str(field.type) for field in dataclasses.fields(given)}
     values = {name: value for name, value in stored.items() if name in known}
     for name, value in values.items():
-        if "Path" in known[name] and value is not None:
-            values[name] = Path(value)
+        kind = Path if "Path" in known[name] else lambda item: item
         if isinstance(value, list):
-            values[name] = tuple(value)
+            values[name] = tuple(map(kind, value))
+        elif value is not None:
+            values[name] = kind(value)
     return type(args)(**{**values, "resume": run})

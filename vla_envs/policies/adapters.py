@@ -1,10 +1,12 @@
 """What is trained of a policy: a LoRA adapter (by peft), the head, the last blocks, or everything."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from vla_envs.tasks import nearest
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
 
 
-def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> Any:
+def make_trainable(
+    policy: Any, train: str, rank: int = 32, last_k: int = 1, below: dict[str, Path] | None = None
+) -> Any:
     """Freeze all of ``policy`` but what ``train`` names; adds a LoRA adapter where it is asked for.
 
     What is trained is float32, whatever the rest is: bfloat16 would round small steps away.
@@ -24,15 +28,20 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
+        below: For each instruction the folder of its task's adapter: they stay as they are, below the new one
+            that all tasks share (``Stacked``).
 
     Raises:
-        ValueError: When there is no such set.
+        ValueError: When there is no such set, or an adapter does not fit.
     """
     if train not in TRAINABLE_SETS:
         hint = nearest(train, list(TRAINABLE_SETS))
         raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
     for parameter in policy.parameters():
         parameter.requires_grad = train == "all"
+    names = {folder: f"task_{i}" for i, folder in enumerate(dict.fromkeys((below or {}).values()))}
+    for folder, name in names.items():
+        _load_adapter(policy, folder, name)
     if train.startswith("lora"):
         import peft  # takes seconds, so only where it is used
 
@@ -43,7 +52,7 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
             target_modules=policy.lora_targets,
             init_lora_weights="gaussian",
         )
-        peft.inject_adapter_in_model(config, policy)
+        _inject(config, policy, "default")
     extra: list[nn.Module] = []
     if train.endswith("head"):
         extra += [policy.head, policy.norm]
@@ -55,7 +64,102 @@ def make_trainable(policy: Any, train: str, rank: int = 32, last_k: int = 1) -> 
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return policy
+    return Stacked(policy, {text: names[folder] for text, folder in below.items()}) if below else policy
+
+
+def _inject(config: Any, policy: Any, name: str) -> None:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+        peft.inject_adapter_in_model(config, policy, name)
+
+
+def _load_adapter(policy: Any, folder: Path, name: str) -> None:
+    """Put a saved LoRA adapter into ``policy`` under ``name``.
+
+    Raises:
+        ValueError: When the folder holds none, or one of another policy.
+    """
+    import peft
+
+    try:
+        _inject(peft.LoraConfig.from_pretrained(str(folder)), policy, name)
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        prefix = "base_model.model."
+        loaded: Any = peft.set_peft_model_state_dict(
+            policy, {key.removeprefix(prefix): value for key, value in tensors.items()}, name
+        )
+        missing = [key for key in loaded.missing_keys if f".{name}." in key]
+        if missing or loaded.unexpected_keys:
+            raise ValueError(f"{(missing + loaded.unexpected_keys)[0]} does not fit")
+    except Exception as error:  # peft, JSON, safetensors and shapes each fail in their own way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{str(folder)!r} is no adapter of this policy: {reason}") from error
+
+
+class Stacked(nn.Module):
+    """A policy with a frozen adapter for each task, and above these one that is trained on all of them.
+
+    What it is asked of several tasks at once is answered task by task.
+
+    Args:
+        policy: With the tasks' adapters and the trained one, "default".
+        names: The adapter of each instruction.
+    """
+
+    def __init__(self, policy: Any, names: dict[str, str]) -> None:
+        super().__init__()
+        self.policy, self.names, self.above = policy, names, ["default"]
+        self.activate(next(iter(names.values())))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("policy"), name)
+
+    def activate(self, name: str) -> None:
+        """Let the task adapter ``name`` and, unless it is switched off, the trained one work."""
+        for _, layer in _lora_layers(self.policy):
+            layer.set_adapter([name, *self.above])  # type: ignore[operator]
+        for key, parameter in self.policy.named_parameters():
+            if ".lora_" in key:
+                parameter.requires_grad = key.rsplit(".", 2)[1] == "default"
+
+    def _by_task(self, instructions: list[str], ask: Any) -> tuple[Any, ...]:
+        order: list[int] = []
+        parts = []
+        for name in dict.fromkeys(self.names[text] for text in instructions):
+            inds = [i for i, text in enumerate(instructions) if self.names[text] == name]
+            self.activate(name)
+            parts.append(ask(inds, [instructions[i] for i in inds]))
+            order += inds
+        back = np.argsort(order)
+        return tuple(
+            (torch.cat(column) if isinstance(column[0], Tensor) else np.concatenate(column))[back]
+            for column in zip(*parts)
+        )
+
+    def sample(self, obs: dict[str, Any], instructions: list[str], temperature: float = 1.0) -> Any:
+        """As the policy's."""
+        return self._by_task(
+            instructions,
+            lambda inds, texts: self.policy.sample(
+                {name: array[inds] for name, array in obs.items()}, texts, temperature
+            ),
+        )
+
+    def evaluate(
+        self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
+    ) -> Any:
+        """As the policy's."""
+        return self._by_task(
+            instructions,
+            lambda inds, texts: self.policy.evaluate(
+                {name: array[inds] for name, array in obs.items()}, texts, tokens[inds], temperature
+            ),
+        )
 
 
 def _lora_layers(policy: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -64,7 +168,14 @@ def _lora_layers(policy: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[None]:
-    """The policy without its LoRA adapter: the reference of a KL term."""
+    """The policy without the LoRA adapter that is trained: the reference of a KL term."""
+    if isinstance(policy, Stacked):
+        policy.above = []
+        try:
+            yield
+        finally:
+            policy.above = ["default"]
+        return
     layers: list[Any] = [module for _, module in _lora_layers(policy)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -77,6 +188,7 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
 
 def merged(policy: Any) -> dict[str, Tensor]:
     """The policy's weights (on the CPU) with its LoRA adapter added in, named as in the plain policy."""
+    policy = policy.policy if isinstance(policy, Stacked) else policy
     layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
     for name, value in policy.state_dict().items():
@@ -94,6 +206,7 @@ def save_adapter(policy: Any, folder: Path) -> None:
     """Write the LoRA adapter in peft's own format, readable by ``PeftModel.from_pretrained``."""
     import peft
 
+    policy = policy.policy if isinstance(policy, Stacked) else policy
     config = policy.peft_config["default"]
     tensors = peft.get_peft_model_state_dict(policy)
     folder.mkdir(parents=True, exist_ok=True)
