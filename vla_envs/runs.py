@@ -265,6 +265,15 @@ def totals(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def stage_shares(envs: Any) -> dict[str, float]:
+    """How many of the decisions since the last call ended in which stage: shares by ``stages/<name>``."""
+    stages = envs.unwrapped.stages
+    total = max(1, stages.total())
+    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in stages.items()}
+    stages.subtract(dict(stages))
+    return shares
+
+
 def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
     """One batch of the members ``keep`` (N,) bool of several; the shorter ones end with nobody alive."""
     steps = max(len(batch["alive"]) for batch in batches)
