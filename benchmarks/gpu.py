@@ -262,7 +262,9 @@ def tgrpo(samples: Samples, bench: Bench, args: Args) -> None:
 def main(args: Args) -> None:
     """Measure, and print the table."""
     if args.tiny:
-        args = dataclasses.replace(args, batches=(1, 4), micro_batches=(4,), group_size=2, steps=3, repeats=1)
+        args = dataclasses.replace(
+            args, batches=(1, 32), micro_batches=(4,), group_size=2, steps=3, repeats=1
+        )
     elif not torch.cuda.is_available():
         print("there is no GPU that PyTorch can use; --tiny tries the code on the CPU", file=sys.stderr)
         raise SystemExit(2)
