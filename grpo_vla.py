@@ -482,6 +482,7 @@ if __name__ == "__main__":
             "group/success_mean": totals["successes"] / totals["episodes"],
             "group/kept_frac": float(batch["kept"].float().mean()),
             "group/zero_std_frac": float(batch["zero_std"].float().mean()),
+            **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],

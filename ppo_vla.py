@@ -501,6 +501,7 @@ if __name__ == "__main__":
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/success_mean": totals["successes"] / totals["episodes"],
+            **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],

@@ -488,6 +488,7 @@ if __name__ == "__main__":
         advantages = tgrpo_advantages(
             rewards, alive, args.group_size, args.alpha1, args.alpha2, args.return_mode
         )  # (T, N)
+        step_part = args.alpha1 * step_advantages(rewards, alive, args.group_size)  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -520,6 +521,9 @@ if __name__ == "__main__":
             "group/success_mean": totals["successes"] / totals["episodes"],
             "group/kept_frac": float((groups_std > 0).float().mean()),
             "group/zero_std_frac": float((step_std < 1e-6)[running].float().mean()),
+            "advantage/step_abs": float(step_part[alive].abs().mean()),
+            "advantage/trajectory_abs": float((advantages - step_part)[alive].abs().mean()),
+            **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],
             "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],

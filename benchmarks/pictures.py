@@ -1,31 +1,59 @@
-"""The README's pictures: the scene of every task, and the learning curves of runs.
+"""The README's pictures: tasks of all suites, a policy before and after training, learning curves of runs.
 
-python benchmarks/pictures.py scenes --out .github/scenes.png
+python benchmarks/pictures.py gallery --out .github/gallery.jpg
+python benchmarks/pictures.py clip --after runs/a/checkpoints/final --out .github/before_after.webp
 python benchmarks/pictures.py curves --runs runs/a runs/b --out .github/learning_curve.png
 """
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import matplotlib
 import numpy as np
+import torch
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vla_envs  # noqa: F401
+from vla_envs.policies import load_policy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
 @dataclass
-class Scenes:
-    """The ten scenes of LIBERO-Object on the built-in assets, as render() draws them."""
+class Gallery:
+    """Two scenes of every suite on the built-in assets, as render() draws them."""
 
     out: Path
-    """PNG to write"""
+    """Picture to write, JPEG or PNG"""
+
+
+@dataclass
+class Clip:
+    """A policy before and after training, side by side, from the same recorded init states."""
+
+    after: Path
+    """Checkpoint after training"""
+    out: Path
+    """Animation to write, WebP or GIF"""
+    before: Path | None = None
+    """Checkpoint before training [the shipped one]"""
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    task_id: int = 4
+    """Task in the suite, from 0"""
+    episodes: int = 8
+    """Recorded init states 0, 1, ..."""
+    temperature: float = 1.2
+    """Sampling temperature; 0 is greedy"""
+    seed: int = 1
+    """Seed of the sampling"""
 
 
 @dataclass
@@ -38,18 +66,71 @@ class Curves:
     """PNG to write"""
 
 
-def scenes(out: Path) -> None:
-    """Two rows of five scenes, each under its instruction."""
-    figure, axes = plt.subplots(2, 5, figsize=(15, 6.6))
-    for task_id, axis in enumerate(axes.flat):
-        env = gym.make("vla_envs/LiberoObject-v0", task_id=task_id, render_mode="rgb_array")
-        _, info = env.reset(options={"init_state_id": 0})
-        axis.imshow(env.render())
-        axis.set_title(f"{task_id}: {info['instruction'].split(' and ')[0]}", fontsize=10)
-        axis.axis("off")
-        env.close()
-    figure.tight_layout()
+SHOWN = {"LiberoSpatial": (0, 4), "LiberoObject": (4, 8), "LiberoGoal": (0, 7), "Libero10": (5, 9),
+         "Libero90": (41, 65)}  # fmt: skip
+
+
+def gallery(out: Path) -> None:
+    """A column for every suite, each scene under its instruction."""
+    figure, axes = plt.subplots(2, len(SHOWN), figsize=(15, 6.9), layout="constrained")
+    for column, (suite, task_ids) in zip(axes.T, SHOWN.items()):
+        for axis, task_id in zip(column, task_ids):
+            env = gym.make(f"vla_envs/{suite}-v0", task_id=task_id, render_mode="rgb_array")
+            _, info = env.reset(options={"init_state_id": 0})
+            axis.imshow(env.render())
+            title = f"{suite} {task_id}: {info['instruction']}"
+            axis.set_title("\n".join(textwrap.wrap(title, 44)), fontsize=8)
+            axis.axis("off")
+            env.close()
     figure.savefig(out, dpi=80)
+
+
+PIECES = 4  # pictures of a decision
+
+
+def played(checkpoint: Path | None, args: Clip) -> tuple[list[Any], np.ndarray]:
+    """Every moment's pictures (N, H, W, 3) and who has succeeded by then; who has in the end, (N,)."""
+    policy = load_policy("nano", checkpoint)
+    policy.eval()
+    envs = gym.make_vec(
+        f"vla_envs/{args.suite}-v0", num_envs=args.episodes, task_id=args.task_id, image_size=128,
+        action_chunk=policy.action_chunk // PIECES,
+    )  # fmt: skip
+    torch.manual_seed(args.seed)
+    obs, _ = envs.reset(options={"init_state_id": np.arange(args.episodes)})
+    moments, won = [(obs["image"], np.zeros(args.episodes, bool))], np.zeros(args.episodes, bool)
+    while not envs.unwrapped.frozen.all():
+        with torch.no_grad():
+            chunk, _, _ = policy.sample(obs, envs.unwrapped.instructions, args.temperature)  # (N, C, 7)
+        for actions in np.split(chunk, PIECES, axis=1):
+            obs, _, won, _, _ = envs.step(actions)
+            moments.append((obs["image"], won))
+    envs.close()
+    return moments, won
+
+
+def clip(args: Clip) -> None:
+    """Left before, right after; an episode's frame turns green when it has succeeded, red when it has not."""
+    sides = {"before": played(args.before, args), "after": played(args.after, args)}
+    columns, edge, head = -(-args.episodes // 2), 4, 22
+    size = 128 + 2 * edge
+    sheets = []
+    for moment in range(max(len(moments) for moments, _ in sides.values())):
+        sheet = Image.new("RGB", (2 * columns * size + 16, 2 * size + head), "white")
+        for side, (name, (moments, end)) in enumerate(sides.items()):
+            left = side * (columns * size + 16)
+            images, won = moments[min(moment, len(moments) - 1)]
+            words = f"{name} training: {won.sum()} of {args.episodes}"
+            ImageDraw.Draw(sheet).text((left + edge, 3), words, "black", ImageFont.load_default(14))
+            for k, image in enumerate(images):
+                failed = moment >= len(moments) - 1 and not end[k]
+                colour = (40, 160, 70) if won[k] else (200, 50, 50) if failed else (200, 200, 200)
+                at = (left + k % columns * size, head + k // columns * size)
+                sheet.paste(colour, (*at, at[0] + size, at[1] + size))
+                sheet.paste(Image.fromarray(image), (at[0] + edge, at[1] + edge))
+        sheets.append(sheet)
+    durations = [50] * (len(sheets) - 1) + [2000]  # ms; a picture is 2 control steps, 0.1 s: twice the speed
+    sheets[0].save(args.out, save_all=True, append_images=sheets[1:], duration=durations, loop=0, quality=60)
 
 
 def curves(runs: tuple[Path, ...], out: Path) -> None:
@@ -75,8 +156,10 @@ def curves(runs: tuple[Path, ...], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    command = tyro.cli(Scenes | Curves)
-    if isinstance(command, Scenes):
-        scenes(command.out)
+    command = tyro.cli(Gallery | Clip | Curves)
+    if isinstance(command, Gallery):
+        gallery(command.out)
+    elif isinstance(command, Clip):
+        clip(command)
     else:
         curves(command.runs, command.out)

@@ -9,6 +9,7 @@ from vla_envs.rewards import (
     JOINT_STAGES,
     STAGE_REWARDS,
     STAGES,
+    all_stage_names,
     evaluate_reward,
     multi_stage,
     resolve_reward,
@@ -91,6 +92,13 @@ def test_joints_and_conjunctions(facts, name, reward):
     values, stages = multi_stage(batch(facts))
     assert (values.tolist(), stage_names(batch(facts)).tolist()) == ([reward], [name])
     assert stages[0] // len(STAGES) == min(facts["goals_met"], facts["goals"] - 1)
+
+
+def test_all_stage_names():
+    assert all_stage_names([False]) == list(STAGES) and all_stage_names([True]) == list(JOINT_STAGES)
+    both = all_stage_names([True, False])
+    assert both[1:3] == ["0 of 2 met, approaching", "0 of 2 met, ready to grasp"] and len(both) == 24
+    assert both[-4:-2] == ["1 of 2 met, placed", "1 of 2 met, done"]
 
 
 def test_every_stage_is_put_to_the_test():

@@ -49,9 +49,11 @@ ONLINE_TAGS = {
     "charts/learning_rate", "losses/policy_loss", "losses/entropy", "losses/approx_kl",
     "losses/clipfrac_low", "losses/clipfrac_high", "losses/ratio_first_minibatch", "losses/logprob_gap",
     "group/success_mean", "time/rollout_s", "time/update_s", "time/render_s", "time/physics_s",
+    "stages/far",
 }  # fmt: skip
 TAGS = {
-    "tgrpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
+    "tgrpo_vla": ONLINE_TAGS
+    | {"group/zero_std_frac", "group/kept_frac", "advantage/step_abs", "advantage/trajectory_abs"},
     "grpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
     "ppo_vla": ONLINE_TAGS | {"losses/value_loss", "losses/explained_variance"},
     "sft_vla": {"charts/success_rate", "charts/learning_rate", "losses/nll", "losses/held_out_nll"},

@@ -1,5 +1,7 @@
 """The vector environment's contract (design.md), on the real simulator."""
 
+from collections import Counter
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 
 from vla_envs import LiberoVectorEnv
+from vla_envs.rewards import STAGES
 from vla_envs.scene import load_scene
 from vla_envs.tasks import recorded_init_states
 
@@ -77,6 +80,16 @@ def test_info(make_vec):
         assert info["stage"].dtype.kind == "i" and info["stage"].shape == (3,)
         assert all(fact.shape == (3,) and fact.dtype == np.float64 for fact in info["facts"].values())
     assert list(envs.unwrapped.instructions) == ["pick up the ketchup and place it in the basket"] * 3
+
+
+def test_stages_are_counted(make_vec):
+    """One for every environment that a call of step moved, by the name that the info has."""
+    envs = make_vec(2, max_episode_steps=2, reward="multi_stage")
+    assert set(envs.unwrapped.stages) == set(STAGES) and not envs.unwrapped.stages.total()
+    envs.reset(seed=0)
+    seen = [name for _ in range(2) for name in envs.step(random_actions(2))[4]["stage_name"].tolist()]
+    envs.step(random_actions(2))  # all have finished
+    assert envs.unwrapped.stages == Counter(seen) and envs.unwrapped.stages.total() == 4
 
 
 def test_training_on_the_evaluation_states_gives_a_warning(make_vec, recwarn):

@@ -30,10 +30,11 @@ DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of
 
 def parse_args(args_type: type[ArgsT]) -> ArgsT:
     """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2."""
-    errors = io.StringIO()
+    errors, module = io.StringIO(), sys.modules["__main__"].__spec__
+    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_type)
+            return tyro.cli(args_type, prog=prog)
     except SystemExit as exit_:
         if exit_.code:
             words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())  # without the frame that tyro draws
@@ -262,6 +263,15 @@ def totals(batch: dict[str, Any]) -> dict[str, Any]:
         "return": float((batch["rewards"] * alive).sum()),
         "policy_s": batch["policy_s"],
     }
+
+
+def stage_shares(envs: Any) -> dict[str, float]:
+    """How many of the decisions since the last call ended in which stage: shares by ``stages/<name>``."""
+    stages = envs.unwrapped.stages
+    total = max(1, stages.total())
+    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in stages.items()}
+    stages.subtract(dict(stages))
+    return shares
 
 
 def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:

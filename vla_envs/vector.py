@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.control import ControlState, Views, run_chunk
-from vla_envs.goals import FACTS, FactReader, predicates_met
+from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, binary, evaluate_reward, resolve_reward, stage_names
+from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import recorded_init_states
 
@@ -217,6 +217,10 @@ class LiberoVectorEnv(VectorEnv):
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         #: Seconds spent so far, by kind of work.
         self.seconds = {"physics": 0.0, "render": 0.0}
+        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
+        self.stages: Counter[str] = Counter()
+        for scene in scenes.values():
+            self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
 
         picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict(
@@ -473,6 +477,7 @@ class LiberoVectorEnv(VectorEnv):
             self._observe(i)
         reward, stage = evaluate_reward(self._reward, self._facts)
         self._stage[alive] = stage[alive]
+        self.stages.update(stage_names(self._facts)[alive].tolist())
         reward = np.where(frozen, 0.0, reward)
         terminated, truncated = self._terminated.copy(), self._truncated.copy()
         extra: dict[str, Any] = {}

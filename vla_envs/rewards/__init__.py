@@ -6,7 +6,7 @@ environment, and returns an array of rewards, or rewards and stage numbers.
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,21 @@ def _joint_stage(f: Facts) -> NDArray[np.int64]:
 
 def stage_names(facts: Facts) -> NDArray[np.str_]:
     """The names of ``multi_stage``'s stages: "lifted", or "1 of 2 met, lifted" for a conjunction."""
-    names = []
-    for joint, goals, stage in zip(facts["is_joint"], facts["goals"], multi_stage(facts)[1], strict=True):
-        met, k = divmod(int(stage), len(STAGES))
-        name = (JOINT_STAGES if joint else STAGES)[k]
-        names.append(name if goals == 1 else f"{met} of {goals:.0f} met, {name}")
-    return np.array(names)
+    stages = zip(facts["is_joint"], facts["goals"], multi_stage(facts)[1], strict=True)
+    return np.array([_stage_name(*its) for its in stages])
+
+
+def _stage_name(joint: float, goals: float, stage: int) -> str:
+    met, k = divmod(int(stage), len(STAGES))
+    name = (JOINT_STAGES if joint else STAGES)[k]
+    return name if goals == 1 else f"{met} of {goals:.0f} met, {name}"
+
+
+def all_stage_names(joint: Sequence[bool]) -> list[str]:
+    """The names of all stages in order; ``joint``: which of the goal's predicates move one."""
+    stages = range(len(STAGES) * len(joint))
+    names = [_stage_name(each, len(joint), stage) for stage in stages for each in sorted(set(joint))]
+    return list(dict.fromkeys(names))
 
 
 def resolve_reward(reward: str | Reward) -> Reward:
