@@ -513,6 +513,41 @@ def test_adapter_off_is_the_policy_without_it(tiny, kind):
         assert torch.equal(loss_of(policy), plain)
 
 
+def test_following_tokens_copy_no_cache(tiny, monkeypatch):
+    """Each layer's keys and values stay where the prompt's were put, and are transformers' own."""
+    import vla_envs.policies.openvla as openvla
+
+    caches, cache_type = [], openvla.Cache
+
+    def make(layers):
+        caches.append(cache_type(layers=layers))
+        return caches[-1]
+
+    monkeypatch.setattr(openvla, "Cache", make)
+    policy = load_policy("openvla", tiny)
+    inputs = policy.prepare(observations(3), SENTENCES)
+    with torch.no_grad():
+        tokens, logprobs = policy._decode(*policy.embed(*inputs), 0.0)
+        monkeypatch.setattr(openvla, "RoomyLayer", openvla.DynamicLayer)
+        assert torch.equal(policy._decode(*policy.embed(*inputs), 0.0)[0], tokens)
+    assert tokens.shape == logprobs.shape == (3, 7)
+    for mine, theirs in zip(*(cache.layers for cache in caches)):
+        assert mine.keys.data_ptr() == mine.room[0].data_ptr() and mine.keys.shape == mine.room[0].shape
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+@pytest.mark.parametrize("train", TRAINABLE_SETS)
+def test_half_precision_of_all_that_can_be_trained(tiny, kind, train):
+    policy = OpenVLAPolicy.load(tiny, kind == "openvla-oft", dtype=torch.bfloat16)
+    policy = make_trainable(policy, train, rank=4).train()
+    _, tokens, logprobs = policy.sample(observations(3), SENTENCES, 1.0)
+    again = policy.evaluate(observations(3), SENTENCES, tokens)[0]
+    assert logprobs.dtype == again.dtype == torch.float32 and (logprobs - again).abs().max() < 0.3
+    optimise(policy)
+    gradients = [p.grad for p in policy.parameters() if p.requires_grad]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
 def test_half_precision(tiny, kind):
     """What a GPU does: bfloat16 weights, a float32 adapter, and steps that are not rounded away."""
     policy = OpenVLAPolicy.load(tiny, kind == "openvla-oft", dtype=torch.bfloat16)

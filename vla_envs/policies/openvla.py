@@ -25,7 +25,8 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vla_envs.policies.pictures import openvla_pixels
@@ -116,6 +117,25 @@ class ViT(nn.Module):
         return x[:, self.prefix :]
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one of Llama's layers with room for a control step's tokens.
+
+    transformers' own layer copies all it holds, for every token.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, S, head width) so far, those given the last of them."""
+        held = self.get_seq_length()
+        if not held:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [F.pad(x, (0, 0, 0, ACTION_DIM - 1)) for x in (key_states, value_states)]
+        end = held + key_states.shape[2]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, held:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+
 class OpenVLAModel(nn.Module):
     """The network: pictures (B, 6, S, S) and a prompt to the logits of what follows."""
 
@@ -153,15 +173,25 @@ class OpenVLAModel(nn.Module):
         folder = fetch(checkpoint, "*.json")
         device = torch.device(device or "cpu")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        with torch.device("meta"):
-            model = cls(config or OpenVLAConfig.read(folder)).to(dtype)
-        if device.type != "meta":
-            make_room(str(checkpoint), sum(p.numel() for p in model.parameters()), dtype, device)
-            model.to_empty(device=device)
-            llm = model.config.llm  # its angles are in no checkpoint, and float32 whatever the weights are
-            model.language_model.model.rotary_emb = LlamaRotaryEmbedding(llm).to(device)
+        model = cls.allocate(str(checkpoint), config or OpenVLAConfig.read(folder), dtype, device)
         read_weights(model, fetch(checkpoint, "*.json", "*.safetensors"))
         return model.eval()
+
+    @classmethod
+    def allocate(cls, name: str, config: OpenVLAConfig, dtype: torch.dtype, device: torch.device) -> Any:
+        """The network with memory for its weights, which have no values yet.
+
+        Raises:
+            ValueError: When they do not fit on the card; starts with ``name``.
+        """
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        if device.type != "meta":
+            make_room(name, sum(p.numel() for p in model.parameters()), dtype, device)
+            model.to_empty(device=device)
+            # Llama's angles are in no checkpoint, and float32 whatever the weights are.
+            model.language_model.model.rotary_emb = LlamaRotaryEmbedding(config.llm).to(device)
+        return model
 
     def is_unused(self, name: str) -> bool:
         """Whether no prediction needs a published tensor: of a tower's last block, norm or pooling."""
@@ -478,7 +508,7 @@ class OpenVLAPolicy(OpenVLAModel):
 
     def _decode(self, x: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
         """Tokens (B, 7) and log-probabilities (B, 7) one by one; nothing waits for the device."""
-        cache, drawn = DynamicCache(config=self.config.llm), []
+        cache, drawn = Cache(layers=[RoomyLayer() for _ in self.blocks]), []
         for _ in range(ACTION_DIM):
             drawn.append(choose(self._logits(self.attend(x, mask, cache=cache)[:, -1]), temperature))
             following = self.language_model.model.embed_tokens(drawn[-1][0] + self.first).unsqueeze(1)
@@ -507,14 +537,16 @@ class OpenVLAPolicy(OpenVLAModel):
             return np.concatenate(actions), torch.cat(tokens), torch.cat(logprobs)
         inputs = self.prepare(obs, instructions)
         training = self.training
-        self.eval()  # in training, layers that recompute their activations drop the cache
+        if training:  # layers that recompute their activations drop the cache
+            self.eval()
         with self._precision():
             x, mask = self.embed(*inputs)
             if self.parallel:
                 tokens, logprobs = choose(self._logits(self._parallel_hidden(x, mask)), temperature)
             else:
                 tokens, logprobs = self._decode(x, mask, temperature)
-        self.train(training)
+        if training:
+            self.train()
         return self.decode(tokens), tokens, logprobs
 
     def evaluate(

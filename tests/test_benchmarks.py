@@ -1,0 +1,33 @@
+"""The benchmarks that run everywhere."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"), run_name="__main__")
+
+
+def test_gpu_on_the_cpu(monkeypatch, capsys):
+    run(monkeypatch, "--tiny")
+    machine, _, _, *lines = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in machine and "commit" in machine
+    rows = [line.strip("|").split("|") for line in lines]
+    assert len(rows) == 14 and {len(row) for row in rows} == {5}
+    shares = [float(share.strip(" %")) for _, _, _, share, _ in rows[4:] if share.strip()]
+    assert len(shares) == 7 and all(0.0 < share < 100.0 for share in shares)
+
+
+def test_gpu_without_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and err.count("\n") == 1 and "--tiny" in err
