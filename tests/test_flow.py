@@ -48,7 +48,7 @@ def small(seed=0, **config):
 @pytest.mark.parametrize("temperature", [0.5, 1.2])
 def test_shapes_and_the_densities_of_the_stored_chain(noise, temperature):
     """Each number's density is a normal distribution's around the mean of its step, written out anew."""
-    policy, obs, steps = small(noise=noise, denoising_steps=5), observations(), 5
+    policy, obs, steps = small(noise=noise, noise_level=0.3, denoising_steps=5), observations(), 5
     torch.manual_seed(1)
     actions, chain, sampled = policy.sample(obs, SENTENCES, temperature)
     assert actions.shape == (4, 2, 7) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
@@ -61,7 +61,7 @@ def test_shapes_and_the_densities_of_the_stored_chain(noise, temperature):
     for k in range(steps):
         t, x = 1 - k / steps, chain[:, k]
         v = policy.head(x, torch.full((4, 1), t), condition)
-        mean, std = x - v / steps, 0.5 * temperature
+        mean, std = x - v / steps, 0.3 * temperature
         if noise == "sde":
             s = std * math.sqrt(t / max(1 - t, 1 / steps))
             mean, std = mean - s**2 / (2 * t * steps) * (x + (1 - t) * v), s / math.sqrt(steps)
@@ -117,19 +117,18 @@ def test_the_sde_keeps_the_distribution_of_the_ode():
         return t * off - (mean + (1 - t) * deviation**2 * off)
 
     found = {}
-    for noise, level in (("ode", 0.0), ("sde", 0.5), ("fixed", 0.1)):
-        policy = FlowPolicy(
-            FlowConfig(**SMALL, denoising_steps=steps, noise="fixed" if level == 0.1 else "sde")
-        )
+    for kind, level in (("ode", 0.0), ("sde", 0.5), ("fixed", 0.1)):
+        noise = "fixed" if kind == "fixed" else "sde"
+        policy = FlowPolicy(FlowConfig(**SMALL, denoising_steps=steps, noise=noise, noise_level=1.0))
         policy.head.forward = velocity
         torch.manual_seed(0)
         x = torch.randn(5000, 14)
         for k in range(steps):
-            step_mean, std = policy.step(x, torch.tensor([[k]]), torch.zeros(1), level / 0.5)
+            step_mean, std = policy.step(x, torch.tensor([[k]]), torch.zeros(1), level)
             x = step_mean + std * torch.randn_like(x)
-        found[noise] = (x.mean().item(), x.std().item())
-    for noise in ("ode", "sde"):
-        assert found[noise] == pytest.approx((mean, deviation), abs=0.015), found
+        found[kind] = (x.mean().item(), x.std().item())
+    for kind in ("ode", "sde"):
+        assert found[kind] == pytest.approx((mean, deviation), abs=0.015), found
     assert found["fixed"][1] > 1.3 * deviation  # the noise alone widens it
 
 
@@ -269,7 +268,9 @@ def test_online_rl(script, execute):
     run, logged = execute(script, *words.split())
     assert_learnt(run)
     assert abs(logged["losses/ratio_first_minibatch"] - 1) < 1e-6 and logged["losses/logprob_gap"] < 1e-3
-    expected = 0.5 * math.log(2 * math.pi * math.e) + np.log([0.6, 0.6 * 0.75**0.5, 0.3, 0.3 / 3**0.5]).mean()
+    expected = (
+        0.5 * math.log(2 * math.pi * math.e) + np.log([0.3, 0.3 * 0.75**0.5, 0.15, 0.15 / 3**0.5]).mean()
+    )
     assert logged["losses/entropy"] == pytest.approx(expected, abs=1e-4)  # of the steps at temperature 1.2
 
 

@@ -36,7 +36,7 @@ class FlowConfig(NanoConfig):
     head_width: int = 192
     denoising_steps: int = 4  # K
     noise: Literal["sde", "fixed"] = "sde"
-    noise_level: float = 0.5  # at temperature 1, in units of the actions' full speed
+    noise_level: float = 0.25  # at temperature 1, in units of the actions' full speed
 
     def __post_init__(self) -> None:
         super().__post_init__()
