@@ -66,7 +66,7 @@ class Args:
     eval_temperature: float | None = None
     """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
     device: str | None = None
-    """Where the policy runs: cpu, cuda, cuda:1, ... [nano: cpu; openvla: cuda where there is one]"""
+    """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; openvla: cuda where there is one]"""
 
     # ---- Environment ----
     suite: str = "LiberoObject"
@@ -88,7 +88,7 @@ class Args:
 
     # ---- Policy ----
     policy: str = "nano"
-    """Kind of policy: nano, openvla or openvla-oft"""
+    """Kind of policy: nano, flow, openvla or openvla-oft"""
     checkpoint: Path | None = None
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
@@ -104,7 +104,7 @@ class Args:
     merge: bool = True
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     temperature: float = 1.2
-    """Divides the logits, in rollout and update alike"""
+    """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
     # ---- Algorithm ----
     reward: str = "binary"

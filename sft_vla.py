@@ -4,6 +4,7 @@ Symbols: S samples (control steps of demonstrations), B of them in a minibatch, 
 action tokens a decision.
 
     loss         -1/B sum_b 1/D sum_d log pi(token_bd | obs_b) of the demonstrated tokens     loss_of
+                 (--policy flow: flow matching; a policy has its own, imitation_loss)
 
 A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
 LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demonstrations.py``). Of every task --held-out
@@ -57,7 +58,7 @@ class Args:
     eval_temperature: float | None = None
     """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
     device: str | None = None
-    """Where the policy runs: cpu, cuda, cuda:1, ... [nano: cpu; openvla: cuda where there is one]"""
+    """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; openvla: cuda where there is one]"""
 
     # ---- Environment ----
     suite: str = "LiberoObject"
@@ -79,7 +80,7 @@ class Args:
 
     # ---- Policy ----
     policy: str = "nano"
-    """Kind of policy: nano, openvla or openvla-oft"""
+    """Kind of policy: nano, flow, openvla or openvla-oft"""
     checkpoint: Path | None = None
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
@@ -95,7 +96,7 @@ class Args:
     merge: bool = True
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     temperature: float = 1.2
-    """Divides the logits, in rollout and update alike"""
+    """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
     # ---- Algorithm ----
     demos: Path = Path("demos")
@@ -170,17 +171,16 @@ def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path)
 
 
 def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
-    """Mean negative log-probability of the demonstrated tokens of samples ``inds`` (B,)."""
+    """The policy's own loss of imitating the actions (B, C, 7) of samples ``inds`` (B,)."""
     obs = {name: samples[name][inds] for name in ("image", "state")}
-    tokens = policy.encode(torch.as_tensor(samples["actions"][inds]))  # (B, D)
     instructions = [samples["instructions"][i] for i in inds]
-    logprobs, _, _ = policy.evaluate(obs, instructions, tokens.to(next(policy.parameters()).device))  # (B, D)
-    return -logprobs.mean()
+    return policy.imitation_loss(obs, instructions, torch.as_tensor(samples["actions"][inds]))
 
 
 @torch.no_grad()
 def held_out_loss(policy: Any, samples: dict[str, Any]) -> float:
-    """Mean of ``loss_of`` over all samples."""
+    """Mean of ``loss_of`` over all samples; a policy that draws noise for it draws the same every time."""
+    torch.manual_seed(0)
     parts = np.array_split(np.arange(len(samples["actions"])), 1 + len(samples["actions"]) // 256)
     loss = sum(loss_of(policy, samples, inds) * len(inds) for inds in parts) / len(samples["actions"])
     runs.check_finite(**{"held-out loss": loss})
@@ -192,6 +192,7 @@ def update(
 ) -> dict[str, float]:
     """The optimiser steps of one iteration; the means of what was measured on the way."""
     rng = np.random.default_rng([args.seed, iteration])
+    runs.seed_all(args.seed, iteration)  # of noise, where the policy's loss draws some
     trained = optimizer.param_groups[0]["params"]
     steps = args.num_iterations * args.iteration_steps
     losses, norms = [], []

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vla_envs import evaluation
 from vla_envs.evaluation import PROTOCOLS
-from vla_envs.policies import adapters, load_policy, replace_folder, save_policy, write_json
+from vla_envs.policies import SHIPPED, adapters, load_policy, replace_folder, save_policy, write_json
 from vla_envs.tasks import SUITES, get_task, nearest
 
 ArgsT = TypeVar("ArgsT")
@@ -145,7 +145,7 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     task_ids = given.task_ids or (given.task_id,)
     if len(set(task_ids)) < len(task_ids):
         raise ValueError(f"task_ids are {task_ids}; expected each task once")
-    device = given.device or ("cuda" if given.policy != "nano" and torch.cuda.is_available() else "cpu")
+    device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
         device=device,

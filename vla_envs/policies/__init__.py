@@ -25,6 +25,7 @@ if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 from vla_envs.policies.adapters import merged
+from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.tasks import nearest
 
@@ -41,11 +42,12 @@ def _no_openvla(config: dict[str, Any]) -> nn.Module:
 #: The policies, each with the function that builds it from a checkpoint's configuration.
 POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "nano": lambda config: NanoPolicy(NanoConfig(**config)),
+    "flow": lambda config: FlowPolicy(FlowConfig(**config)),
     "openvla": _no_openvla,
     "openvla-oft": _no_openvla,
 }
 #: The checkpoint that is shipped for each policy.
-SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object"}
+SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object", "flow": CHECKPOINTS / "flow_libero_object"}
 
 
 def _check_name(name: str) -> None:

@@ -80,10 +80,10 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-class NanoPolicy(nn.Module):
-    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, 56)`` action tokens.
+class Backbone(nn.Module):
+    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to a hidden state a control step.
 
-    ``sample`` and ``evaluate`` are the interface of every policy of this package.
+    A policy adds ``head`` and calls ``_initialise``.
     """
 
     image_size = 128  # pixels, of the rendered picture
@@ -91,7 +91,7 @@ class NanoPolicy(nn.Module):
     #: Linear layers that LoRA adapts: those of the transformer's blocks, never the head.
     lora_targets = r".*blocks\.\d+\.(qkv|proj|fc1|fc2)"
 
-    def __init__(self, config: NanoConfig = NanoConfig()) -> None:
+    def __init__(self, config: NanoConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
@@ -109,12 +109,10 @@ class NanoPolicy(nn.Module):
         self.queries = nn.Parameter(torch.zeros(1, config.action_chunk, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, ACTION_DIM * BINS)
         self.state_centre: Tensor
         self.state_scale: Tensor
         self.register_buffer("state_centre", torch.tensor(STATE_CENTRE))
         self.register_buffer("state_scale", torch.tensor(STATE_SCALE))
-        self._initialise()
         self._token_cache: dict[str, list[int]] = {}
 
     def _initialise(self) -> None:
@@ -125,7 +123,6 @@ class NanoPolicy(nn.Module):
             elif parameter.ndim == 2 or name in ("position", "queries"):
                 nn.init.normal_(parameter, std=std)
         nn.init.zeros_(self.film.weight)
-        nn.init.normal_(self.head.weight, std=0.1 * std)  # starts near uniform over the bins
 
     @property
     def hidden_size(self) -> int:
@@ -165,8 +162,8 @@ class NanoPolicy(nn.Module):
             ),
         }
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, C, 7, 256)`` and hidden states ``(B, C, width)`` of prepared inputs."""
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states ``(B, C, width)`` of prepared inputs."""
         words = self.words(inputs["words"])  # (B, 16, width)
         present = (inputs["words"] > 0).unsqueeze(-1)
         sentence = (words * present).sum(1) / present.sum(1).clamp(min=1)  # (B, width)
@@ -178,7 +175,28 @@ class NanoPolicy(nn.Module):
         x = torch.cat([picture, sentence.unsqueeze(1), state, queries], dim=1)
         for block in self.blocks:
             x = block(x)
-        hidden = self.norm(x[:, -self.config.action_chunk :])
+        return self.norm(x[:, -self.config.action_chunk :])
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, for a checkpoint's ``config.json``."""
+        return asdict(self.config)
+
+
+class NanoPolicy(Backbone):
+    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, 56)`` action tokens.
+
+    ``sample`` and ``evaluate`` are the interface of every policy of this package.
+    """
+
+    def __init__(self, config: NanoConfig = NanoConfig()) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.width, ACTION_DIM * BINS)
+        self._initialise()
+        nn.init.normal_(self.head.weight, std=0.1 * config.width**-0.5)  # starts near uniform over the bins
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, C, 7, 256)`` and hidden states ``(B, C, width)`` of prepared inputs."""
+        hidden = self.hidden(inputs)
         return self.head(hidden).unflatten(-1, (ACTION_DIM, BINS)), hidden
 
     @torch.no_grad()
@@ -214,6 +232,7 @@ class NanoPolicy(nn.Module):
         """Tokens ``(B, 56)`` of demonstrated actions ``(B, C, 7)``."""
         return action_tokens(actions).flatten(1)
 
-    def describe(self) -> dict[str, Any]:
-        """The configuration, for a checkpoint's ``config.json``."""
-        return asdict(self.config)
+    def imitation_loss(self, obs: dict[str, Any], instructions: list[str], actions: Tensor) -> Tensor:
+        """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
+        tokens = self.encode(actions).to(next(self.parameters()).device)
+        return -self.evaluate(obs, instructions, tokens)[0].mean()
