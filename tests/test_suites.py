@@ -20,10 +20,16 @@ FEW = {
     "Libero10": (3, 5, 9),  # a drawer to close, a desk caddy, a microwave
     "Libero90": (5, 21, 40),
 }
+ONE = {suite: ids[:1] for suite, ids in FEW.items()}
 ALL = [(suite, k) for suite in SUITES for k in range(num_tasks(suite))]
-TASKS = [
-    pytest.param(*task, marks=[] if task[1] in FEW.get(task[0], ()) else [pytest.mark.slow]) for task in ALL
-]
+
+
+def tasks(default):
+    """All 130, of which those in ``default`` are not slow."""
+    return [
+        pytest.param(*task, marks=[] if task[1] in default.get(task[0], ()) else [pytest.mark.slow])
+        for task in ALL
+    ]
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def predicates(env):
     return [bool(env.env._eval_predicate(w)) for w in order + [w for w in words if w[0] == "close"]]
 
 
-@pytest.mark.parametrize(("suite", "task_id"), TASKS)
+@pytest.mark.parametrize(("suite", "task_id"), tasks(FEW))
 def test_parity(twins, suite, task_id):
     """Settling, then free motion: the arm to 1e-9 after one control step and to 1e-6 after twenty.
 
@@ -109,7 +115,7 @@ def shuffle(scene, data, rng):
     mujoco.mj_forward(model, data)
 
 
-@pytest.mark.parametrize(("suite", "task_id"), TASKS)
+@pytest.mark.parametrize(("suite", "task_id"), tasks(FEW))
 def test_predicates(twins, suite, task_id):
     """The same states, given to LIBERO's predicates and to ours; each predicate is both true and false."""
     env, scene = twins(suite, task_id)
@@ -154,7 +160,7 @@ def placed_by_libero(env, scene):
     return {model.body(name).id: pose for name, pose in poses.items()}, joints
 
 
-@pytest.mark.parametrize(("suite", "task_id"), TASKS)
+@pytest.mark.parametrize(("suite", "task_id"), tasks(ONE))
 def test_placements(twins, suite, task_id):
     """Poses of objects and fixtures and positions of drawers, beside LIBERO's own: the same distributions."""
     env, scene = twins(suite, task_id)
@@ -178,7 +184,7 @@ def test_placements(twins, suite, task_id):
         assert pvalue > 1e-5, (column, ours[:3, column], theirs[:3])
 
 
-@pytest.mark.parametrize(("suite", "task_id"), TASKS)
+@pytest.mark.parametrize(("suite", "task_id"), tasks(ONE))
 def test_resets(suite, task_id):
     """A group shares the whole scene, fixtures included, to the pixel; each recorded state comes to rest."""
     envs = LiberoVectorEnv(4, suite, task_id, image_size=64, wrist_camera=True)
