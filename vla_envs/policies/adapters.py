@@ -229,6 +229,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def possible_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors like those of ``optimizer_state`` when every parameter has been trained."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{i}.{key}": torch.empty(() if key == "step" else p.shape, device="meta")
+        for i, p in enumerate(parameters)
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The reverse of ``optimizer_state``."""
     state: dict[int, dict[str, Tensor]] = {}
