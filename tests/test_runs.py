@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -483,24 +484,16 @@ def test_damaged_state(tmp_path, file):
             runs.load_training_state(tmp_path / "latest", policy, optimizer)
         assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
     path.unlink()
-    with pytest.raises(ValueError, match="latest"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         runs.load_training_state(tmp_path / "latest", policy, optimizer)
 
 
-@pytest.mark.parametrize(
-    ("name", "moment"),
-    [
-        ("99.exp_avg", torch.zeros(3)),
-        ("0.exp_avg", torch.zeros(3)),
-        ("0.colour", torch.zeros(3)),
-        ("x", torch.zeros(1)),
-    ],
-)
-def test_moments_that_do_not_fit(tmp_path, name, moment):
+@pytest.mark.parametrize("name", ["99.exp_avg", "0.exp_avg", "0.colour", "x"])
+def test_moments_that_do_not_fit(tmp_path, name):
     policy, optimizer = training()
     runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
     file = tmp_path / "latest" / "optimizer.safetensors"
-    safetensors.torch.save_file(safetensors.torch.load_file(file) | {name: moment}, file)
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | {name: torch.zeros(3)}, file)
     other, other_optimizer = training(steps=0)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=rf"optimizer\.safetensors.*{name}"):
@@ -540,14 +533,14 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"iteration": None}, {"env_steps": -1}, {"wall_s": "long"}, {"evaluated": True}]
+    ("name", "value"), [("iteration", None), ("env_steps", -1), ("wall_s", "long"), ("evaluated", True)]
 )
-def test_damaged_counters(tmp_path, changes):
+def test_damaged_counters(tmp_path, name, value):
     args = Started(run_dir=tmp_path)
     runs.start(args, "grpo_vla", *training())
     file = tmp_path / "checkpoints" / "latest" / "counters.json"
-    write_json(file, json.loads(file.read_text()) | changes)
-    with pytest.raises(ValueError, match=rf"counters\.json' is damaged: {next(iter(changes))} is"):
+    write_json(file, json.loads(file.read_text()) | {name: value})
+    with pytest.raises(ValueError, match=rf"counters\.json' is damaged: {name} is"):
         runs.start(dataclasses.replace(args, resume=tmp_path), "grpo_vla", *training(steps=0))
 
 

@@ -60,6 +60,11 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
     return str(folder)
 
 
+def download_folder() -> Path:
+    """Where ``hf-libero`` keeps what it downloads."""
+    return Path.home() / ".cache" / "libero" / "assets"
+
+
 def download() -> Path:
     """LIBERO's assets from the Hugging Face hub, where ``hf-libero`` keeps them; fetched once, with a bar.
 
@@ -68,7 +73,7 @@ def download() -> Path:
     """
     import huggingface_hub
 
-    folder = Path.home() / ".cache" / "libero" / "assets"
+    folder = download_folder()
     complete = folder / ".complete"  # a download that was interrupted goes on where it was
     if complete.exists():
         return folder

@@ -1,13 +1,9 @@
-"""What every script does around its algorithm: the command line, a run's folder, saving and resuming."""
+"""What every script does around its algorithm: its arguments, a run's folder, saving and resuming."""
 
-import contextlib
 import dataclasses
-import io
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -15,11 +11,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import numpy as np
 import safetensors.torch
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from vla_envs import evaluation
+from vla_envs.command_line import one_line_errors as one_line_errors
+from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
 from vla_envs.policies import (
     adapters,
@@ -34,34 +31,6 @@ from vla_envs.tasks import SUITES, get_task, nearest
 
 ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
-
-
-def parse_args(args_type: type[ArgsT]) -> ArgsT:
-    """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2."""
-    errors, module = io.StringIO(), sys.modules["__main__"].__spec__
-    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_type, prog=prog)
-    except SystemExit as exit_:
-        if exit_.code:
-            words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())  # without the frame that tyro draws
-            words = re.sub(r"-{4,}.*|For full helptext.*", "", words)
-            print(f"error: {' '.join(words.split())}", file=sys.stderr)
-        raise
-
-
-@contextlib.contextmanager
-def one_line_errors(where: str = "") -> Iterator[None]:
-    """A user's mistake, or numbers that are not finite, end the program with one line that begins ``where``.
-
-    The exit status is 2; for numbers that are not finite 1.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        tqdm.write(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)  # above a progress bar
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 
 def check_finite(**values: Tensor) -> None:
@@ -236,11 +205,10 @@ def start(
     if args.resume:
         latest = args.resume / "checkpoints" / "latest"
         loaded = load_training_state(latest, learner, optimizer)
-        for name in state.keys() - {"before"}:
-            if not _fits(loaded.get(name), float) or not 0 <= loaded[name] < float("inf"):
-                raise ValueError(
-                    f"{str(latest / 'counters.json')!r} is damaged: {name} is {loaded.get(name)!r}"
-                )
+        for name in ("iteration", "env_steps", "episodes", "wall_s", "evaluated"):
+            value: Any = loaded.get(name)
+            if not _fits(value, float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
         return args.resume, loaded
     run = make_run_folder(args.run_dir, args.suite, "-".join(map(str, args.task_ids)), script, args.seed)
     write_json(run / "args.json", dataclasses.asdict(args))
@@ -389,7 +357,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, {float: (int, float), Path: str}.get(kind, kind))
+    return isinstance(value, int | float if kind is float else str if kind is Path else kind)
 
 
 def load_args(args: ArgsT) -> ArgsT:
