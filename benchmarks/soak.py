@@ -3,9 +3,9 @@
     python benchmarks/soak.py                              # an hour or so
     python benchmarks/soak.py --episodes 300 --cycles 60   # minutes
 
-Every line gives what the process holds at a tenth of the way: memory, open files, threads, and OpenGL buffers (of
-the process's one context, one for each scene and picture size). The verdict compares the end with the end of
-the first fifth, in which caches fill: ``flat``, or the growth, and then exit status 1.
+Every tenth of the way a line says what the process holds: memory, open files, threads, and OpenGL buffers (of
+its one context; one for each scene and picture size). The verdict compares the end with the end of the first
+fifth, in which caches fill: ``flat``, or what has grown, and then the exit status is 1.
 """
 
 import gc

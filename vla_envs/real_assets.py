@@ -183,7 +183,7 @@ def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, scratch: Path) -> None:
         exact: The scene as it is, compiled.
         scratch: A folder for the smaller textures, needed until ``spec`` is compiled.
     """
-    spec.visual.quality.offsamples = 0
+    spec.visual.quality.offsamples = spec.visual.quality.shadowsize = 0
     meshes = exact.geom_type == mujoco.mjtGeom.mjGEOM_MESH
     touched = exact.geom_dataid[meshes & (exact.geom_group == 0)]
     for k in np.setdiff1d(exact.geom_dataid[meshes], touched):

@@ -380,6 +380,7 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
         spec.body(fixture.root_body).mocap = True
     if assets == "builtin":
         spec.visual.quality.offsamples = 0
+        spec.visual.quality.shadowsize = 0  # no shadow is drawn; a map of them takes 64 MB a renderer
         spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
         spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
     elif quality == "fast":
