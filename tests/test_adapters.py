@@ -1,5 +1,7 @@
 """What is trained, and LoRA adapters in peft's format."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -270,6 +272,17 @@ def test_folders_that_hold_no_fitting_adapter(below, tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ValueError, match="is no adapter of this policy"):
             make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+    first = folders[SENTENCES[0]]
+    config, tensors = first / "adapter_config.json", first / "adapter_model.safetensors"
+    sound = tensors.read_bytes()
+    for content in (sound[:-9], b"PK\x03\x04" + sound, bytes(1000)):
+        tensors.write_bytes(content)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors' is damaged"):
+            make_trainable(plain(), "lora", below={SENTENCES[0]: first})
+    tensors.write_bytes(sound)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 10**9}))
+    with pytest.raises(ValueError, match="its rank is 1000000000"):
+        make_trainable(plain(), "lora", below={SENTENCES[0]: first})
     wide = NanoPolicy(NanoConfig(action_chunk=2, image_size=32, width=32, depth=3, heads=2))
     with pytest.raises(ValueError, match="is no adapter of this policy"):
         make_trainable(wide, "lora", below=folders)

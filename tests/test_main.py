@@ -1,5 +1,6 @@
 """``python -m vla_envs``: the doctor and the cache."""
 
+import email.message
 import subprocess
 import sys
 
@@ -20,7 +21,9 @@ def test_the_doctor_finds_nothing_to_do():
     out, _, status = run("doctor")
     lines = {line.split()[1]: line for line in out.splitlines()}
     assert status == 0 and "TO DO" not in out
-    assert list(lines) == ["versions", "opengl", "picture", "speed", "gpu", "assets", "cache"]
+    assert list(lines) == [
+        "versions", "opengl", "picture", "speed", "threads", "memory", "gpu", "assets", "cache"
+    ]  # fmt: skip
     assert "mujoco 3.3.2" in lines["versions"] and float(lines["speed"].split()[2]) > 10
 
 
@@ -32,9 +35,85 @@ def test_a_wrong_version_and_no_opengl_are_named_and_the_rest_is_still_checked(m
     monkeypatch.setattr("vla_envs.render._opengl_context", lambda: 1 / 0)
     assert main.doctor() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and lines[0].startswith("TO DO  versions")
+    assert len(lines) == 9 and lines[0].startswith("TO DO  versions")
     assert "mujoco 3.9.0 instead of ==3.3.2" in lines[0] and lines[1].startswith("TO DO  opengl")
     assert lines[-1].startswith("ok")
+
+
+def test_without_pytorch_the_rest_is_still_checked():
+    """Nor is it imported before its own check."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import vla_envs.__main__ as main; print('exit', main.doctor())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
+    assert [line[:15].strip() for line in out if line.startswith("TO DO")] == ["TO DO  gpu"]
+    assert "pip install" in next(line for line in out if "gpu" in line) and out[-1] == "exit 1"
+
+
+@pytest.mark.parametrize("needed", [["nowhere"], ["torch>99"], ["numpy>=2", "nowhere==3; extra == 'dev'"]])
+def test_requirements_are_the_packages(monkeypatch, needed):
+    known = email.message.Message()
+    known["Requires-Python"] = ">=3.10"
+    for line in needed:
+        known["Requires-Dist"] = line
+    monkeypatch.setattr(main.importlib.metadata, "metadata", lambda name: known)
+    if needed[0] == "numpy>=2":
+        assert main.versions()[0] == "ok"
+    else:
+        state, words = main.versions()
+        assert state == "TO DO" and needed[0].split(">")[0] in words and "pip install" in words
+
+
+def test_pictures_that_are_empty_or_another(monkeypatch):
+    class Env:
+        def reset(self, options):
+            return {"image": picture}, {}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("gymnasium.make", lambda *args, **kwargs: Env())
+    picture = np.zeros((128, 128, 3), np.uint8)
+    assert main.picture()[0] == "TO DO"
+    picture = np.arange(128 * 128 * 3, dtype=np.uint8).reshape(128, 128, 3)
+    state, words = main.picture()
+    assert state == "note" and "harmless" in words and main.PICTURE in words
+
+
+@pytest.mark.parametrize(
+    ("free", "state", "words"),
+    [
+        (0.5, "TO DO", "nano needs 1 GiB"),
+        (1.5, "ok", "nano acts, openvla needs 32"),
+        (64, "ok", "openvla trains"),
+    ],
+)
+def test_memory(monkeypatch, free, state, words):
+    monkeypatch.setattr(main, "_memory", lambda: (free, 64))
+    assert main.memory()[0] == state and words in main.memory()[1]
+
+
+def test_a_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 139 * 2**30))
+    assert main.gpu() == ("ok", "H200, 20 of 139 GiB free: nano trains, openvla acts, openvla-oft acts")
+
+
+def test_downloaded_assets_are_found(monkeypatch, tmp_path):
+    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main.assets()[0] == "note" and str(tmp_path) in main.assets()[1]
+    folder = tmp_path / ".cache" / "libero" / "assets"
+    for name in ("scenes", "stable_hope_objects"):
+        (folder / name).mkdir(parents=True)
+    (folder / "scenes" / "a.xml").write_bytes(bytes(3_000_000))
+    assert main.assets()[0] == "note"
+    (folder / ".complete").touch()
+    assert main.assets() == ("ok", f"built-in; LIBERO's own in {folder} (3 MB)")
 
 
 def test_a_folder_of_assets_that_is_none(monkeypatch):

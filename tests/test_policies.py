@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -300,6 +301,12 @@ def set_config(folder, **changes):
         lambda folder: set_config(folder, policy="openvla"),
         lambda folder: set_config(folder, colour="red"),
         lambda folder: set_config(folder, width="wide"),
+        lambda folder: set_config(folder, width=16.0),
+        lambda folder: set_config(folder, depth=True),
+        lambda folder: set_config(folder, depth=0),
+        lambda folder: set_config(folder, depth=10**9),
+        lambda folder: set_config(folder, width=4096, vocabulary=4096),  # 1.6 GB, if it were believed
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
         lambda folder: set_config(folder, heads=3),
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
         lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors at all"),
@@ -311,6 +318,51 @@ def set_config(folder, **changes):
 def test_damaged_files(checkpoint, damage):
     damage(checkpoint)
     assert str(checkpoint) in refusal("nano", checkpoint)
+
+
+def header(tensors, file, size):
+    """A safetensors file of ``size`` bytes, nearly all of them a hole, that claims to hold ``tensors``."""
+    words = json.dumps(tensors).encode()
+    with file.open("wb") as stream:
+        stream.write(len(words).to_bytes(8, "little") + words)
+        stream.truncate(size)
+
+
+HUGE = 10 * 2**30  # bytes
+
+
+@pytest.mark.parametrize("claim", [None, "head.bias", "other"])
+def test_files_too_large_are_refused_before_they_are_read(checkpoint, claim):
+    file = checkpoint / "model.safetensors"
+    if claim is None:
+        with file.open("wb") as stream:
+            stream.truncate(HUGE)
+    else:
+        words = {claim: {"dtype": "F32", "shape": [HUGE // 4], "data_offsets": [0, HUGE]}}
+        header(words, file, 8 + len(json.dumps(words)) + HUGE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert str(file) in refusal("nano", checkpoint)
+    with (checkpoint / "config.json").open("r+b") as stream:
+        stream.truncate(HUGE)
+    message = refusal("nano", checkpoint)
+    assert str(checkpoint / "config.json") in message and str(HUGE) in message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02]q\x00.", b"\xff" * 100])
+def test_what_is_no_safetensors_file_is_named(checkpoint, content):
+    """Also a zip and a pickle under that name, which nothing unpacks."""
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(content)
+    assert f"{str(file)!r} is damaged" in refusal("nano", checkpoint)
+
+
+def test_the_configuration_of_another_policy(checkpoint):
+    set_config(checkpoint, policy="flow")
+    assert "config.json is of policy 'flow'" in refusal("nano", checkpoint)
+    (checkpoint / "config.json").write_text("[1, 2]")
+    message = refusal("nano", checkpoint)
+    assert str(checkpoint / "config.json") in message and "a list; expected an object" in message
 
 
 def test_weights_that_do_not_fit(checkpoint):

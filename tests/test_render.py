@@ -52,6 +52,11 @@ def test_another_state_and_another_camera_look_different(simulation, renderer):
     assert np.any(agentview != renderer.draw(settled(seed=1).data, "agentview"))
 
 
+def test_no_memory_for_shadows_that_are_not_drawn(simulation):
+    """A map of them would take 64 MB a renderer."""
+    assert simulation.scene.model.vis.quality.shadowsize == 0
+
+
 def test_pictures_are_arrays_of_their_own(simulation, renderer):
     first = renderer.draw(simulation.data, "agentview")
     copy = first.copy()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,6 +288,17 @@ def test_damaged_arguments(tmp_path, content):
         runs.load_args(Args(resume=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", "one"), ("seed", 1.5), ("seed", True), ("seed", None), ("rate", "fast"), ("rate", [1]),
+     ("run_dir", 3), ("train", 1), ("task_ids", 4), ("task_ids", ["a"]), ("task_ids", None)],
+)  # fmt: skip
+def test_arguments_of_another_type(tmp_path, name, value):
+    write_json(tmp_path / "args.json", dataclasses.asdict(Args()) | {name: value})
+    with pytest.raises(ValueError, match=rf"args\.json' is damaged: {name} is"):
+        runs.load_args(Args(resume=tmp_path))
+
+
 # ---- How far a run is --------------------------------------------------------------------------------
 
 
@@ -446,7 +458,7 @@ def test_no_state(tmp_path):
 
 def test_state_of_another_trainable_set(tmp_path):
     runs.save_training_state(tmp_path / "latest", *training("lora"), {"iteration": 1})
-    with pytest.raises(ValueError, match="another"):
+    with pytest.raises(ValueError, match=r"trained\.safetensors.*missing"):
         runs.load_training_state(tmp_path / "latest", *training("all", steps=0))
 
 
@@ -464,10 +476,29 @@ def test_state_of_another_size(tmp_path):
 def test_damaged_state(tmp_path, file):
     policy, optimizer = training()
     runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
-    (tmp_path / "latest" / file).write_bytes(b"{")
-    with pytest.raises(ValueError, match="latest") as error:
+    path = tmp_path / "latest" / file
+    sound = path.read_bytes()
+    for content in (b"", b"{", b"[]", sound[:-9], b"PK\x03\x04" + sound):
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            runs.load_training_state(tmp_path / "latest", policy, optimizer)
+        assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+    path.unlink()
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         runs.load_training_state(tmp_path / "latest", policy, optimizer)
-    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["99.exp_avg", "0.exp_avg", "0.colour", "x"])
+def test_moments_that_do_not_fit(tmp_path, name):
+    policy, optimizer = training()
+    runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
+    file = tmp_path / "latest" / "optimizer.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | {name: torch.zeros(3)}, file)
+    other, other_optimizer = training(steps=0)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"optimizer\.safetensors.*{name}"):
+        runs.load_training_state(tmp_path / "latest", other, other_optimizer)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
 # ---- Starting ----------------------------------------------------------------------------------------
@@ -499,6 +530,18 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path):
     other, other_optimizer = training(steps=0)
     assert runs.start(Started(resume=run), "x_vla", other, other_optimizer) == (run, state)
     assert same(policy, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("iteration", None), ("env_steps", -1), ("wall_s", "long"), ("evaluated", True)]
+)
+def test_damaged_counters(tmp_path, name, value):
+    args = Started(run_dir=tmp_path)
+    runs.start(args, "grpo_vla", *training())
+    file = tmp_path / "checkpoints" / "latest" / "counters.json"
+    write_json(file, json.loads(file.read_text()) | {name: value})
+    with pytest.raises(ValueError, match=rf"counters\.json' is damaged: {name} is"):
+        runs.start(dataclasses.replace(args, resume=tmp_path), "grpo_vla", *training(steps=0))
 
 
 def test_an_evaluation_leaves_nothing_to_resume(tmp_path):

@@ -1,10 +1,12 @@
 """Scenes: the cache, LIBERO's configuration left alone, and placements like LIBERO's own."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import mujoco
@@ -22,9 +24,10 @@ from vla_envs.tasks import recorded_init_states
 def reload():
     """``load_scene`` as a new process would call it."""
 
-    def reload(*args):
+    def reload(*args, **kwargs):
         vla_envs.scene._load.cache_clear()
-        return load_scene(*args)
+        vla_envs.scene._in_use.clear()
+        return load_scene(*args, **kwargs)
 
     yield reload
     vla_envs.scene._load.cache_clear()
@@ -47,6 +50,39 @@ def test_a_second_load_builds_nothing(reload, request):
     second = reload("LiberoObject", 0)
     assert second is not first
     assert second.model.nq == first.model.nq and second.placements == first.placements
+
+
+def test_without_the_cache_it_is_neither_read_nor_written(reload, tmp_path, monkeypatch, capfd):
+    cached = reload("LiberoObject", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    capfd.readouterr()
+    built = reload("LiberoObject", 0, cache=False)
+    assert "Building the scene" in capfd.readouterr().err and not list(tmp_path.rglob("*.*"))
+    assert built.placements == cached.placements and np.array_equal(built.recorded, cached.recorded)
+    assert load_scene("LiberoObject", 0, cache=False) is built
+
+
+def test_a_scene_in_use_is_shared_and_one_that_is_not_is_let_go(reload):
+    scene = reload("LiberoObject", 0)
+    vla_envs.scene._load.cache_clear()  # as if many others had been opened since
+    assert load_scene("LiberoObject", 0) is scene
+    gone = weakref.ref(scene)
+    vla_envs.scene._load.cache_clear()
+    del scene
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_folder_of_the_session_is_nobody_elses(tmp_path, monkeypatch):
+    monkeypatch.setattr(vla_envs.scene.os, "access", lambda *args: False)
+    monkeypatch.setattr(vla_envs.scene.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(vla_envs.scene.os, "getuid", lambda: 12345)
+    os.mkdir(tmp_path / "vla_envs-12345")
+    if folder.stat().st_uid != 12345:
+        with pytest.raises(PermissionError, match="another user's"):
+            cache_folder()
 
 
 def test_loading_twice_shares_the_model():
@@ -88,6 +124,8 @@ DAMAGES = {
     "facts empty": (".json", lambda content: b""),
     "facts not an object": (".json", lambda content: b"[]"),
     "facts without digest": (".json", lambda content: b"{}"),
+    "facts without end": (".json", lambda content: b"[" * 100_000),
+    "one digit of the facts changed": (".json", lambda content: content.replace(b"0.020", b"0.021", 1)),
     "wrong digest": (".json", wrong_digest),
 }
 

@@ -1,7 +1,10 @@
 """Suites, tasks and recorded init states, beside LIBERO's own benchmark classes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
 from vla_envs.scene import load_scene
 from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
@@ -33,10 +36,9 @@ def test_the_scene_is_no_part_of_the_instruction():
 
 @pytest.mark.parametrize("task_id", range(10))
 def test_recorded_init_states(task_id):
-    import torch
-
     task = get_task("LiberoObject", task_id)
     states, model = recorded_init_states(task), load_scene("LiberoObject", task_id).model
+    assert np.array_equal(states[:, 1 : 1 + model.nq], load_scene("LiberoObject", task_id).recorded)
     assert states.shape == (50, 1 + model.nq + model.nv) and states.dtype == np.float64
     assert np.array_equal(states, torch.load(task.init_states_file, weights_only=False))
     assert not states[:, 1 + model.nq :].any()  # at rest, as Simulation.restore takes them to be
@@ -45,11 +47,7 @@ def test_recorded_init_states(task_id):
 
 def test_reading_init_states_runs_no_code(tmp_path):
     """A pickle with anything but arrays in it is refused."""
-    import dataclasses
     import os
-    import pickle
-
-    import torch
 
     class Attack:
         def __reduce__(self):
@@ -57,9 +55,41 @@ def test_reading_init_states_runs_no_code(tmp_path):
 
     torch.save(Attack(), tmp_path / "evil.pruned_init")
     task = dataclasses.replace(get_task("LiberoObject", 0), init_states_file=tmp_path / "evil.pruned_init")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"evil\.pruned_init"):
         recorded_init_states(task)
     assert not (tmp_path / "attacked").exists()
+
+
+def save(content):
+    return lambda file: torch.save(content, file)
+
+
+def sparse(file):
+    with file.open("wb") as stream:
+        stream.truncate(10 * 2**30)
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "mislabelled": lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000)),
+    "oversized": sparse,
+    "not a number": save(np.full((50, 111), np.nan)),
+    "one row": save(np.zeros(111)),
+    "words": save(["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_init_states_are_refused_by_name(tmp_path, damage):
+    task = get_task("LiberoObject", 0)
+    file = tmp_path / "mine.pruned_init"
+    file.write_bytes(task.init_states_file.read_bytes())
+    DAMAGES[damage](file)
+    with pytest.raises(ValueError, match=r"mine\.pruned_init") as error:
+        recorded_init_states(dataclasses.replace(task, init_states_file=file))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,66 +18,82 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from vla_envs.runs import one_line_errors, parse_args
+from vla_envs.command_line import one_line_errors, parse_args
 
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
-#: GiB on a GPU, from the sizes of weights, adapters and caches: to act in 8 environments, to train with LoRA.
+#: GiB, from the sizes of weights, adapters and caches, not measured: to act in 8 environments, and to train
+#: with LoRA; in bfloat16 on a GPU, in float32 on the processor.
 NEEDS = {"nano": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0)}
+NEEDS_ON_CPU = {"nano": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
+INSTALL = "pip install -e . in the repository"
 
 OK, NOTE, TODO = "ok", "note", "TO DO"
 
 
 def versions() -> tuple[str, str]:
     """Python and every package against the versions that are known to work (``pyproject.toml``)."""
-    wrong = []
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        wrong.append(f"Python {platform.python_version()} instead of 3.10 to 3.12")
-    for line in importlib.metadata.requires("vla_envs") or []:
-        requirement = Requirement(line)
+    try:
+        known = importlib.metadata.metadata("vla_envs")
+    except importlib.metadata.PackageNotFoundError:
+        return TODO, f"vla_envs is not installed, so which versions it needs is unknown: {INSTALL}"
+    python, wrong, found = platform.python_version(), [], {}
+    if not SpecifierSet(known["Requires-Python"] or "").contains(python, prereleases=True):
+        wrong.append(f"Python {python} instead of {known['Requires-Python']}")
+    for requirement in map(Requirement, known.get_all("Requires-Dist") or []):
         if requirement.marker is not None:
             continue  # of an extra
         try:
-            found = importlib.metadata.version(requirement.name)
+            version = found[requirement.name] = importlib.metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{requirement.name} {version} instead of {requirement.specifier}")
         except importlib.metadata.PackageNotFoundError:
-            found = "nothing"
-        if found == "nothing" or not requirement.specifier.contains(found, prereleases=True):
-            wrong.append(f"{requirement.name} {found} instead of {requirement.specifier or 'any'}")
+            wrong.append(f"{requirement.name} is missing")
     if wrong:
-        return TODO, "; ".join(wrong) + ": pip install the versions named"
-    names = ("mujoco", "robosuite", "hf-libero", "torch", "transformers", "peft", "gymnasium", "numpy")
-    known = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return OK, f"Python {platform.python_version()}, {known}"
+        return TODO, f"{'; '.join(wrong)}: {INSTALL}"
+    shown = ("mujoco", "robosuite", "hf-libero", "torch", "gymnasium", "numpy", "numba")
+    return OK, ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
 
 
 def opengl() -> tuple[str, str]:
     """What draws."""
-    from vla_envs.render import _opengl_context
+    from vla_envs.render import _opengl_context, _software
 
     kind = type(_opengl_context()).__module__.split(".")[1]
     from OpenGL import GL
 
-    return OK, f"{kind}, {GL.glGetString(GL.GL_RENDERER).decode()}"
+    device = f"{kind}, {GL.glGetString(GL.GL_RENDERER).decode()}"
+    if _software() and Path("/dev/nvidiactl").exists():
+        return NOTE, f"{device}, though there is a GPU: its driver's EGL (libnvidia-gl) would draw faster"
+    return OK, device
 
 
-def picture() -> tuple[str, str]:
+def picture(cache: bool = True) -> tuple[str, str]:
     """A picture's checksum."""
     import gymnasium as gym
 
-    env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
+    env = gym.make("vla_envs/LiberoObject-v0", task_id=4, cache=cache)
     obs, _ = env.reset(options={"init_state_id": 0})
     env.close()
+    if obs["image"].std() < 10:
+        return (
+            TODO,
+            "OpenGL draws nothing: try MUJOCO_GL=osmesa (apt-get install libosmesa6), or another driver",
+        )
     checksum = hashlib.sha256(obs["image"].tobytes()).hexdigest()[:12]
     if checksum == PICTURE:
         return OK, f"{checksum}, as known"
-    return NOTE, f"{checksum}; Mesa's software OpenGL gives {PICTURE}: another device rounds in its own way"
+    return (NOTE, f"{checksum} instead of llvmpipe's {PICTURE}: differs on other renderers, harmless")
 
 
-def speed() -> tuple[str, str]:
+def speed(cache: bool = True) -> tuple[str, str]:
     """Environment steps a second, for two seconds."""
     import gymnasium as gym
 
-    envs: Any = gym.make_vec("vla_envs/LiberoObject-v0", num_envs=8, task_id=4, max_episode_steps=10**6)
+    envs: Any = gym.make_vec(
+        "vla_envs/LiberoObject-v0", num_envs=8, task_id=4, max_episode_steps=10**6, cache=cache
+    )
     envs.reset(seed=0)
     actions, steps = np.zeros((8, 7)), 0
     envs.step(actions)
@@ -88,8 +103,42 @@ def speed() -> tuple[str, str]:
         steps += 8
     rate = steps / (time.perf_counter() - start)
     envs.close()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return OK, f"{rate:.0f} env-steps/s, 8 environments, an image every step, {cores} threads"
+    return OK, f"{rate:.0f} env-steps/s, 8 environments, an image every step"
+
+
+def threads() -> tuple[str, str]:
+    """Cores, and what limits their use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [
+        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+    ]
+    words = f"{cores} of {os.cpu_count()} cores: {cores} simulator threads"
+    if hasattr(os, "getloadavg"):
+        words += f"; load {os.getloadavg()[0]:.1f}"
+    return OK, "; ".join([words] + ([f"PyTorch has {', '.join(limits)}"] if limits else []))
+
+
+def memory() -> tuple[str, str]:
+    """The machine's memory against what the policies need on the processor."""
+    free, total = _memory()
+    words = f"{free:.0f} of {total:.0f} GiB free; without a GPU: {_fits(free, NEEDS_ON_CPU)}"
+    if free < NEEDS_ON_CPU["nano"][0]:
+        return TODO, f"{words}: close other programs"
+    return OK, words
+
+
+def _memory() -> tuple[float, float]:
+    """GiB free and in all, of the machine or of the container that it is."""
+    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    table = Path("/proc/meminfo")
+    if table.exists():
+        free = 1024 * int(table.read_text().split("MemAvailable:")[1].split()[0])
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+        free = min(free, total - int((group / "memory.current").read_text()))
+    return free / 2**30, total / 2**30
 
 
 def gpu() -> tuple[str, str]:
@@ -97,40 +146,63 @@ def gpu() -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
+        if Path("/dev/nvidiactl").exists():
+            return (
+                NOTE,
+                f"PyTorch {torch.__version__} cannot use the one that is here: install its CUDA build",
+            )
         return NOTE, "none that PyTorch can use: nano runs on the CPU, OpenVLA-7B wants a GPU"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-    fits = [
-        f"{policy} {'trains' if free >= train else 'acts' if free >= act else 'does not fit'}"
-        for policy, (act, train) in NEEDS.items()
-    ]
-    return OK, f"{torch.cuda.get_device_name()}, {free:.0f} of {total:.0f} GiB free: {', '.join(fits)}"
+    return OK, f"{torch.cuda.get_device_name()}, {free:.0f} of {total:.0f} GiB free: {_fits(free, NEEDS)}"
+
+
+def _fits(free: float, needs: dict[str, tuple[float, float]]) -> str:
+    words = []
+    for policy, (act, train) in needs.items():
+        fits = "trains" if free >= train else "acts" if free >= act else f"needs {act:.0f} GiB"
+        words.append(f"{policy} {fits}")
+    return ", ".join(words)
 
 
 def assets() -> tuple[str, str]:
     """Where LIBERO's own meshes and textures would come from."""
-    folder = os.environ.get("LIBERO_ASSETS")
-    if folder:
-        from vla_envs.real_assets import resolve_assets
+    from vla_envs.real_assets import download_folder, resolve_assets
 
-        return OK, f"LIBERO's own in {resolve_assets(folder)} ({_size(Path(folder))})"
-    return NOTE, "built-in; LIBERO's own, where asked for, are downloaded (LIBERO_ASSETS names no folder)"
+    named, downloaded = os.environ.get("LIBERO_ASSETS"), download_folder()
+    if named or (downloaded / ".complete").exists():
+        folder = Path(resolve_assets(named or downloaded))
+        return OK, f"built-in; LIBERO's own in {folder} ({_size(folder)})"
+    return (
+        NOTE,
+        f"built-in; LIBERO's own would be downloaded to {downloaded}, or name a folder in LIBERO_ASSETS",
+    )
 
 
 def cache() -> tuple[str, str]:
-    """The compiled scenes on disk."""
+    """The compiled scenes on disk, and checkpoints that were downloaded."""
     from vla_envs.scene import cache_folder
 
     folder = cache_folder()
-    return OK, f"{len(list(folder.glob('*.mjb')))} compiled scenes in {folder} ({_size(folder)})"
+    words = f"{len(list(folder.glob('*.mjb')))} compiled scenes in {folder} ({_size(folder)})"
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
+    checkpoints = [path for path in hub.glob("models--*") if "openvla" in path.name]
+    if checkpoints:
+        words += f"; {len(checkpoints)} checkpoints in {hub} ({_size(*checkpoints)})"
+    return OK, words
 
 
-def _size(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.0f} MB"
+def _size(*folders: Path) -> str:
+    paths = (path for folder in folders for path in folder.rglob("*") if not path.is_symlink())
+    size = sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
+    return f"{size:.0f} MB" if size < 1000 else f"{size / 1000:.1f} GB"
 
 
 @dataclass
 class Doctor:
-    """Check what a newcomer needs: versions, OpenGL, a picture, speed, GPU, assets, cache."""
+    """Check what a newcomer needs: versions, OpenGL, a picture, speed, memory, GPU, assets, cache."""
+
+    cache: bool = True
+    """Take the scene from the cache; --no-cache builds it anew and leaves the cache alone"""
 
 
 @dataclass
@@ -141,19 +213,23 @@ class Cache:
     """What to do"""
 
 
-def doctor() -> int:
+def doctor(use_cache: bool = True) -> int:
     """Print one line a check; 1 when something is to be done, else 0."""
-    checks: tuple[Callable[[], tuple[str, str]], ...] = (
-        versions, opengl, picture, speed, gpu, assets, cache
-    )  # fmt: skip
+    checks: dict[str, Callable[[], tuple[str, str]]] = {
+        "versions": versions, "opengl": opengl, "picture": lambda: picture(use_cache),
+        "speed": lambda: speed(use_cache), "threads": threads, "memory": memory, "gpu": gpu,
+        "assets": assets, "cache": cache,
+    }  # fmt: skip
     worst = 0
-    for check in checks:
+    for name, check in checks.items():
         try:
             state, words = check()
         except Exception as error:  # whatever it is, the other checks still run
             state, words = TODO, " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ModuleNotFoundError):
+                words += f": {INSTALL}"
         worst = max(worst, int(state == TODO))
-        print(f"{state:5}  {check.__name__:8}  {words}", flush=True)
+        print(f"{state:5}  {name:8}  {words}", flush=True)
     return worst
 
 
@@ -171,5 +247,5 @@ if __name__ == "__main__":
     command = parse_args(Doctor | Cache)  # type: ignore[arg-type, var-annotated]
     with one_line_errors():
         if isinstance(command, Doctor):
-            raise SystemExit(doctor())
+            raise SystemExit(doctor(command.cache))
         clear_cache() if command.action == "clear" else print(cache()[1])

@@ -52,10 +52,11 @@ class LiberoEnv(gym.Env):
         settle_steps: int = 10,
         settle_gripper: float = -1.0,
         render_mode: str | None = None,
+        cache: bool = True,
     ) -> None:
         self._envs = LiberoVectorEnv(
             1, suite, task_id, image_size, action_chunk, max_episode_steps, reward, assets, quality,
-            wrist_camera, num_threads, settle_steps, settle_gripper, render_mode=render_mode,
+            wrist_camera, num_threads, settle_steps, settle_gripper, render_mode=render_mode, cache=cache,
         )  # fmt: skip
         self.metadata = {**self.metadata, "render_fps": self._envs.metadata["render_fps"]}
         self.render_mode = render_mode

@@ -60,6 +60,11 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
     return str(folder)
 
 
+def download_folder() -> Path:
+    """Where ``hf-libero`` keeps what it downloads."""
+    return Path.home() / ".cache" / "libero" / "assets"
+
+
 def download() -> Path:
     """LIBERO's assets from the Hugging Face hub, where ``hf-libero`` keeps them; fetched once, with a bar.
 
@@ -68,7 +73,7 @@ def download() -> Path:
     """
     import huggingface_hub
 
-    folder = Path.home() / ".cache" / "libero" / "assets"
+    folder = download_folder()
     complete = folder / ".complete"  # a download that was interrupted goes on where it was
     if complete.exists():
         return folder
@@ -178,7 +183,7 @@ def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, scratch: Path) -> None:
         exact: The scene as it is, compiled.
         scratch: A folder for the smaller textures, needed until ``spec`` is compiled.
     """
-    spec.visual.quality.offsamples = 0
+    spec.visual.quality.offsamples = spec.visual.quality.shadowsize = 0
     meshes = exact.geom_type == mujoco.mjtGeom.mjGEOM_MESH
     touched = exact.geom_dataid[meshes & (exact.geom_group == 0)]
     for k in np.setdiff1d(exact.geom_dataid[meshes], touched):

@@ -1,59 +1,37 @@
-"""What every script does around its algorithm: the command line, a run's folder, saving and resuming."""
+"""What every script does around its algorithm: its arguments, a run's folder, saving and resuming."""
 
-import contextlib
 import dataclasses
-import io
-import json
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import safetensors.torch
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from vla_envs import evaluation
+from vla_envs.command_line import one_line_errors as one_line_errors
+from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
-from vla_envs.policies import SHIPPED, adapters, load_policy, replace_folder, save_policy, write_json
+from vla_envs.policies import (
+    SHIPPED,
+    adapters,
+    load_policy,
+    read_json,
+    read_tensors,
+    replace_folder,
+    save_policy,
+    write_json,
+)
 from vla_envs.tasks import SUITES, get_task, nearest
 
 ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
-
-
-def parse_args(args_type: type[ArgsT]) -> ArgsT:
-    """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2."""
-    errors, module = io.StringIO(), sys.modules["__main__"].__spec__
-    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_type, prog=prog)
-    except SystemExit as exit_:
-        if exit_.code:
-            words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())  # without the frame that tyro draws
-            words = re.sub(r"-{4,}.*|For full helptext.*", "", words)
-            print(f"error: {' '.join(words.split())}", file=sys.stderr)
-        raise
-
-
-@contextlib.contextmanager
-def one_line_errors(where: str = "") -> Iterator[None]:
-    """A user's mistake, or numbers that are not finite, end the program with one line that begins ``where``.
-
-    The exit status is 2; for numbers that are not finite 1.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        tqdm.write(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)  # above a progress bar
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 
 def check_finite(**values: Tensor) -> None:
@@ -224,10 +202,16 @@ def start(
     Raises:
         ValueError, OSError: When the folder will not do.
     """
-    if args.resume:
-        return args.resume, load_training_state(args.resume / "checkpoints" / "latest", learner, optimizer)
-    run = make_run_folder(args.run_dir, args.suite, "-".join(map(str, args.task_ids)), script, args.seed)
     state = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None, "evaluated": 0}
+    if args.resume:
+        latest = args.resume / "checkpoints" / "latest"
+        loaded = load_training_state(latest, learner, optimizer)
+        for name in ("iteration", "env_steps", "episodes", "wall_s", "evaluated"):
+            value: Any = loaded.get(name)
+            if not _fits(value, float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
+        return args.resume, loaded
+    run = make_run_folder(args.run_dir, args.suite, "-".join(map(str, args.task_ids)), script, args.seed)
     write_json(run / "args.json", dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
@@ -341,7 +325,8 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
     """Restore what ``save_training_state`` wrote, from ``folder`` or its predecessor; the counters.
 
     Raises:
-        ValueError: When there is no such state.
+        ValueError: When there is no such state, or a file of it is damaged or of another policy; nothing is
+            changed then.
     """
     if not folder.exists():
         folder = folder.with_name(folder.name + ".previous")
@@ -349,20 +334,31 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
         raise ValueError(
             f"{str(folder.parent)!r} holds no training state; expected the folder of a run to resume"
         )
-    try:
-        trained: dict[str, Tensor] = safetensors.torch.load_file(folder / "trained.safetensors")
-        moments = safetensors.torch.load_file(folder / "optimizer.safetensors")
-        counters = json.loads((folder / "counters.json").read_text())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"the training state {str(folder)!r} is damaged: {error}") from None
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise ValueError(f"{str(folder)!r} is of another policy or another trainable set")
+    trained = read_tensors(folder / "trained.safetensors", parameters)
+    moments = read_tensors(
+        folder / "optimizer.safetensors", adapters.possible_optimizer_state(optimizer), partial=True
+    )
+    counters = read_json(folder / "counters.json")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(trained[name])
     adapters.load_optimizer_state(optimizer, moments)
     return counters
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be one of the type ``kind`` of an argument."""
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, option) for option in inner)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else str if kind is Path else kind)
 
 
 def load_args(args: ArgsT) -> ArgsT:
@@ -377,15 +373,12 @@ def load_args(args: ArgsT) -> ArgsT:
         raise ValueError("--resume trains on; to evaluate, give --checkpoint RUN/checkpoints/final")
     if not (run / "args.json").is_file():
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json")
-    try:
-        stored = json.loads((run / "args.json").read_text())
-        stored.items()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{str(run / 'args.json')!r} is damaged: {error}") from None
-    known = {field.name: str(field.type) for field in dataclasses.fields(given)}
-    values = {name: value for name, value in stored.items() if name in known}
+    known = get_type_hints(type(args))
+    values = {name: value for name, value in read_json(run / "args.json").items() if name in known}
     for name, value in values.items():
-        kind = Path if "Path" in known[name] else lambda item: item
+        if not _fits(value, known[name]):
+            raise ValueError(f"{str(run / 'args.json')!r} is damaged: {name} is {value!r}")
+        kind = Path if "Path" in str(known[name]) else lambda item: item
         if isinstance(value, list):
             values[name] = tuple(map(kind, value))
         elif value is not None:

@@ -5,6 +5,7 @@ there it may import what it likes and find its own configuration, so that the us
 prompted and an existing LIBERO configuration is never touched.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import filelock
 import mujoco
@@ -71,6 +73,7 @@ class Scene:
     placements: tuple[Placement, ...]
     joint_ranges: tuple[tuple[int, float, float], ...]  # address in qpos, low, high: drawers, doors, knobs
     burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of the knob, and where it turns on
+    recorded: NDArray[np.float64]  # (50, nq), joint positions of LIBERO's recorded init states
 
     def sample_init_state(self, rng: np.random.Generator) -> NDArray[np.float64]:
         """A state drawn as LIBERO draws them: everything in its BDDL regions, a noisy arm; not yet settled.
@@ -90,8 +93,7 @@ class Scene:
 
         LIBERO's files hold joint positions alone: where the fixtures stood is not recorded.
         """
-        qpos = recorded_init_states(self.task)[state_id, 1 : 1 + self.model.nq]
-        return np.append(qpos, self._place(self.model.qpos0.copy(), None)[self.model.nq :])
+        return np.append(self.recorded[state_id], self._place(self.model.qpos0.copy(), None)[self.model.nq :])
 
     def _place(self, qpos: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.float64]:
         """The state with everything placed at random, or without ``rng`` in the middle of its region."""
@@ -180,7 +182,11 @@ def check_versions() -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled scenes are kept; a folder of the session where the home folder is read-only."""
+    """Where compiled scenes are kept; a folder of the session where the home folder is read-only.
+
+    Raises:
+        PermissionError: When somebody else has made that folder.
+    """
     folder = Path(platformdirs.user_cache_dir("vla_envs"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,8 +194,11 @@ def cache_folder() -> Path:
             return folder
     except OSError:
         pass
-    folder = Path(tempfile.gettempdir()) / f"vla_envs-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    folder.mkdir(parents=True, exist_ok=True)
+    user = os.getuid() if hasattr(os, "getuid") else None
+    folder = Path(tempfile.gettempdir()) / f"vla_envs-{user}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if user is not None and folder.lstat().st_uid != user:  # anybody may write there
+        raise PermissionError(f"{folder} is another user's; expected XDG_CACHE_HOME with a folder of yours")
     return folder
 
 
@@ -199,7 +208,7 @@ def _key(task: Task, assets: str, quality: str) -> str:
     for package in ("mujoco", "robosuite", "hf-libero"):
         digest.update(f"{package}={importlib.metadata.version(package)};".encode())
     here = Path(__file__).parent
-    for path in (*(here / name for name in BUILD_FILES), task.bddl_file):
+    for path in (*(here / name for name in BUILD_FILES), task.bddl_file, task.init_states_file):
         digest.update(path.read_bytes())
     digest.update(f"{assets};{quality}".encode())
     if assets != "builtin":
@@ -209,7 +218,9 @@ def _key(task: Task, assets: str, quality: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_scene(suite: str, task_id: int, assets: str = "builtin", quality: str = "exact") -> Scene:
+def load_scene(
+    suite: str, task_id: int, assets: str = "builtin", quality: str = "exact", cache: bool = True
+) -> Scene:
     """The compiled scene of a task: the one in use, from the cache on disk, or built now.
 
     Args:
@@ -218,6 +229,7 @@ def load_scene(suite: str, task_id: int, assets: str = "builtin", quality: str =
         assets: ``"builtin"``, ``"libero"`` or a folder of LIBERO's assets.
         quality: Of LIBERO's assets, ``"exact"`` (its own pixels) or ``"fast"`` (simplified meshes, no
             multisampling). The built-in assets have one quality; there it changes nothing.
+        cache: Whether to read and write the cache on disk; if not, a scene that is not in use is built now.
 
     Raises:
         ValueError: When the task, the assets or the quality do not exist, or files of the assets are
@@ -231,13 +243,30 @@ def load_scene(suite: str, task_id: int, assets: str = "builtin", quality: str =
             f"quality is {quality!r}; expected {expected}{nearest(str(quality), list(QUALITIES))}"
         )
     task, assets = get_task(suite, task_id), resolve_assets(assets)
-    return _load(task, assets, "exact" if assets == "builtin" else quality)
+    return _load(task, assets, "exact" if assets == "builtin" else quality, cache)
 
 
-@lru_cache(maxsize=128)
-def _load(task: Task, assets: str, quality: str) -> Scene:
-    base = cache_folder() / f"{task.suite}_{task.task_id}_{_key(task, assets, quality)}"
-    with filelock.FileLock(f"{base}.lock"):
+#: Every scene that somebody holds: two environments of a task share one, however many scenes are open.
+_in_use: WeakValueDictionary[tuple[Any, ...], Scene] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=8)  # to open the last ones again costs nothing; LIBERO's own assets take 20 to 230 MB each
+def _load(task: Task, assets: str, quality: str, cache: bool) -> Scene:
+    key = (task, assets, quality, cache)
+    scene = _in_use.get(key)
+    if scene is None:
+        scene = _in_use[key] = _read_or_build(task, assets, quality, cache)
+    return scene
+
+
+def _read_or_build(task: Task, assets: str, quality: str, cache: bool) -> Scene:
+    with contextlib.ExitStack() as stack:
+        if cache:
+            folder = cache_folder()
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vla_envs-")))
+        base = folder / f"{task.suite}_{task.task_id}_{_key(task, assets, quality)}"
+        stack.enter_context(filelock.FileLock(f"{base}.lock"))
         cached = _read(base)
         if cached is None:
             _build_in_child(task, assets, quality, base)
@@ -253,6 +282,7 @@ def _load(task: Task, assets: str, quality: str) -> Scene:
         placements=tuple(Placement(**item) for item in facts["placements"]),
         joint_ranges=tuple(tuple(item) for item in facts["joint_ranges"]),
         burners=tuple(tuple(item) for item in facts["burners"]),
+        recorded=np.array(facts["recorded"]),
     )
 
 
@@ -273,11 +303,16 @@ def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
     try:
         facts = json.loads(Path(f"{base}.json").read_text())
         blob = Path(f"{base}.mjb").read_bytes()
-        if hashlib.sha256(blob).hexdigest() != facts["sha256"]:
+        if facts.pop("sha256") != _digest(blob, facts):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return mujoco.MjModel.from_binary_path("scene.mjb", {"scene.mjb": blob}), facts
+
+
+def _digest(blob: bytes, facts: dict[str, Any]) -> str:
+    """Of a compiled model and of all that is stored beside it."""
+    return hashlib.sha256(blob + json.dumps(facts).encode()).hexdigest()
 
 
 def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
@@ -345,6 +380,7 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
         spec.body(fixture.root_body).mocap = True
     if assets == "builtin":
         spec.visual.quality.offsamples = 0
+        spec.visual.quality.shadowsize = 0  # no shadow is drawn; a map of them takes 64 MB a renderer
         spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
         spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
     elif quality == "fast":
@@ -368,8 +404,9 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
             for name in getattr(env, "visualization_sites_list", [])
             for site, _ in env.get_object(name).object_properties["vis_site_names"].values()
         ],
-        "sha256": hashlib.sha256(blob.tobytes()).hexdigest(),
+        "recorded": recorded_init_states(task)[:, 1 : 1 + model.nq].tolist(),
     }
+    facts["sha256"] = _digest(blob.tobytes(), facts)
     # Whole files only: written beside their place, then renamed; the digest ties the two together.
     for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(facts).encode())):
         partial = Path(f"{base}{suffix}.partial")

@@ -21,6 +21,7 @@ SUITES = {
     "Libero10": "libero_10",
     "Libero90": "libero_90",
 }
+MOST_BYTES = 2**20  # of a file of init states; LIBERO's have up to 59 kB
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,15 @@ def get_task(suite: str, task_id: int) -> Task:
     )
 
 
-@lru_cache(maxsize=16)
 def recorded_init_states(task: Task) -> NDArray[np.float64]:
     """LIBERO's recorded init states, ``(50, 1 + nq + nv)``: time (s), joint positions, velocities.
 
     Every published evaluation uses these; training draws its own placements. The files are pickles, so
-    they are read by a restricted reader that builds arrays and nothing else.
+    they are read by a restricted reader that builds arrays and nothing else, and once: when a scene is
+    built, which holds them from then on (``Scene.recorded``).
+
+    Raises:
+        ValueError: When the file is missing, damaged, or holds anything else.
     """
     import torch
     from numpy._core.multiarray import _reconstruct
@@ -122,6 +126,15 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
         np.dtype,
         type(np.dtype(np.float64)),
     ]
-    with torch.serialization.safe_globals(allowed):
-        states = torch.load(task.init_states_file, weights_only=True)
-    return np.asarray(states, dtype=np.float64)
+    file = task.init_states_file
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{file.stat().st_size} bytes; expected at most {MOST_BYTES}")
+        with torch.serialization.safe_globals(allowed):
+            states = np.asarray(torch.load(file, weights_only=True), dtype=np.float64)
+        if states.ndim != 2 or not np.isfinite(states).all():
+            raise ValueError(f"shape {states.shape}; expected rows of finite numbers")
+    except Exception as error:  # torch, pickle and zip files each fail in their own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the recorded init states {str(file)!r} cannot be read: {reason}") from error
+    return states

@@ -22,7 +22,6 @@ from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.render import Renderer
 from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
-from vla_envs.tasks import recorded_init_states
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
@@ -132,6 +131,7 @@ class LiberoVectorEnv(VectorEnv):
         settle_gripper: Gripper command of those, from -1 (open, OpenVLA's protocol) to 1 (close).
         autoreset_mode: A ``gymnasium.vector.AutoresetMode``.
         render_mode: ``"rgb_array"`` or None.
+        cache: Whether compiled scenes are read from and kept in the cache on disk.
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright, mirrored: see ``vla_envs/render.py``); the state is
@@ -164,6 +164,7 @@ class LiberoVectorEnv(VectorEnv):
         settle_gripper: float = -1.0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
         render_mode: str | None = None,
+        cache: bool = True,
     ) -> None:
         if num_threads is None:
             num_threads = (
@@ -205,7 +206,9 @@ class LiberoVectorEnv(VectorEnv):
             "autoreset_mode": self.autoreset_mode,
         }
         self.set_reward(reward)
-        scenes = {task: load_scene(suite, task, str(assets), quality) for task in dict.fromkeys(task_ids)}
+        scenes = {
+            task: load_scene(suite, task, str(assets), quality, cache) for task in dict.fromkeys(task_ids)
+        }
         self.simulations = [Simulation(scenes[task]) for task in task_ids]
         self.tasks = [simulation.scene.task for simulation in self.simulations]
         self.instructions = [task.instruction for task in self.tasks]
@@ -362,7 +365,7 @@ class LiberoVectorEnv(VectorEnv):
                 )
             ids = [int(k) for k in np.broadcast_to(given, self.num_envs)]
             for i in np.flatnonzero(mask):
-                count = len(recorded_init_states(self.tasks[i]))
+                count = len(self.simulations[i].scene.recorded)
                 if not 0 <= int(ids[i] or 0) < count:
                     raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {count - 1}")
         if isinstance(seed, Sequence | np.ndarray):

@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # LIBERO's dependencies bring PyPI's torchvision. Beside a CPU build of torch it cannot be loaded, and
 # transformers, which peft imports, then fails to load anything: hide it. Nothing here uses it.
@@ -29,6 +29,7 @@ from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.tasks import nearest
 
+MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have some kB
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 
@@ -89,11 +90,15 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
             f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both"
         )
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if config.pop("policy") != name:
-            raise ValueError("it is of another policy")
+        config = read_json(folder / "config.json")
+        written = config.pop("policy", None)
+        if written != name:
+            raise ValueError(f"its config.json is of policy {written!r}")
+        with torch.device("meta"):  # nothing is made or read of a size that only one of the files claims
+            expected = new_policy(name, config).state_dict()
+        tensors = read_tensors(folder / "model.safetensors", expected)
         policy = new_policy(name, config)
-        policy.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        policy.load_state_dict(tensors)
     except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(folder)!r} is no checkpoint of {name!r}: {reason}") from error
@@ -132,6 +137,53 @@ def to_device(policy: Any, device: str) -> Any:
         return policy.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: When it holds none, or is larger than any that is written here; names the file.
+    """
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {MOST_JSON}")
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}; expected an object with names")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from None
+    return content
+
+
+def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, read once its header has the names and shapes of ``expected``.
+
+    Args:
+        path: The file.
+        expected: Tensors like those to read; on ``"meta"`` they take no memory.
+        partial: Whether some may be missing.
+
+    Raises:
+        ValueError: When the file is damaged or holds others; names it.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            names = set(file.keys())
+            missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
+            if unknown or (missing and not partial):
+                raise ValueError(
+                    f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
+                )
+            for name in names:
+                shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(expected[name].shape)
+                if shape != wanted:
+                    raise ValueError(f"{name} has shape {shape}; expected {wanted}")
+            return {name: file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged or does not fit: {' '.join(str(error).split())}"
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:

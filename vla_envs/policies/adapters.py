@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vla_envs.tasks import nearest
 
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
+MOST_RANK = 4096  # of an adapter that is read
 
 
 def make_trainable(
@@ -83,16 +84,20 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> None:
     """
     import peft
 
+    from vla_envs.policies import read_tensors
+
     try:
-        _inject(peft.LoraConfig.from_pretrained(str(folder)), policy, name)
-        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        prefix = "base_model.model."
-        loaded: Any = peft.set_peft_model_state_dict(
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        if not isinstance(config.r, int) or not 1 <= config.r <= MOST_RANK:
+            raise ValueError(f"its rank is {config.r!r}; expected an int from 1 to {MOST_RANK}")
+        _inject(config, policy, name)
+        prefix, fresh = "base_model.model.", peft.get_peft_model_state_dict(policy, adapter_name=name)
+        tensors = read_tensors(
+            folder / "adapter_model.safetensors", {prefix + key: value for key, value in fresh.items()}
+        )
+        peft.set_peft_model_state_dict(
             policy, {key.removeprefix(prefix): value for key, value in tensors.items()}, name
         )
-        missing = [key for key in loaded.missing_keys if f".{name}." in key]
-        if missing or loaded.unexpected_keys:
-            raise ValueError(f"{(missing + loaded.unexpected_keys)[0]} does not fit")
     except Exception as error:  # peft, JSON, safetensors and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{str(folder)!r} is no adapter of this policy: {reason}") from error
@@ -226,6 +231,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         f"{i}.{key}": value
         for i, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
+    }
+
+
+def possible_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors like those of ``optimizer_state`` when every parameter has been trained."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{i}.{key}": torch.empty(() if key == "step" else p.shape, device="meta")
+        for i, p in enumerate(parameters)
+        for key in ("step", "exp_avg", "exp_avg_sq")
     }
 
 

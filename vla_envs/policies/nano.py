@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 BINS = 256
 ACTION_DIM = 7
+LARGEST = 4096  # of the sizes of a nano policy
 # Typical positions (m), axis-angles (rad) and gripper joints (m), to bring the state near [-1, 1].
 STATE_CENTRE = (-0.05, 0.0, 0.15, 3.14, 0.0, 0.0, 0.03, -0.03)
 STATE_SCALE = (0.15, 0.2, 0.12, 0.2, 0.2, 0.2, 0.015, 0.015)
@@ -40,6 +41,9 @@ class NanoConfig:
     vocabulary: int = 512  # words are hashed into this many embeddings
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+                raise ValueError(f"{name} is {value!r}; expected an int from 1 to {LARGEST}")
         if self.width % self.heads or self.image_size % 16:
             raise ValueError(
                 f"width {self.width} must divide by heads {self.heads}, image_size {self.image_size} by 16"
