@@ -42,10 +42,8 @@ class FlowConfig(NanoConfig):
         super().__post_init__()
         if self.noise not in ("sde", "fixed"):
             raise ValueError(f"noise {self.noise!r} is unknown; expected 'sde' or 'fixed'")
-        if self.denoising_steps < 1 or not self.noise_level > 0:
-            raise ValueError(
-                f"denoising_steps {self.denoising_steps} and noise_level {self.noise_level} must be above 0"
-            )
+        if not 0 < self.noise_level < float("inf"):
+            raise ValueError(f"noise_level is {self.noise_level!r}; expected a number above 0")
 
 
 class FlowHead(nn.Module):

@@ -11,7 +11,7 @@ predicts discrete action tokens. What differs, and why (measured, see the README
 """
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,10 @@ class NanoConfig:
     vocabulary: int = 512  # words are hashed into this many embeddings
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type not in (int, "int"):
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise ValueError(f"{name} is {value!r}; expected an int from 1 to {LARGEST}")
         if self.width % self.heads or self.image_size % 16:
