@@ -31,8 +31,8 @@ def test_twenty_cycles_hold_nothing():
     before = held()
     assert sum(cycles) == 20
     after = held()
-    assert after.memory - before.memory < 10  # MB; the simulations alone would be 100
-    assert verdict(before, after) == "flat"
+    assert after.memory - before.memory < 50  # MB, beside what other tests leave; simulations would be 100
+    assert after[1:] == before[1:]  # files, buffers, threads
 
 
 def test_environments_left_open_are_noticed(count):
