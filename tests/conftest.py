@@ -13,6 +13,7 @@ import pytest
 
 import vla_envs  # noqa: F401  (registers the ids)
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of pytest-xdist's workers share the cores
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, our oracle, finds no OpenGL by itself
 
