@@ -32,7 +32,7 @@ def test_a_wrong_version_and_no_opengl_are_named_and_the_rest_is_still_checked(m
     monkeypatch.setattr(
         main.importlib.metadata, "version", lambda name: "3.9.0" if name == "mujoco" else real(name)
     )
-    monkeypatch.setattr("vla_envs.render._opengl_context", lambda: 1 / 0)
+    monkeypatch.setattr("vla_envs.render.opengl", lambda: 1 / 0)
     assert main.doctor() == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[0].startswith("TO DO  versions")

@@ -17,7 +17,7 @@ import vla_envs.scene
 from vla_envs.assets import write_builtin
 from vla_envs.culling import possible
 from vla_envs.real_assets import check_files, download, resolve_assets
-from vla_envs.render import Renderer, _choose_gpu, _software
+from vla_envs.render import OpenGL, Renderer, _choose_gpu, opengl
 from vla_envs.scene import load_scene
 from vla_envs.tasks import get_task
 from vla_envs.vector import CAMERAS, Simulation
@@ -100,11 +100,11 @@ def test_culled_triangles_change_no_pixel(simulation, size):
     """Near and far, in motion: the picture of all triangles and that of those that matter."""
     simulation = simulation(4, 3)
     model, rng = simulation.scene.model, np.random.default_rng(size)
-    culled = Renderer(model, size)
-    if culled._culling is None:
+    culled, whole = Renderer(model, size), Renderer(model, size)
+    culling = next(iter(culled._canvases.values())).culling
+    if culling is None:
         pytest.skip("a GPU draws all triangles")
-    whole = Renderer(model, size)
-    whole._culling = None
+    next(iter(whole._canvases.values())).culling = None
     faces, counts = model.mesh_face.copy(), model.mesh_facenum.copy()
     for _ in range(6):
         simulation.run(rng.uniform(-1, 1, (10, 7)))
@@ -112,7 +112,7 @@ def test_culled_triangles_change_no_pixel(simulation, size):
         for camera in CAMERAS.values():
             picture = culled.draw(simulation.data, camera)
             assert np.array_equal(picture, whole.draw(simulation.data, camera)), camera
-            assert culled._culling.keep.sum() < 0.3 * len(culled._culling.keep)
+            assert culling.keep.sum() < 0.3 * len(culling.keep)
     assert np.array_equal(model.mesh_face, faces) and np.array_equal(model.mesh_facenum, counts)
     culled.close()
     whole.close()
@@ -356,4 +356,5 @@ def test_software_is_told_from_a_gpu(monkeypatch):
 
     for name, software in ((b"llvmpipe (LLVM 15.0.6, 256 bits)", True), (b"NVIDIA H200/PCIe/SSE2", False)):
         monkeypatch.setattr(GL, "glGetString", lambda which, name=name: name)
-        assert _software() is software
+        found = OpenGL(opengl().backend)
+        assert found.software is software and (found._most == 1) is not (software and os.cpu_count() > 1)

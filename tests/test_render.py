@@ -1,9 +1,14 @@
 """Pictures: LIBERO's, turned by 180 degrees, and the same for the same state."""
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import mujoco
 import numpy as np
 import pytest
 
+import vla_envs.render
 from vla_envs.render import Renderer
 from vla_envs.scene import load_scene
 from vla_envs.vector import Simulation
@@ -70,7 +75,8 @@ def test_pictures_are_mujocos_mirrored(simulation, renderer, camera):
     option = mujoco.MjvOption()
     option.geomgroup[0] = 0
     option.sitegroup[:] = 0
-    with mujoco.Renderer(simulation.scene.model, SIZE, SIZE) as theirs:
+    model = simulation.scene.model
+    with vla_envs.render.opengl().current(), mujoco.Renderer(model, SIZE, SIZE) as theirs:
         theirs.update_scene(simulation.data, camera, option)
         theirs.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         theirs.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -129,10 +135,50 @@ def test_renderers_of_two_models_side_by_side(simulation, renderer):
     second.close()
 
 
-def test_no_opengl_is_reported(monkeypatch):
-    import vla_envs.render
+def test_threads_draw_at_once(simulation, renderer):
+    """Each thread in an OpenGL context of its own, and the same pixels; closed, nothing is left of them."""
+    expected = {camera: renderer.draw(simulation.data, camera) for camera in CAMERAS}
+    shared, start = Renderer(simulation.scene.model, SIZE), threading.Barrier(4)
 
-    monkeypatch.setattr(vla_envs.render, "_context", None)
+    def draw(k):
+        start.wait()
+        camera = CAMERAS[k % 2]
+        return all(np.array_equal(shared.draw(simulation.data, camera), expected[camera]) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(draw, range(4)))
+    assert 1 <= len(shared._canvases) <= os.cpu_count()
+    contexts = list(shared._canvases)
+    shared.close()
+    assert not shared._canvases and not any(context._dropped for context in contexts)
+
+
+def test_what_is_closed_while_its_context_draws_is_freed_afterwards(simulation):
+    doomed = Renderer(simulation.scene.model, 32)
+    with doomed._opengl.current() as context:
+        doomed._canvases = {context: vla_envs.render._Canvas(doomed.model, 32, (), doomed._opengl.software)}
+        doomed.close()
+        assert len(context._dropped) == 1
+    assert not context._dropped
+
+
+def test_a_burner_glows_while_it_is_on():
+    scene = load_scene("LiberoGoal", 7)
+    _, address, threshold = scene.burners[0]
+    simulation, pictures = Simulation(scene), []
+    renderer = Renderer(scene.model, SIZE, scene.burners)
+    for angle in (threshold - 0.1, threshold + 0.1, threshold - 0.1):
+        simulation.restore(scene.recorded_init_state(0))
+        simulation.data.qpos[address] = angle
+        mujoco.mj_forward(scene.model, simulation.data)
+        pictures.append(renderer.draw(simulation.data, "agentview").astype(int))
+    assert np.array_equal(pictures[0], pictures[2])
+    assert (np.abs(pictures[1] - pictures[0]).sum(2) > 30).sum() > 5
+    renderer.close()
+
+
+def test_no_opengl_is_reported(monkeypatch):
+    monkeypatch.setattr(vla_envs.render, "_opengl", None)
     monkeypatch.setenv("MUJOCO_GL", "cgl")  # macOS only
     with pytest.raises(RuntimeError, match=r"no OpenGL to draw with; tried cgl \("):
         Renderer(load_scene("LiberoObject", 4).model, SIZE)

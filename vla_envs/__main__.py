@@ -58,13 +58,11 @@ def versions() -> tuple[str, str]:
 
 def opengl() -> tuple[str, str]:
     """What draws."""
-    from vla_envs.render import _opengl_context, _software
+    from vla_envs.render import opengl
 
-    kind = type(_opengl_context()).__module__.split(".")[1]
-    from OpenGL import GL
-
-    device = f"{kind}, {GL.glGetString(GL.GL_RENDERER).decode()}"
-    if _software() and Path("/dev/nvidiactl").exists():
+    found = opengl()
+    device = f"{found.backend}, {found.device}"
+    if found.software and Path("/dev/nvidiactl").exists():
         return NOTE, f"{device}, though there is a GPU: its driver's EGL (libnvidia-gl) would draw faster"
     return OK, device
 

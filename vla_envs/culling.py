@@ -49,8 +49,8 @@ class Culling:
         normal /= np.maximum(longest, 1e-12)[:, None]  # its length is the triangle's least height
         self.planes = np.c_[normal, -(normal * a).sum(1)].astype(np.float32)
 
-    def upload(self, data: mujoco.MjData, camera: int, context: mujoco.MjrContext) -> None:
-        """Give OpenGL the triangles that the picture of ``data`` by ``camera`` needs."""
+    def mark(self, data: mujoco.MjData, camera: int) -> None:
+        """Find the triangles that the picture of ``data`` by ``camera`` needs."""
         model = self.model
         self.keep[:] = False
         for geom in self.geoms:
@@ -70,6 +70,10 @@ class Culling:
                 self.size,
                 self.samples,
             )
+
+    def upload(self, context: mujoco.MjrContext) -> None:
+        """Give OpenGL the triangles found by `mark`; changes the model's arrays of faces, and back."""
+        model = self.model
         _compact(
             self.keep,
             self.meshes,

@@ -1,11 +1,14 @@
-"""One OpenGL context that draws every environment."""
+"""Pictures of environments: OpenGL without a screen, from any thread."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import platform
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import mujoco
 import numpy as np
@@ -13,40 +16,131 @@ from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, possible
 
-_context: Any = None  # the process's one OpenGL context
+
+class OpenGL:
+    """The process's OpenGL contexts, each used by one thread at a time.
+
+    With Mesa's software OpenGL each thread that draws has a context of its own and keeps to its own core, as
+    the simulator does; a GPU, and what is no EGL, has one context.
+
+    Args:
+        backend: ``"egl"``, ``"osmesa"``, ``"glfw"`` or ``"cgl"``.
+    """
+
+    def __init__(self, backend: str) -> None:
+        if backend == "egl":
+            _choose_gpu()
+        os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws on the thread that asks
+        self.backend = backend
+        self._module = importlib.import_module(f"mujoco.{backend}")
+        self._module.GLContext._context = None  # else one that fails complains when it is collected
+        self._lock = threading.Lock()
+        self._contexts = [_Context(self._module.GLContext(256, 256), self._release)]
+        with self.current():
+            from OpenGL import GL
+
+            self.device = GL.glGetString(GL.GL_RENDERER).decode()  # type: ignore[attr-defined]
+        #: Whether the processor draws (Mesa's llvmpipe or softpipe), not a GPU.
+        self.software = "pipe" in self.device
+        self._most = os.cpu_count() or 1 if self.software and backend == "egl" else 1
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator["_Context"]:
+        """A context that is current in this thread, and in no other, until the end of the block."""
+        context = self._take()
+        try:
+            context.gl.make_current()
+            context.free_dropped()
+            yield context
+            context.free_dropped()
+        finally:
+            self._release()
+            context.lock.release()
+
+    def _take(self) -> "_Context":
+        for context in self._contexts:
+            if context.lock.acquire(blocking=False):
+                return context
+        with self._lock:
+            if len(self._contexts) < self._most:
+                context = _Context(self._module.GLContext(256, 256), self._release)
+                context.lock.acquire()
+                self._contexts.append(context)
+                return context
+        context = self._contexts[threading.get_ident() % len(self._contexts)]
+        context.lock.acquire()
+        return context
+
+    def _release(self) -> None:
+        """Let no context be current in this thread."""
+        if self.backend == "egl":
+            egl = self._module.EGL
+            egl.eglMakeCurrent(
+                self._module.EGL_DISPLAY, egl.EGL_NO_SURFACE, egl.EGL_NO_SURFACE, egl.EGL_NO_CONTEXT
+            )
+        elif self.backend == "osmesa":
+            self._module.osmesa.OSMesaMakeCurrent(None, None, self._module.GL.GL_FLOAT, 0, 0)
+        elif self.backend == "glfw":
+            self._module.glfw.make_context_current(None)
 
 
-def _opengl_context() -> Any:
-    """The process's OpenGL context: ``MUJOCO_GL`` where it is set, else the first backend that works.
+class _Context:
+    """One OpenGL context, and what waits to be freed in it."""
+
+    def __init__(self, gl: Any, release: Callable[[], None]) -> None:
+        self.gl, self._release = gl, release
+        self.lock = threading.Lock()
+        self._dropped: list[mujoco.MjrContext] = []
+
+    def drop(self, buffers: mujoco.MjrContext) -> None:
+        """Free ``buffers``, which live in this context, now or, while a thread draws, after its picture."""
+        self._dropped.append(buffers)
+        if self.lock.acquire(blocking=False):
+            try:
+                self.gl.make_current()
+                self.free_dropped()
+                self._release()
+            finally:
+                self.lock.release()
+
+    def free_dropped(self) -> None:
+        """Free what has been dropped; this context is current."""
+        while self._dropped:
+            self._dropped.pop().free()
+
+
+Burners: TypeAlias = Sequence[tuple[int, int, float]]
+_model_lock = threading.Lock()  # threads share models: held while a picture needs one to be changed
+_opengl: OpenGL | None = None
+_opengl_lock = threading.Lock()
+
+
+def opengl() -> OpenGL:
+    """The process's OpenGL: ``MUJOCO_GL`` where it is set, else the first backend that works.
 
     Raises:
         RuntimeError: When no backend can draw without a screen; names what was tried.
     """
-    global _context
-    if _context is not None:
-        return _context
-    wanted = os.environ.get("MUJOCO_GL", "").lower()
-    # Mesa's software OpenGL brings LLVM, and so does triton, which PyTorch's CUDA builds load late: loaded
-    # after OpenGL it ends the process.
-    if importlib.util.find_spec("triton"):
-        importlib.import_module("triton")
-    known = ("egl", "osmesa", "glfw", "cgl")
-    default = ("cgl",) if platform.system() == "Darwin" else ("egl", "osmesa", "glfw")
-    failures = []
-    for backend in (wanted,) if wanted in known else default:
-        try:
-            if backend == "egl":
-                _choose_gpu()
-            context_type = importlib.import_module(f"mujoco.{backend}").GLContext
-            context_type._context = None  # else one that fails complains again when it is collected
-            _context = context_type(256, 256)
-            _context.make_current()
-            return _context
-        except (
-            Exception
-        ) as error:  # each backend fails in its own way: ImportError, EGLError, AttributeError ...
-            _context = None
-            failures.append(f"{backend} ({type(error).__name__})")
+    global _opengl
+    with _opengl_lock:
+        if _opengl is not None:
+            return _opengl
+        wanted = os.environ.get("MUJOCO_GL", "").lower()
+        # Mesa's software OpenGL brings LLVM, and so does triton, which PyTorch's CUDA builds load late:
+        # loaded after OpenGL it ends the process.
+        if importlib.util.find_spec("triton"):
+            importlib.import_module("triton")
+        known = ("egl", "osmesa", "glfw", "cgl")
+        default = ("cgl",) if platform.system() == "Darwin" else ("egl", "osmesa", "glfw")
+        failures = []
+        for backend in (wanted,) if wanted in known else default:
+            try:
+                _opengl = OpenGL(backend)
+                return _opengl
+            except (
+                Exception
+            ) as error:  # each backend fails in its own way: ImportError, EGLError, AttributeError ...
+                failures.append(f"{backend} ({type(error).__name__})")
     raise RuntimeError(
         f"no OpenGL to draw with; tried {', '.join(failures)}; on Debian or Ubuntu: "
         "apt-get install libegl1 libgl1-mesa-dri"
@@ -74,13 +168,6 @@ def _egl_devices() -> list[Any]:
     return list(importlib.import_module("mujoco.egl").EGL.eglQueryDevicesEXT())
 
 
-def _software() -> bool:
-    """Whether the processor draws (Mesa's llvmpipe or softpipe), not a GPU."""
-    from OpenGL import GL
-
-    return b"pipe" in GL.glGetString(GL.GL_RENDERER)
-
-
 def _sample_positions() -> NDArray[np.float32]:
     """Where multisampling samples a pixel of the current buffer ``(n, 2)``, from its lower left corner."""
     from OpenGL import GL
@@ -91,58 +178,88 @@ def _sample_positions() -> NDArray[np.float32]:
 
 
 class Renderer:
-    """Draws the cameras of one model into ``(size, size, 3)`` uint8 images.
+    """Draws the cameras of one model into ``(size, size, 3)`` uint8 images, for several threads at once.
 
     Images are LIBERO's, turned by 180 degrees, as OpenVLA and every policy after it sees them. LIBERO hands
     out OpenGL's rows from the lowest up, so a turned image is upright but a mirror image of the scene.
+
+    Args:
+        model: The model.
+        size: Height and width of the pictures in pixels.
+        burners: Sites that glow, and are unseen else: ``(site, address in qpos, threshold)``.
     """
 
-    def __init__(self, model: mujoco.MjModel, size: int) -> None:
-        self.model, self.size = model, size
-        self._gl = _opengl_context()
-        self._gl.make_current()
-        self._scene = mujoco.MjvScene(model, maxgeom=1000)
-        exact = model.vis.quality.offsamples > 0  # else one of the scenes that we have made quick to draw
-        if not exact:
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._option = mujoco.MjvOption()
-        self._option.geomgroup[0] = 0  # collision shapes
-        self._perturb = mujoco.MjvPerturb()
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        mujoco.mjr_resizeOffscreen(size, size, self._context)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        self._viewport = mujoco.MjrRect(0, 0, size, size)
-        self._pixels = np.empty((size, size, 3), np.uint8)
-        self._culling: Culling | None = None
-        if exact and _software() and possible(model):
-            self._culling = Culling(model, size, _sample_positions())
+    def __init__(self, model: mujoco.MjModel, size: int, burners: Burners = ()) -> None:
+        self.model, self.size, self.burners = model, size, burners
+        self._canvases: dict[_Context, _Canvas] = {}
+        self._opengl = opengl()
+        with self._opengl.current() as context:  # what cannot be made fails here
+            self._canvases[context] = _Canvas(model, size, burners, self._opengl.software)
 
     def draw(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
         """The picture that ``camera`` takes of ``data``, a new array."""
-        self._gl.make_current()
-        self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-        mujoco.mjv_updateScene(
-            self.model,
-            data,
-            self._option,
-            self._perturb,
-            self._camera,
-            mujoco.mjtCatBit.mjCAT_ALL,
-            self._scene,
-        )
-        if self._culling is not None:
-            self._culling.upload(data, self._camera.fixedcamid, self._context)
-        # Models share one OpenGL context: whichever drew last has left its own buffer bound.
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        mujoco.mjr_render(self._viewport, self._scene, self._context)
-        mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
-        return self._pixels[::-1, ::-1].copy()
+        with self._opengl.current() as context:
+            if context not in self._canvases:
+                self._canvases[context] = _Canvas(self.model, self.size, self.burners, self._opengl.software)
+            number = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+            return self._canvases[context].draw(data, number)
 
     def close(self) -> None:
         """Free what the graphics driver holds for this model."""
-        self._gl.make_current()
-        self._context.free()
+        while self._canvases:
+            context, canvas = self._canvases.popitem()
+            context.drop(canvas.buffers)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and hasattr(self, "_canvases"):
+            self.close()
+
+
+class _Canvas:
+    """What a model needs to be drawn in one OpenGL context; made and used while that is current."""
+
+    def __init__(self, model: mujoco.MjModel, size: int, burners: Burners, software: bool) -> None:
+        self.model, self.burners = model, burners
+        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        exact = model.vis.quality.offsamples > 0  # else one of the scenes that we have made quick to draw
+        if not exact:
+            self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
+        self.camera = mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self.option = mujoco.MjvOption()
+        self.option.geomgroup[0] = 0  # collision shapes
+        self.perturb = mujoco.MjvPerturb()
+        self.buffers = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_resizeOffscreen(size, size, self.buffers)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.buffers)
+        self.viewport = mujoco.MjrRect(0, 0, size, size)
+        self.pixels = np.empty((size, size, 3), np.uint8)
+        self.culling: Culling | None = None
+        if exact and software and possible(model):
+            self.culling = Culling(model, size, _sample_positions())
+
+    def draw(self, data: mujoco.MjData, camera: int) -> NDArray[np.uint8]:
+        self.camera.fixedcamid = camera
+        with _model_lock:
+            for site, address, threshold in self.burners:
+                self.model.site_rgba[site, 3] = float(data.qpos[address] > threshold)
+            mujoco.mjv_updateScene(
+                self.model,
+                data,
+                self.option,
+                self.perturb,
+                self.camera,
+                mujoco.mjtCatBit.mjCAT_ALL,
+                self.scene,
+            )
+        if self.culling is not None:
+            self.culling.mark(data, camera)
+            with _model_lock:
+                self.culling.upload(self.buffers)
+        # Models share an OpenGL context: whichever drew last has left its own buffer bound.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.buffers)
+        mujoco.mjr_render(self.viewport, self.scene, self.buffers)
+        mujoco.mjr_readPixels(self.pixels, None, self.viewport, self.buffers)
+        return self.pixels[::-1, ::-1].copy()

@@ -218,7 +218,7 @@ class LiberoVectorEnv(VectorEnv):
         self._renderers: dict[tuple[int, int], Renderer] = {}
         self._settled: OrderedDict[tuple[int, bytes], Settled] = OrderedDict()
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
-        #: Seconds spent so far, by kind of work.
+        #: Seconds spent so far, by kind of work, in the proportion of the threads' time.
         self.seconds = {"physics": 0.0, "render": 0.0}
         #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
         self.stages: Counter[str] = Counter()
@@ -273,24 +273,29 @@ class LiberoVectorEnv(VectorEnv):
             qpos[i, : len(row)] = row
         return qpos
 
-    def _parallel(self, work: Callable[[int], None], indices: Iterable[int]) -> None:
-        """Call ``work`` on each index, on the simulator's threads."""
+    def _parallel(self, work: Callable[[int], tuple[float, float]], indices: Iterable[int]) -> None:
+        """Call ``work``, which returns its seconds of physics and of drawing, on each index, on threads."""
+        start = time.perf_counter()
         if self._pool is None:
-            for i in indices:
-                work(i)
+            spent = [work(i) for i in indices]
         else:
-            for future in [self._pool.submit(work, i) for i in indices]:
-                future.result()
+            spent = [future.result() for future in [self._pool.submit(work, i) for i in indices]]
+        physics, render = np.sum(spent, axis=0) if spent else (0.0, 0.0)
+        took = time.perf_counter() - start
+        self.seconds["physics"] += took * physics / max(physics + render, 1e-12)
+        self.seconds["render"] += took * render / max(physics + render, 1e-12)
 
-    def _draw(self, i: int, camera: str, size: int) -> NDArray[np.uint8]:
-        simulation = self.simulations[i]
-        model, qpos = simulation.scene.model, simulation.data.qpos
-        for site, address, threshold in simulation.scene.burners:  # glow while the stove is on
-            model.site_rgba[site, 3] = float(qpos[address] > threshold)
-        key = (id(simulation.scene), size)
+    def _renderer(self, i: int, size: int) -> Renderer:
+        scene = self.simulations[i].scene
+        key = (id(scene), size)
         if key not in self._renderers:
-            self._renderers[key] = Renderer(simulation.scene.model, size)
-        return self._renderers[key].draw(simulation.data, camera)
+            self._renderers[key] = Renderer(scene.model, size, scene.burners)
+        return self._renderers[key]
+
+    def _draw(self, i: int) -> dict[str, NDArray[np.uint8]]:
+        """Environment ``i``, as each camera sees it."""
+        renderer, data = self._renderer(i, self.image_size), self.simulations[i].data
+        return {name: renderer.draw(data, camera) for name, camera in self._cameras.items()}
 
     def _observe(self, i: int) -> None:
         simulation = self.simulations[i]
@@ -399,27 +404,27 @@ class LiberoVectorEnv(VectorEnv):
             if keys[i] not in self._settled:
                 to_settle.setdefault(keys[i], (i, state))
 
-        start = time.perf_counter()
         work = {i: (key, state) for key, (i, state) in to_settle.items()}
+        for i in work:
+            self._renderer(i, self.image_size)  # made by the calling thread
 
-        def settle(i: int) -> None:
-            key, state = work[i]
-            self._settled[key] = self.simulations[i].settle(state, self.settle_steps, self.settle_gripper)
+        def settle(i: int) -> tuple[float, float]:
+            (key, state), simulation = work[i], self.simulations[i]
+            start = time.perf_counter()
+            settled = simulation.settle(state, self.settle_steps, self.settle_gripper)
+            simulation.copy_from(settled, self.settle_steps == 0)
+            settled_at = time.perf_counter()
+            settled.images = self._draw(i)
+            self._settled[key] = settled
+            return settled_at - start, time.perf_counter() - settled_at
 
         self._parallel(settle, work)
         for i in indices:
-            self.simulations[i].copy_from(self._settled[keys[i]], self.settle_steps == 0)
-        self.seconds["physics"] += time.perf_counter() - start
-
-        for i in indices:
             settled = self._settled[keys[i]]
             self._settled.move_to_end(keys[i])
-            start = time.perf_counter()
-            for name, camera in self._cameras.items():
-                if name not in settled.images:
-                    settled.images[name] = self._draw(i, camera, self.image_size)
-                self._obs[name][i] = settled.images[name]
-            self.seconds["render"] += time.perf_counter() - start
+            self.simulations[i].copy_from(settled, self.settle_steps == 0)
+            for name, picture in settled.images.items():
+                self._obs[name][i] = picture
             self._steps[i] = 0
             self._terminated[i] = self._truncated[i] = False
             self._ready[i] = True
@@ -461,23 +466,20 @@ class LiberoVectorEnv(VectorEnv):
             self._reset(np.flatnonzero(restarted), [None] * self.num_envs, [None] * self.num_envs)
         alive = np.flatnonzero(~frozen).tolist()
 
-        def advance(i: int) -> None:
+        def advance(i: int) -> tuple[float, float]:
+            start = time.perf_counter()
             left = self.max_episode_steps - self._steps[i]
             steps, success = self.simulations[i].run(chunks[i, :left])
             self._steps[i] += steps
             self._terminated[i] = success
             self._truncated[i] = not success and self._steps[i] >= self.max_episode_steps
-
-        start = time.perf_counter()
-        self._parallel(advance, alive)
-        self.seconds["physics"] += time.perf_counter() - start
-        start = time.perf_counter()
-        for i in alive:
-            for name, camera in self._cameras.items():
-                self._obs[name][i] = self._draw(i, camera, self.image_size)
-        self.seconds["render"] += time.perf_counter() - start
-        for i in alive:
+            stepped_at = time.perf_counter()
+            for name, picture in self._draw(i).items():
+                self._obs[name][i] = picture
             self._observe(i)
+            return stepped_at - start, time.perf_counter() - stepped_at
+
+        self._parallel(advance, alive)
         reward, stage = evaluate_reward(self._reward, self._facts)
         self._stage[alive] = stage[alive]
         self.stages.update(stage_names(self._facts)[alive].tolist())
@@ -506,7 +508,10 @@ class LiberoVectorEnv(VectorEnv):
         """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
         if self.render_mode is None:
             return None
-        return tuple(self._draw(i, CAMERAS["image"], FRAME_SIZE) for i in range(self.num_envs))
+        return tuple(
+            self._renderer(i, FRAME_SIZE).draw(simulation.data, CAMERAS["image"])
+            for i, simulation in enumerate(self.simulations)
+        )
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the threads and free the pictures' memory."""
