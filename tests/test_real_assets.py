@@ -352,9 +352,10 @@ def test_egl_draws_where_torch_computes(monkeypatch, visible, rank, chosen):
 
 
 def test_software_is_told_from_a_gpu(monkeypatch):
-    from OpenGL import GL
+    backend = opengl().backend
+    from OpenGL import GL  # knows its platform by now
 
     for name, software in ((b"llvmpipe (LLVM 15.0.6, 256 bits)", True), (b"NVIDIA H200/PCIe/SSE2", False)):
         monkeypatch.setattr(GL, "glGetString", lambda which, name=name: name)
-        found = OpenGL(opengl().backend)
+        found = OpenGL(backend)
         assert found.software is software and (found._most == 1) is not (software and os.cpu_count() > 1)
