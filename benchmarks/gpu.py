@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.openvla import LlamaConfig, OpenVLAConfig, OpenVLAPolicy, ViTConfig
+from vla_envs.render import opengl
 
 ROOT = Path(__file__).parent.parent
 TASK = "pick up the ketchup and place it in the basket"
@@ -221,14 +222,12 @@ def tgrpo(samples: Samples, bench: Bench, args: Args) -> None:
         reward="multi_stage", max_episode_steps=args.steps,
     )  # fmt: skip
     envs.reset(seed=[0] * members)
-    from OpenGL import GL  # only now that the environments have chosen its platform
-
     drawn = envs.unwrapped.seconds["render"]
     shown = min(args.steps - 1, 50)
     for _ in range(shown):
         envs.step(np.zeros(envs.action_space.shape))
     speed = shown * members / (envs.unwrapped.seconds["render"] - drawn)
-    bench.row(f"rendering 256 px by {GL.glGetString(GL.GL_RENDERER).decode()}", f"{speed:.3g} pictures/s")
+    bench.row(f"rendering 256 px by {opengl().device}", f"{speed:.3g} pictures/s")
 
     settings = script.Args(
         policy="openvla", device=str(bench.device), train="lora", temperature=1.6, target_kl=math.inf,

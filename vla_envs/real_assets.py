@@ -26,8 +26,10 @@ ARENAS = ("floor", "table", "kitchen_table", "study_table")  # fixtures without 
 FAULTS_SHOWN = 20
 
 # Quality "fast": chosen as the fewest triangles that leave the structural similarity above 0.97 at 224 px.
-ARM_SHARE, ARM_LEAST = 0.08, 40  # of the triangles of each part of the arm; and not fewer
-MOST_TRIANGLES = 800  # of every other mesh
+TRIANGLES_PER_PIXEL = 1.5  # that a mesh shows on average, at PICTURE_SIZE, in both cameras together
+LEAST_TRIANGLES, MOST_TRIANGLES = 16, 800  # of a mesh
+PICTURE_SIZE = 224
+POSES, REACH = 16, 0.5  # arm poses in which the cameras look around; rad, that each joint moves at most
 TEXTURE_SIZE = 512  # pixels
 SEAM = 0.05  # texture coordinates of a triangle's corners further apart than this come from different patches
 
@@ -175,23 +177,24 @@ def _fault(path: Path) -> str:
 # ---- Quality "fast" ------------------------------------------------------------------------------------
 
 
-def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, scratch: Path) -> None:
+def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, qpos: NDArray[np.float64], scratch: Path) -> None:
     """Make the scene quick to draw: fewer triangles, smaller textures, no multisampling; the same physics.
 
     Args:
         spec: The scene; changed in place. Meshes that anything collides with stay.
         exact: The scene as it is, compiled.
+        qpos: Joint positions after a reset (m, rad).
         scratch: A folder for the smaller textures, needed until ``spec`` is compiled.
     """
     spec.visual.quality.offsamples = spec.visual.quality.shadowsize = 0
     meshes = exact.geom_type == mujoco.mjtGeom.mjGEOM_MESH
     touched = exact.geom_dataid[meshes & (exact.geom_group == 0)]
+    pixels = _pixels_shown(exact, qpos)
     for k in np.setdiff1d(exact.geom_dataid[meshes], touched):
-        mesh, count = spec.mesh(exact.mesh(k).name), int(exact.mesh_facenum[k])
-        arm = mesh.name.startswith("robot0_")
-        most = max(int(ARM_SHARE * count), ARM_LEAST) if arm else MOST_TRIANGLES
-        if most < count:
-            _simplify_mesh(mesh, exact, k, most)
+        shown = pixels[meshes & (exact.geom_dataid == k)].max()
+        most = int(np.clip(TRIANGLES_PER_PIXEL * shown, LEAST_TRIANGLES, MOST_TRIANGLES))
+        if most < exact.mesh_facenum[k]:
+            _simplify_mesh(spec.mesh(exact.mesh(k).name), exact, k, most)
     for texture in spec.textures:
         if texture.file:
             with Image.open(texture.file) as picture:
@@ -199,6 +202,29 @@ def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, scratch: Path) -> None:
                     size = [max(1, side * TEXTURE_SIZE // max(picture.size)) for side in picture.size]
                     texture.file = str(scratch / f"{texture.name}.png")
                     picture.convert("RGB").resize(size, Image.Resampling.BOX).save(texture.file)
+
+
+def _pixels_shown(model: mujoco.MjModel, qpos: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pixels that each geom shows ``(ngeom,)``, in the mean of arm poses about ``qpos``, in both cameras."""
+    data, rng, side = mujoco.MjData(model), np.random.default_rng(0), 64  # rays, for a PICTURE_SIZE
+    across = (2 * np.arange(side) + 1) / side - 1
+    counts = np.zeros(model.ngeom)
+    hits, distances = np.empty(side * side, np.int32), np.empty(side * side)
+    drawn = np.array([0, 1, 1, 1, 1, 1], np.uint8)  # groups of geoms: no collision shapes
+    for _ in range(POSES):
+        data.qpos[:] = qpos
+        data.qpos[:7] += rng.uniform(-REACH, REACH, 7)
+        mujoco.mj_forward(model, data)
+        for name in ("agentview", "robot0_eye_in_hand"):
+            camera = model.camera(name).id
+            half = np.tan(np.radians(model.cam_fovy[camera]) / 2)
+            rays = np.stack(np.broadcast_arrays(half * across, half * across[:, None], -1.0), -1)
+            rays = rays.reshape(-1, 3) @ data.cam_xmat[camera].reshape(3, 3).T
+            rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+            eye = data.cam_xpos[camera]
+            mujoco.mj_multiRay(model, data, eye, rays.ravel(), drawn, 1, -1, hits, distances, len(hits), 1e10)
+            counts += np.bincount(hits[hits >= 0], minlength=model.ngeom)
+    return counts / POSES * (PICTURE_SIZE / side) ** 2
 
 
 def _simplify_mesh(mesh: mujoco.MjsMesh, model: mujoco.MjModel, k: int, most: int) -> None:

@@ -384,7 +384,7 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
         spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
         spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
     elif quality == "fast":
-        simplify(spec, env.sim.model._model, scratch)
+        simplify(spec, env.sim.model._model, env.sim.data.qpos, scratch)
     model = spec.compile()
     env.visualize({name: False for name in env._visualizations})  # hides sites, as LIBERO's reset does
     model.site_rgba[:] = env.sim.model.site_rgba
