@@ -27,6 +27,6 @@ for _suite in SUITES:
     register(
         id=f"vla_envs/{_suite}-v0",
         entry_point="vla_envs.env:LiberoEnv",
-        vector_entry_point="vla_envs.vector:LiberoVectorEnv",
+        vector_entry_point="vla_envs.workers:make",
         kwargs={"suite": _suite},
     )

@@ -106,6 +106,86 @@ class Simulation:
         return np.concatenate(parts).astype(np.float32)
 
 
+def check_reset(
+    seed: Any, options: dict[str, Any], recorded: Sequence[int], learning: bool
+) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
+    """What ``reset`` is to do: the mask ``(N,)``, and an init state or None and a seed or None for each.
+
+    Args:
+        seed, options: As ``LiberoVectorEnv.reset`` takes them.
+        recorded: How many recorded init states each of the N environments has.
+        learning: Whether the reward is one to learn from; recorded states then give a warning.
+
+    Raises:
+        ValueError: When they do not fit.
+    """
+    num_envs = len(recorded)
+    unknown = set(options) - {"init_state_id", "reset_mask"}
+    if unknown:
+        raise ValueError(f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask")
+    mask = np.asarray(options.get("reset_mask", np.ones(num_envs, bool)))
+    if mask.shape != (num_envs,) or mask.dtype != bool:
+        raise ValueError(
+            f"reset_mask has shape {mask.shape} and dtype {mask.dtype}; expected ({num_envs},) bool"
+        )
+    ids: list[int | None] = [None] * num_envs
+    if options.get("init_state_id") is not None:
+        given = np.asarray(options["init_state_id"])
+        if given.dtype.kind not in "iu" or given.shape not in ((), (num_envs,)):
+            raise ValueError(
+                f"init_state_id is {options['init_state_id']!r}; expected an int or {num_envs} ints"
+            )
+        ids = [int(k) for k in np.broadcast_to(given, num_envs)]
+        for i in np.flatnonzero(mask).tolist():
+            if not 0 <= int(ids[i] or 0) < recorded[i]:
+                raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {recorded[i] - 1}")
+    if isinstance(seed, Sequence | np.ndarray):
+        seeds = list(seed)
+    else:
+        seeds = [seed + i if isinstance(seed, int | np.integer) else seed for i in range(num_envs)]
+    if len(seeds) != num_envs:
+        raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {num_envs}")
+    for s in seeds:
+        if s is not None and (not isinstance(s, int | np.integer) or s < 0):
+            raise ValueError(f"seed {s!r} is no int of at least 0")
+    if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
+        warnings.warn(
+            "init_state_id names the states that every published evaluation uses, and a reward other "
+            "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
+            stacklevel=3,
+        )
+    return mask, ids, [None if s is None else int(s) for s in seeds]
+
+
+def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> NDArray[np.float64]:
+    """``actions`` as numbers in [-1, 1].
+
+    Raises:
+        ValueError: When they are not of ``shape``, or NaN.
+        gymnasium.error.ResetNeeded: When an environment has never been reset (``ready``).
+    """
+    array = np.asarray(actions, dtype=np.float64)
+    if array.shape != shape:
+        raise ValueError(f"actions have shape {array.shape}; expected {shape}")
+    if np.isnan(array).any():
+        where = np.unique(np.argwhere(np.isnan(array))[:, 0]).tolist()
+        raise ValueError(f"actions of environments {where} are NaN; expected numbers in [-1, 1]")
+    if not ready:
+        raise gym.error.ResetNeeded("step was called before reset")
+    return np.clip(array, -1.0, 1.0)
+
+
+def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
+    """Observation and action space of one environment."""
+    picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    names = ["image", "wrist_image"] if wrist_camera else ["image"]
+    observation = gym.spaces.Dict(
+        {name: picture for name in names} | {"state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
+    )
+    shape = (7,) if action_chunk == 1 else (action_chunk, 7)
+    return observation, gym.spaces.Box(-1.0, 1.0, shape, np.float32)
+
+
 class LiberoVectorEnv(VectorEnv):
     """LIBERO tasks as a Gymnasium vector environment, simulated by threads in one process.
 
@@ -225,13 +305,9 @@ class LiberoVectorEnv(VectorEnv):
         for scene in scenes.values():
             self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
 
-        picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.single_observation_space = gym.spaces.Dict(
-            {name: picture for name in self._cameras}
-            | {"state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
+        self.single_observation_space, self.single_action_space = spaces(
+            image_size, wrist_camera, action_chunk
         )
-        shape = (7,) if action_chunk == 1 else (action_chunk, 7)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -338,52 +414,10 @@ class LiberoVectorEnv(VectorEnv):
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
         """
-        mask, ids, seeds = self._check_reset(seed, options or {})
-        if self._reward is not binary and any(ids[i] is not None for i in np.flatnonzero(mask)):
-            warnings.warn(
-                "init_state_id names the states that every published evaluation uses, and a reward other "
-                "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
-                stacklevel=2,
-            )
+        recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
+        mask, ids, seeds = check_reset(seed, options or {}, recorded, self._reward is not binary)
         self._reset(np.flatnonzero(mask), seeds, ids)
         return self._observation(), self._info()
-
-    def _check_reset(
-        self, seed: Any, options: dict[str, Any]
-    ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
-        unknown = set(options) - {"init_state_id", "reset_mask"}
-        if unknown:
-            raise ValueError(
-                f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask"
-            )
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(
-                f"reset_mask has shape {mask.shape} and dtype {mask.dtype}; expected ({self.num_envs},) bool"
-            )
-        ids: list[int | None] = [None] * self.num_envs
-        if options.get("init_state_id") is not None:
-            given = np.asarray(options["init_state_id"])
-            if given.dtype.kind not in "iu" or given.shape not in ((), (self.num_envs,)):
-                raise ValueError(
-                    f"init_state_id is {options['init_state_id']!r}; expected an int or {self.num_envs} ints"
-                )
-            ids = [int(k) for k in np.broadcast_to(given, self.num_envs)]
-            for i in np.flatnonzero(mask):
-                count = len(self.simulations[i].scene.recorded)
-                if not 0 <= int(ids[i] or 0) < count:
-                    raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {count - 1}")
-        if isinstance(seed, Sequence | np.ndarray):
-            seeds = list(seed)
-        else:
-            seeds = [seed + i if isinstance(seed, int | np.integer) else seed for i in range(self.num_envs)]
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {self.num_envs}")
-        for s in seeds:
-            if s is not None and (not isinstance(s, int | np.integer) or s < 0):
-                raise ValueError(f"seed {s!r} is no int of at least 0")
-        seeds = [None if s is None else int(s) for s in seeds]
-        return mask, ids, seeds
 
     def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
         """Reset ``indices``: settle the init states not seen lately, then copy, draw each once, and read."""
@@ -433,17 +467,6 @@ class LiberoVectorEnv(VectorEnv):
             self._settled.popitem(last=False)
         self._stage[indices] = evaluate_reward(self._reward, self._facts)[1][indices]
 
-    def _check_actions(self, actions: ArrayLike) -> NDArray[np.float64]:
-        array = np.asarray(actions, dtype=np.float64)
-        if array.shape != self.action_space.shape:
-            raise ValueError(f"actions have shape {array.shape}; expected {self.action_space.shape}")
-        if np.isnan(array).any():
-            where = np.unique(np.argwhere(np.isnan(array))[:, 0]).tolist()
-            raise ValueError(f"actions of environments {where} are NaN; expected numbers in [-1, 1]")
-        if not self._ready.all():
-            raise gym.error.ResetNeeded("step was called before reset")
-        return np.clip(array, -1.0, 1.0).reshape(self.num_envs, self.action_chunk, 7)
-
     def step(
         self, actions: ArrayLike
     ) -> tuple[
@@ -459,7 +482,8 @@ class LiberoVectorEnv(VectorEnv):
             ValueError: When an action is NaN or of the wrong shape; nothing is changed then. Values
                 outside [-1, 1] are clipped, as LIBERO does.
         """
-        chunks = self._check_actions(actions)
+        chunks = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
+        chunks = chunks.reshape(self.num_envs, self.action_chunk, 7)
         frozen = self.frozen
         restarted = frozen & (self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP)
         if restarted.any():

@@ -1,0 +1,157 @@
+"""Environments split over processes: the same results, and what happens when one of the processes dies."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from vla_envs.vector import LiberoVectorEnv
+from vla_envs.workers import LiberoWorkersEnv, _join
+
+SETTINGS = {"image_size": 32, "settle_steps": 2, "num_threads": 1}
+
+
+def make(workers, num_envs=3, **settings):
+    return gym.make_vec(
+        "vla_envs/LiberoObject-v0", num_envs=num_envs, workers=workers, **{**SETTINGS, **settings}
+    )
+
+
+def same(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            same(one[name], other[name])
+    elif isinstance(one, tuple) or (isinstance(one, np.ndarray) and one.dtype == object):
+        for pair in zip(one, other, strict=True):
+            same(*pair)
+    elif one is None or other is None:
+        assert one is other
+    else:
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["Disabled", "NextStep", "SameStep"])
+def test_the_same_as_one_process(mode):
+    """Of different tasks, with both cameras, chunks, resets of some, and episodes that end."""
+    settings = {
+        "task_id": [4, 0, 4], "action_chunk": 2, "wrist_camera": True, "max_episode_steps": 6,
+        "reward": "multi_stage", "autoreset_mode": mode, "render_mode": "rgb_array",
+    }  # fmt: skip
+    one, split = make(1, **settings), make(2, **settings)
+    try:
+        assert isinstance(one, LiberoVectorEnv) and isinstance(split, LiberoWorkersEnv)
+        for name in (
+            "single_observation_space", "observation_space", "single_action_space", "action_space",
+            "num_envs", "metadata", "autoreset_mode", "instructions", "tasks", "max_episode_steps",
+            "render_mode",
+        ):  # fmt: skip
+            assert getattr(one, name) == getattr(split, name), name
+        same(one.reset(seed=5), split.reset(seed=5))
+        actions = np.random.default_rng(0).uniform(-1, 1, (5, *one.action_space.shape))
+        for action in actions:
+            same(one.step(action), split.step(action))
+            same(one.qpos, split.qpos)
+            assert np.array_equal(one.steps, split.steps) and np.array_equal(one.frozen, split.frozen)
+        mask = np.array([False, False, True])
+        for options in ({"reset_mask": mask}, {"init_state_id": [3, 4, 5], "reset_mask": ~mask}):
+            one.set_reward("binary"), split.set_reward("binary")
+            same(one.reset(seed=[7, 7, 7], options=options), split.reset(seed=[7, 7, 7], options=options))
+        same(one.step(actions[0]), split.step(actions[0]))
+        same(one.render(), split.render())
+        assert one.stages == split.stages and all(split.seconds[kind] > 0 for kind in one.seconds)
+    finally:
+        one.close()
+        split.close()
+
+
+def test_observations_are_arrays_of_their_own():
+    envs = make(3)
+    first, _ = envs.reset(seed=0)
+    before = {name: array.copy() for name, array in first.items()}
+    envs.step(np.ones(envs.action_space.shape))
+    same(first, before)
+    envs.close()
+
+
+def test_refused_calls_change_nothing():
+    envs = make(2)
+    with pytest.raises(gym.error.ResetNeeded, match="step was called before reset"):
+        envs.step(np.zeros((3, 7)))
+    envs.reset(seed=0)
+    envs.step(np.ones((3, 7)))
+    qpos, steps = envs.qpos, envs.steps
+    for call, words in (
+        (lambda: envs.step(np.zeros((2, 7))), r"actions have shape \(2, 7\); expected \(3, 7\)"),
+        (lambda: envs.step(np.full((3, 7), np.nan)), r"actions of environments \[0, 1, 2\] are NaN"),
+        (lambda: envs.reset(seed=[0, 1]), "seed has 2 entries; expected one per environment, 3"),
+        (lambda: envs.reset(options={"init_state_id": [0, 1, 50]}), "init_state_id 50 does not exist"),
+        (lambda: envs.reset(options={"mask": 1}), "reset options"),
+        (lambda: envs.set_reward("sparse"), "sparse"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+        assert np.array_equal(envs.qpos, qpos) and np.array_equal(envs.steps, steps)
+    envs.step(np.zeros((3, 7)))
+    envs.close()
+
+
+def test_recorded_states_with_a_reward_to_learn_from_give_a_warning():
+    envs = make(2, num_envs=2, reward="multi_stage")
+    with pytest.warns(UserWarning, match="train on seeds"):
+        envs.reset(options={"init_state_id": 0})
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"workers": 0}, "workers is 0; expected an int of at least 1"),
+        ({"workers": 4}, "num_envs is 3; expected at least one for each of 4 workers"),
+        ({"workers": 2, "task_id": [4, 4]}, "task_id has 2 entries; expected one per environment, 3"),
+        ({"workers": 2, "task_id": 10}, "task_id"),
+        ({"workers": 2, "image_size": 0}, "image_size is 0"),
+        ({"workers": 2, "reward": "binery"}, "did you mean 'binary'"),
+        ({"workers": 2, "reward": lambda facts: facts["success"]}, "cannot be sent to a worker"),
+        ({"workers": 2, "max_episode_steps": -1}, "max_episode_steps is -1"),
+    ],
+)
+def test_bad_arguments(settings, words):
+    with pytest.raises(ValueError, match=words):
+        make(**settings)
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_named():
+    envs = make(3)
+    envs.reset(seed=0)
+    os.kill(envs._processes[1].pid, signal.SIGKILL)
+    start = time.perf_counter()
+    with pytest.raises(
+        RuntimeError, match=r"worker 1 \(environments 1 to 1, process \d+\) was ended by SIGKILL"
+    ):
+        envs.step(np.zeros((3, 7)))
+    assert time.perf_counter() - start < 20 and not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="the environment is closed"):
+        envs.reset(seed=0)
+    envs.close()
+
+
+def test_closing_ends_the_workers():
+    envs = make(2)
+    envs.reset(seed=0)
+    assert len(multiprocessing.active_children()) == 2
+    envs.close()
+    assert not multiprocessing.active_children()
+
+
+def test_what_one_worker_has_not_is_zero_or_none():
+    infos = [{"stage": np.array([1, 2])}, {"stage": np.array([3]), "final": {"x": np.array([1.0])}}]
+    infos[1]["final_obs"] = np.array([{"a": 1}], dtype=object)
+    joined = _join(infos, [2, 1])
+    assert joined["stage"].tolist() == [1, 2, 3] and joined["final"]["x"].tolist() == [0.0, 0.0, 1.0]
+    assert joined["final_obs"].tolist() == [None, None, {"a": 1}]

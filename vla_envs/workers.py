@@ -1,0 +1,332 @@
+"""``LiberoVectorEnv`` split over processes, for more cores than one Python process can keep busy."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import ArrayLike, NDArray
+
+from vla_envs.rewards import Reward
+from vla_envs.vector import LiberoVectorEnv, check_actions, check_reset, spaces
+
+
+def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVectorEnv | LiberoWorkersEnv":
+    """A ``LiberoVectorEnv``, split over ``workers`` processes where there are several; the same results.
+
+    ``gym.make_vec("vla_envs/LiberoObject-v0", num_envs=64, workers=4)``
+
+    Args:
+        num_envs: Number of environments.
+        workers: Processes. Threads of one process share Python's interpreter and Mesa's rasteriser.
+        arguments: Those of ``LiberoVectorEnv``; ``num_threads`` is for each process, by default its share of
+            the cores.
+
+    Raises:
+        ValueError: For an argument that does not exist or does not fit; says what was expected.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int | np.integer) or workers < 1:
+        raise ValueError(f"workers is {workers!r}; expected an int of at least 1")
+    if workers == 1:
+        return LiberoVectorEnv(num_envs, **arguments)
+    return LiberoWorkersEnv(num_envs, int(workers), **arguments)
+
+
+class LiberoWorkersEnv(VectorEnv):
+    """The interface of ``LiberoVectorEnv``; consecutive environments are those of one process.
+
+    Observations come through shared memory, actions and infos through pipes. Processes are started by
+    ``spawn``: the script needs its ``if __name__ == "__main__":``.
+
+    Raises:
+        ValueError: As ``LiberoVectorEnv``, and when a reward cannot be sent to another process.
+        RuntimeError: From any method, when a worker has died; names it and how it ended.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        workers: int,
+        *,
+        task_id: int | Sequence[int] = 0,
+        image_size: int = 128,
+        action_chunk: int = 1,
+        wrist_camera: bool = False,
+        num_threads: int | None = None,
+        reward: str | Reward = "binary",
+        **arguments: Any,
+    ) -> None:
+        if not isinstance(num_envs, int | np.integer) or num_envs < workers:
+            raise ValueError(f"num_envs is {num_envs!r}; expected at least one for each of {workers} workers")
+        task_ids = list(task_id) if isinstance(task_id, Sequence | np.ndarray) else [task_id] * num_envs
+        if len(task_ids) != num_envs:
+            raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
+        if num_threads is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            num_threads = max(1, cores // workers)
+        for name, value in (("image_size", image_size), ("action_chunk", action_chunk)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
+        self.num_envs = num_envs
+        self.image_size, self.action_chunk = image_size, action_chunk
+        self.single_observation_space, self.single_action_space = spaces(
+            image_size, wrist_camera, action_chunk
+        )
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self._slices = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(num_envs), workers)]
+        context = multiprocessing.get_context("spawn")
+        memory = {
+            name: context.RawArray(ctypes.c_byte, int(np.prod(space.shape)) * space.dtype.itemsize)  # type: ignore[union-attr, arg-type]
+            for name, space in self.observation_space.items()  # type: ignore[attr-defined]
+        }
+        self._obs = _arrays(memory, self.observation_space)
+        self._processes, self._pipes = [], []
+        self._closed_pipes = False
+        try:
+            for part in self._slices:
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_work,
+                    args=(theirs, memory, self.observation_space, part),
+                    kwargs=arguments
+                    | {"num_envs": part.stop - part.start, "task_id": task_ids[part], "reward": reward}
+                    | {"image_size": image_size, "action_chunk": action_chunk}
+                    | {"wrist_camera": wrist_camera, "num_threads": num_threads},
+                    daemon=True,
+                )
+                try:
+                    process.start()
+                except (pickle.PicklingError, AttributeError, TypeError) as error:
+                    raise ValueError(
+                        f"reward {reward!r} cannot be sent to a worker ({error}); expected a function of a "
+                        "module, or 'path/to/file.py:function'"
+                    ) from None
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+            facts = [self._receive(k) for k in range(workers)]
+        except BaseException:
+            self.close()
+            raise
+        self.metadata = facts[0]["metadata"]
+        self.autoreset_mode, self.render_mode = facts[0]["autoreset_mode"], facts[0]["render_mode"]
+        self.max_episode_steps = facts[0]["max_episode_steps"]
+        self.tasks = [task for each in facts for task in each["tasks"]]
+        self.instructions = [task.instruction for task in self.tasks]
+        self._recorded = [count for each in facts for count in each["recorded"]]
+        self._learning = reward != "binary"
+        #: Seconds spent so far, by kind of work, in the mean of the workers.
+        self.seconds = {"physics": 0.0, "render": 0.0}
+        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
+        self.stages: Counter[str] = Counter()
+        for each in facts:
+            self.stages.update(each["stages"])
+        self._steps = np.zeros(num_envs, np.int64)
+        self._frozen, self._ready = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
+
+    # ---- Talking to the workers ------------------------------------------------------------------
+
+    def _receive(self, k: int) -> Any:
+        """The answer of worker ``k``; its exceptions are raised here."""
+        try:
+            answer = self._pipes[k].recv()
+        except (EOFError, ConnectionResetError):
+            process, part = self._processes[k], self._slices[k]
+            process.join(5)
+            code = process.exitcode
+            how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else None
+            words = how or f"ended with status {code}"
+            self.close()
+            raise RuntimeError(
+                f"worker {k} (environments {part.start} to {part.stop - 1}, process {process.pid}) {words}"
+            ) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _call(self, method: str, *parts: Sequence[Any]) -> list[Any]:
+        """Call a method of every worker, with its share of each argument; the answers."""
+        if self._closed_pipes:
+            raise RuntimeError("the environment is closed")
+        for k, pipe in enumerate(self._pipes):
+            with contextlib.suppress(BrokenPipeError):  # _receive says who died
+                pipe.send((method, [part[k] for part in parts]))
+        answers = [self._answer(k) for k in range(len(self._pipes))]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    def _answer(self, k: int) -> Any:
+        """As `_receive`, but an exception of the environment is returned: the other answers come first."""
+        if self._closed_pipes:
+            return None
+        try:
+            return self._receive(k)
+        except (ValueError, TypeError, gym.error.Error, OSError) as error:
+            return error
+
+    def _split(self, values: Any) -> list[Any]:
+        return [values[part] for part in self._slices]
+
+    def _observe(self, answers: list[dict[str, Any]]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        self._steps = np.concatenate([answer["steps"] for answer in answers])
+        self._frozen = np.concatenate([answer["frozen"] for answer in answers])
+        for kind in self.seconds:
+            self.seconds[kind] += float(np.mean([answer["seconds"][kind] for answer in answers]))
+        for answer in answers:
+            self.stages.update(answer["stages"])
+        sizes = [part.stop - part.start for part in self._slices]
+        observation = {name: array.copy() for name, array in self._obs.items()}
+        return observation, _join([answer["info"] for answer in answers], sizes)
+
+    # ---- The interface of LiberoVectorEnv --------------------------------------------------------
+
+    @property
+    def frozen(self) -> NDArray[np.bool_]:
+        """Environments ``(N,)`` that have finished and wait for a reset."""
+        return self._frozen.copy()
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """Control steps ``(N,)`` of the episodes so far."""
+        return self._steps.copy()
+
+    @property
+    def qpos(self) -> NDArray[np.float64]:
+        """Joint positions ``(N, nq)`` as ``LiberoVectorEnv.qpos``."""
+        parts = self._call("qpos")
+        width = max(part.shape[1] for part in parts)
+        pads = [((0, 0), (0, width - part.shape[1])) for part in parts]
+        return np.concatenate([np.pad(*each, constant_values=np.nan) for each in zip(parts, pads)])
+
+    def set_reward(self, reward: str | Reward) -> None:
+        """Pay ``reward``, as the constructor takes it, from the next step on."""
+        self._call("set_reward", [reward] * len(self._pipes))
+        self._learning = reward != "binary"
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
+        mask, ids, seeds = check_reset(seed, options or {}, self._recorded, self._learning)
+        answers = self._call("reset", self._split(mask), self._split(ids), self._split(seeds))
+        self._ready |= mask
+        return self._observe(answers)
+
+    def step(
+        self, actions: ArrayLike
+    ) -> tuple[
+        dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+    ]:
+        """Execute ``actions``, ``(N, 7)`` or ``(N, C, 7)``; see ``LiberoVectorEnv.step``."""
+        checked = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
+        answers = self._call("step", self._split(checked))
+        results = [np.concatenate(parts) for parts in zip(*(answer["results"] for answer in answers))]
+        observation, info = self._observe(answers)
+        return observation, results[0], results[1], results[2], info
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
+        """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
+        if self.render_mode is None:
+            return None
+        return tuple(picture for pictures in self._call("render") for picture in pictures)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the workers."""
+        self._closed_pipes = True
+        for pipe in self._pipes:
+            pipe.close()  # a worker that finds its pipe closed ends
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _arrays(memory: dict[str, Any], space: Any) -> dict[str, NDArray[Any]]:
+    """The observations in shared memory."""
+    return {
+        name: np.frombuffer(buffer, space[name].dtype).reshape(space[name].shape)
+        for name, buffer in memory.items()
+    }
+
+
+def _join(infos: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
+    """One info of those of several environments; what one of them lacks is zero or None there."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for info in infos for name in info):
+        values = [info.get(name) for info in infos]
+        model = next(value for value in values if value is not None)
+        if isinstance(model, dict):
+            joined[name] = _join([value or {} for value in values], sizes)
+        else:
+            empty = None if model.dtype == object else model.dtype.type()
+            joined[name] = np.concatenate(
+                [
+                    np.full((size, *model.shape[1:]), empty, model.dtype) if value is None else value
+                    for value, size in zip(values, sizes)
+                ]
+            )
+    return joined
+
+
+def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **arguments: Any) -> None:
+    """A worker: makes its environments, then answers until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+    shared = {name: array[part] for name, array in _arrays(memory, space).items()}
+    try:
+        envs = LiberoVectorEnv(**arguments)
+    except Exception as error:
+        pipe.send(error)
+        return
+    pipe.send({
+        "metadata": envs.metadata, "autoreset_mode": envs.autoreset_mode, "render_mode": envs.render_mode,
+        "max_episode_steps": envs.max_episode_steps, "tasks": envs.tasks, "stages": dict(envs.stages),
+        "recorded": [len(simulation.scene.recorded) for simulation in envs.simulations],
+    })  # fmt: skip
+
+    def answer(obs: dict[str, NDArray[Any]], info: dict[str, Any], *results: NDArray[Any]) -> dict[str, Any]:
+        for name, array in obs.items():
+            shared[name][:] = array
+        stages, seconds = dict(envs.stages), dict(envs.seconds)
+        envs.stages.clear()
+        envs.seconds.update(dict.fromkeys(envs.seconds, 0.0))
+        return {
+            "info": info, "results": results, "steps": envs.steps, "frozen": envs.frozen,
+            "stages": stages, "seconds": seconds,
+        }  # fmt: skip
+
+    def reset(mask: NDArray[np.bool_], ids: list[int | None], seeds: list[int | None]) -> dict[str, Any]:
+        envs._reset(np.flatnonzero(mask), seeds, ids)
+        return answer(envs._observation(), envs._info())
+
+    def step(actions: NDArray[np.float64]) -> dict[str, Any]:
+        obs, reward, terminated, truncated, info = envs.step(actions)
+        return answer(obs, info, reward, terminated, truncated)
+
+    methods = {
+        "reset": reset, "step": step, "render": envs.render, "set_reward": envs.set_reward,
+        "qpos": lambda: envs.qpos,
+    }  # fmt: skip
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            method, values = pipe.recv()
+            try:
+                result = methods[method](*values)  # type: ignore[operator]
+            except Exception as error:
+                result = error
+            pipe.send(result)
+    envs.close()
