@@ -5,6 +5,7 @@ to a temporary folder before any test imports it.
 """
 
 import os
+import signal
 import sys
 
 import gymnasium as gym
@@ -16,6 +17,14 @@ import vla_envs  # noqa: F401  (registers the ids)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of pytest-xdist's workers share the cores
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, our oracle, finds no OpenGL by itself
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Scripts that run in this process take Ctrl-C over: give it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -423,6 +423,53 @@ def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
     assert_same_run(tmp_path / "run", finished(script))
 
 
+@pytest.mark.parametrize(("script", "times"), [("grpo_vla", 1), ("sft_vla", 1), ("tgrpo_vla", 2)])
+def test_interrupted(script, times, tmp_path, own, resume, finished):
+    """Ctrl-C once: the iteration is finished and saved. Twice: the run ends at once."""
+    running = process(script, tmp_path, own, **FULL)
+    while not list(tmp_path.glob("run/events.*")):  # the run's folder is complete
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.002)
+    error = ""
+    for _ in range(times):
+        running.send_signal(signal.SIGINT)
+        while "Ctrl-C: the run ends" not in error:
+            error += running.stderr.readline()
+    error += running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and "Traceback" not in error, error
+    assert (f"go on with --resume {tmp_path / 'run'}" in error) == (times == 1)
+    assert not (tmp_path / "run" / "result.json").exists()
+    resume(script, tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished(script))
+
+
+@pytest.mark.parametrize("script", ["ppo_vla", "sft_vla"])
+def test_a_full_disk(script, start, resume, finished, monkeypatch, capsys):
+    """The state of iteration 3 does not fit: one line, and the run goes on from the one before."""
+    resource = pytest.importorskip("resource", reason="limits of file sizes are Unix's")
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), runs.save_training_state
+
+    def save_on_a_full_disk(path, policy, optimizer, counters):
+        if (path.name, counters["iteration"]) == ("latest", 3):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            save(path, policy, optimizer, counters)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_training_state", save_on_a_full_disk)
+        with pytest.raises(SystemExit):
+            start(script, **FULL)
+    run = Path("run").absolute()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "the training state cannot be written" in lines[0] and "large" in lines[0]
+    assert read_json(run / "checkpoints/latest/counters.json")["iteration"] == 2
+    assert not (run / "checkpoints" / "latest.partial").exists()
+    resume(script, run)
+    assert_same_run(run, finished(script))
+
+
 def test_stopped_before_the_first_iteration(start, resume, finished, monkeypatch):
     """The first evaluation has been logged, but no state saved since."""
     run = stop(start, monkeypatch, "tgrpo_vla", stop_at, runs, "seed_all", **FULL)

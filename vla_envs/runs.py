@@ -3,12 +3,16 @@
 import dataclasses
 import re
 import shutil
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -31,6 +35,8 @@ from vla_envs.policies import (
 from vla_envs.tasks import SUITES, get_task, nearest
 
 ArgsT = TypeVar("ArgsT")
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+_leaving = False  # Ctrl-C has been pressed
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
 
 
@@ -203,6 +209,8 @@ def start(
         ValueError, OSError: When the folder will not do.
     """
     state = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None, "evaluated": 0}
+    if not args.evaluate:
+        leave_on_interrupt()
     if args.resume:
         latest = args.resume / "checkpoints" / "latest"
         loaded = load_training_state(latest, learner, optimizer)
@@ -216,6 +224,22 @@ def start(
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     return run, state
+
+
+def leave_on_interrupt() -> None:
+    """Let Ctrl-C end the run at the next saved state, and a second one now."""
+    global _leaving
+    _leaving = False
+
+    def interrupt(*_: Any) -> None:
+        global _leaving
+        if _leaving:
+            raise SystemExit(INTERRUPTED)
+        _leaving = True
+        tqdm.write("Ctrl-C: the run ends when this iteration is saved; again: now", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def seed_all(*numbers: int) -> None:
@@ -307,18 +331,30 @@ def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
 def save_training_state(
     folder: Path, policy: Any, optimizer: torch.optim.Optimizer, counters: dict[str, Any]
 ) -> None:
-    """Write all that a resumed run needs, whole or not at all; the old one stays until the new one stands."""
+    """Write all that a resumed run needs, whole or not at all; the old one stays until the new one stands.
+
+    A state that cannot be written, and Ctrl-C since the last one, end the program here.
+    """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: value.cpu().contiguous() for name, value in adapters.trainable_state(policy).items()}
-    safetensors.torch.save_file(tensors, partial / "trained.safetensors")
-    moments = {
-        name: value.detach().cpu().clone() for name, value in adapters.optimizer_state(optimizer).items()
-    }
-    safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
-    write_json(partial / "counters.json", counters)
-    replace_folder(partial, folder)
+    with one_line_errors(f"the training state cannot be written, the last one in {folder} stays: "):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            tensors = {name: p.cpu().contiguous() for name, p in adapters.trainable_state(policy).items()}
+            safetensors.torch.save_file(tensors, partial / "trained.safetensors")
+            moments = {
+                name: value.detach().cpu().clone()
+                for name, value in adapters.optimizer_state(optimizer).items()
+            }
+            safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
+            write_json(partial / "counters.json", counters)
+            replace_folder(partial, folder)
+        except (OSError, safetensors.SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(str(error)) from None
+    if _leaving:
+        tqdm.write(f"stopped and saved; go on with --resume {folder.parent.parent}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
 
 
 def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
