@@ -125,13 +125,13 @@ def start(execute, own, tmp_path):
 
 
 def process(script, folder, own, **flags):
-    """A script started in a process of its own."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    """A script started in a process of its own: copied alone into ``folder``, as people copy them."""
+    shutil.copy(ROOT / f"{script}.py", folder)
     changes = flags.pop("environment", {})
     words = words_of(TINY | own[script] | {"run_dir": folder / "run"} | flags)
     return subprocess.Popen(
-        [sys.executable, str(ROOT / f"{script}.py"), *words], cwd=folder, text=True,
-        env={**os.environ, "PYTHONPATH": path, **changes}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, f"{script}.py", *words], cwd=folder, text=True,
+        env={**os.environ, **changes}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
