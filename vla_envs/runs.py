@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -237,11 +238,39 @@ def progress_bar(name: str, state: dict[str, Any], args: Any) -> tqdm:
     return tqdm(total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form)
 
 
-def totals(batch: dict[str, Any]) -> dict[str, Any]:
-    """Sums over the episodes of a rollout, of the decisions (T, N) of those alive."""
+def leave_out_diverged(
+    batch: dict[str, Any], seeds: np.ndarray, diverged: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The batch (T, N, ...) without the groups, members of one seed (N,), that have a member ``diverged``.
+
+    Compared with fewer members the others would have another mean and deviation, so a group goes as a whole:
+    all its members are never alive, with rewards 0 and no success, and what they did is learnt from nowhere.
+    """
+    kept = torch.from_numpy(~np.isin(seeds, seeds[diverged]))  # (N,)
+    return batch | {
+        "alive": batch["alive"] & kept,
+        "rewards": batch["rewards"] * kept,
+        "success": batch["success"] & kept,
+        "diverged": torch.from_numpy(diverged.copy()),
+    }
+
+
+def totals(batch: dict[str, Any], may_be_empty: bool = False) -> dict[str, Any]:
+    """Sums over the episodes of a rollout, of the decisions (T, N) of those alive; not of groups left out.
+
+    ``diverged`` counts the members whose simulation diverged. Where that leaves no group, the program ends
+    with one line and exit status 1, unless the batch ``may_be_empty``.
+    """
     alive = batch["alive"]
+    with one_line_errors():
+        if not alive.any() and not may_be_empty:
+            raise FloatingPointError(
+                f"the simulations of {int(batch['diverged'].sum())} of {alive.shape[1]} episodes diverged, at"
+                " least one of each group; expected a group whose positions and velocities stay finite"
+            )
     return {
-        "episodes": alive.shape[1],
+        "episodes": int(alive[0].sum()),
+        "diverged": int(batch["diverged"].sum()),
         "successes": int(batch["success"].sum()),
         "control_steps": int((batch["steps"] * alive).sum()),
         "return": float((batch["rewards"] * alive).sum()),

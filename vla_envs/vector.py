@@ -25,7 +25,16 @@ from vla_envs.scene import Scene, load_scene
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
+#: Joint velocities (m/s, rad/s) above this are of a simulation that has diverged: 20 m or 20 rad in a substep
+#: of 2 ms. What falls or is hit in LIBERO's scenes stays below 100; MuJoCo itself gives up at 1e10.
+MAX_VELOCITY = 1e4
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+# Where MuJoCo notes that it met numbers of no use, and went back to the model's own pose without a word.
+_RESTARTED = {
+    mujoco.mjtWarning.mjWARN_BADQPOS: "position",
+    mujoco.mjtWarning.mjWARN_BADQVEL: "velocity",
+    mujoco.mjtWarning.mjWARN_BADQACC: "acceleration",
+}
 
 
 @dataclass
@@ -35,6 +44,7 @@ class Settled:
     physics: NDArray[np.float64]
     control: ControlState
     images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    reason: str = ""  # why it could not be settled, and is the init state itself
 
 
 class Simulation:
@@ -49,6 +59,7 @@ class Simulation:
         self.facts = FactReader(scene.model, self.data, scene.goal)
         self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
         self.origin = np.zeros(len(scene.goal.kind))
+        self.last_good = np.empty(mujoco.mj_stateSize(scene.model, _PHYSICS))
         self._addresses = (scene.model._address, self.data._address)
 
     def restore(self, state: NDArray[np.float64]) -> None:
@@ -78,19 +89,60 @@ class Simulation:
             met = met and bool(predicates_met(self.scene.goal, self.data).all())  # contacts too
         return done, met
 
+    def divergence(self) -> str:
+        """``"diverged: ..."`` where the simulation has diverged since it was last restored, else ``""``."""
+        model, data = self.scene.model, self.data
+        warned = data.warning.number
+        for kind, name in _RESTARTED.items():
+            if warned[kind]:  # what MuJoCo found is gone
+                index = int(data.warning[kind].lastinfo)
+                if name == "position":
+                    joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
+                else:
+                    joint = int(model.dof_jntid[index])
+                return f"diverged: {name} of joint {model.joint(joint).name} is not finite, or above 1e10"
+        speed = np.abs(data.qvel)
+        if speed.max() <= MAX_VELOCITY and np.isfinite(data.qpos).all():  # NaN is not <=
+            return ""
+        if not speed.max() <= MAX_VELOCITY:
+            dof = int(np.argmax(np.where(np.isnan(speed), np.inf, speed)))
+            joint = int(model.dof_jntid[dof])
+            kind = int(model.jnt_type[joint])
+            straight = kind == mujoco.mjtJoint.mjJNT_SLIDE or (
+                kind == mujoco.mjtJoint.mjJNT_FREE and dof < model.jnt_dofadr[joint] + 3
+            )
+            unit = "m/s" if straight else "rad/s"
+            return f"diverged: velocity of joint {model.joint(joint).name} is {data.qvel[dof]:.2g} {unit}"
+        index = int(np.argmin(np.isfinite(data.qpos)))
+        joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
+        return f"diverged: position of joint {model.joint(joint).name} is {data.qpos[index]:.2g}"
+
+    def keep(self) -> None:
+        """Remember this state as the last that can be believed."""
+        mujoco.mj_getState(self.scene.model, self.data, self.last_good, _PHYSICS)
+
+    def go_back(self) -> None:
+        """Go to the state of the last ``keep``, with nothing left of what came after it."""
+        mujoco.mj_resetData(self.scene.model, self.data)  # its warnings too
+        mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
+        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+
     def settle(self, state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
         """Restore ``state`` and do nothing for ``steps`` control steps but command ``gripper``."""
         self.restore(state)
         while steps:  # a run ends where the goal is met
             steps -= self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
-        physics = np.empty(mujoco.mj_stateSize(self.scene.model, _PHYSICS))
-        mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
-        return Settled(physics, self.control.copy())
+        reason = self.divergence()
+        if reason:
+            self.restore(state)
+        self.keep()
+        return Settled(self.last_good.copy(), self.control.copy(), reason=reason)
 
     def copy_from(self, settled: Settled, just_restored: bool) -> None:
         """Go to a settled state."""
         mujoco.mj_setState(self.scene.model, self.data, settled.physics, _PHYSICS)
         mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+        self.last_good[:] = settled.physics
         self.control.assign(settled.control)
         self.just_restored = just_restored
         self.origin = self.facts.origin()
@@ -248,6 +300,7 @@ class LiberoVectorEnv(VectorEnv):
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
         self._ready = np.zeros(num_envs, bool)  # has been reset at least once
+        self._reason = [""] * num_envs  # why an episode ended early
 
     # ---- Reading the simulation ------------------------------------------------------------------
 
@@ -315,6 +368,8 @@ class LiberoVectorEnv(VectorEnv):
             "init_state_id": self._init_state_id.copy(),
             "facts": {name: values.copy() for name, values in self._facts.items()},
             "instruction": np.array(self.instructions),
+            "diverged": np.array([bool(reason) for reason in self._reason]),
+            "reason": np.array(self._reason),
         }
 
     def set_reward(self, reward: str | Reward) -> None:
@@ -426,7 +481,8 @@ class LiberoVectorEnv(VectorEnv):
             for name, picture in settled.images.items():
                 self._obs[name][i] = picture
             self._steps[i] = 0
-            self._terminated[i] = self._truncated[i] = False
+            self._reason[i] = settled.reason  # in a scene that cannot settle there is nothing to play
+            self._terminated[i], self._truncated[i] = False, bool(settled.reason)
             self._ready[i] = True
             self._observe(i)
         while len(self._settled) > max(256, self.num_envs):
@@ -454,6 +510,8 @@ class LiberoVectorEnv(VectorEnv):
         Returns:
             Observations, rewards ``(N,)``, terminated ``(N,)`` (success), truncated ``(N,)`` (the step
             limit), and infos. A frozen environment keeps its observation and flags, with reward 0.
+            An environment whose simulation diverges is truncated, with reward 0 and the last observation
+            before; ``info["diverged"]`` (N,) bool and ``info["reason"]`` (N,) say so until it is reset.
 
         Raises:
             ValueError: When an action is NaN or of the wrong shape; nothing is changed then. Values
@@ -469,8 +527,15 @@ class LiberoVectorEnv(VectorEnv):
         def advance(i: int) -> tuple[float, float]:
             start = time.perf_counter()
             left = self.max_episode_steps - self._steps[i]
-            steps, success = self.simulations[i].run(chunks[i, :left])
+            simulation = self.simulations[i]
+            steps, success = simulation.run(chunks[i, :left])
             self._steps[i] += steps
+            self._reason[i] = simulation.divergence()
+            if self._reason[i]:  # nothing of it is seen, measured or drawn
+                simulation.go_back()
+                self._truncated[i] = True
+                return time.perf_counter() - start, 0.0
+            simulation.keep()
             self._terminated[i] = success
             self._truncated[i] = not success and self._steps[i] >= self.max_episode_steps
             stepped_at = time.perf_counter()
@@ -481,9 +546,11 @@ class LiberoVectorEnv(VectorEnv):
 
         self._parallel(advance, alive)
         reward, stage = evaluate_reward(self._reward, self._facts)
-        self._stage[alive] = stage[alive]
-        self.stages.update(stage_names(self._facts)[alive].tolist())
-        reward = np.where(frozen, 0.0, reward)
+        diverged = np.array([bool(reason) for reason in self._reason])
+        moved = np.flatnonzero(~(frozen | diverged))
+        self._stage[moved] = stage[moved]
+        self.stages.update(stage_names(self._facts)[moved].tolist())
+        reward = np.where(frozen | diverged, 0.0, reward)
         terminated, truncated = self._terminated.copy(), self._truncated.copy()
         extra: dict[str, Any] = {}
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and self.frozen.any():
