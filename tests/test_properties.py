@@ -1,6 +1,6 @@
 """Whatever a caller passes: a result that fits its description, or one line that says what was expected.
 
-Inputs are drawn at random (hypothesis), good ones, bad ones and odd ones; a call that is refused changes nothing.
+Inputs are drawn at random (hypothesis): good ones, bad ones and odd ones. A refused call changes nothing.
 """
 
 import contextlib
@@ -50,20 +50,20 @@ def snapshot(env):
     random = [None if rng is None else rng.bit_generator.state["state"] for rng in vector._rngs]
     return (
         vector.qpos, np.concatenate(states), vector.steps, vector.frozen, vector._obs["image"].copy(),
-        vector._obs["state"].copy(), repr(random), repr(env.np_random.bit_generator.state), vector._stage.copy(),
+        vector._obs["state"].copy(), vector._stage.copy(), repr(random),
+        repr(env._np_random and env._np_random.bit_generator.state),
     )  # fmt: skip
 
 
 @contextlib.contextmanager
-def refusal(*also):
+def refusal():
     """A documented error, of one line."""
     try:
         yield
     except (ValueError, TypeError, gym.error.ResetNeeded, OSError) as error:
         text = str(error)
-        assert text and "\n" not in text.strip() and ("expected" in text or "before reset" in text), repr(
-            error
-        )
+        assert text and "\n" not in text.strip() and len(text) < 600
+        assert "expected" in text or "before reset" in text, repr(error)
 
 
 def check_step(env, result):
@@ -100,7 +100,8 @@ odd_numbers = st.one_of(
     st.sampled_from([np.float32(0.5), np.int8(3), np.uint64(2**64 - 1), np.bool_(True), 10**400, -(10**400)]),
 )  # fmt: skip
 odd_things = st.one_of(
-    odd_numbers, st.text(max_size=5), st.binary(max_size=3), st.sampled_from([object(), len, int, b"", {}, set()]),
+    odd_numbers, st.text(max_size=5), st.binary(max_size=3),
+    st.sampled_from([object(), len, int, b"", {}, set()]),
     st.lists(odd_numbers, max_size=3), st.dictionaries(st.text(max_size=2), odd_numbers, max_size=2),
     st.tuples(odd_numbers, odd_numbers),
 )  # fmt: skip
@@ -204,7 +205,7 @@ def raises(facts):
 
 
 def stops(facts):
-    assert False
+    raise AssertionError
 
 
 rewards = st.one_of(
@@ -317,8 +318,6 @@ FIELDS = {field.name: field for field in dataclasses.fields(grpo_vla.Args)}
 WHOLE = sorted(name for name, field in FIELDS.items() if field.type in (int, int | None))
 REAL = sorted(name for name, field in FIELDS.items() if field.type in (float, float | None))
 extreme = st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 0.0, -0.0, 1.0, 0.5, -1.0])
-# What the others take: a number in its place.
-CHECKED = ("policy", "train", "suite", "protocol", "assets", "quality", "adapter", "reward", "device")
 
 
 def check_line(**values):
@@ -327,13 +326,11 @@ def check_line(**values):
         args = grpo_vla.check(grpo_vla.Args(**values))
         for name in (*WHOLE, *REAL):
             value = getattr(args, name)
-            assert value is None or math.isfinite(value), name
+            assert value is None or isinstance(value, int) or math.isfinite(value), name
         assert args.num_groups >= 1 and args.group_size >= 2 and 1 <= args.eval_episodes <= 50
         assert args.minibatch_size > 0 and args.temperature > 0 and args.learning_rate > 0
         assert 0 <= args.keep_low <= args.keep_high <= 1 and args.clip_low >= 0 and args.seed >= 0
-        assert args.max_episode_steps >= 1 and args.lora_rank >= 1 and args.eval_every >= 0
-        assert args.num_threads is None or args.num_threads >= 1
-        assert (all(0 <= task_id < 90 for task_id in args.task_ids) and args.total_env_steps is None) or True
+        assert args.lora_rank >= 1 and args.eval_every >= 0 and args.kl_coef >= 0
         fill_in_chunk(args, SimpleNamespace(action_chunk=8))
 
 

@@ -19,6 +19,7 @@ from vla_envs import evaluation
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
+from vla_envs.inputs import in_short
 from vla_envs.policies import (
     SHIPPED,
     adapters,
@@ -64,7 +65,7 @@ def check_suite(suite: str) -> None:
     Raises:
         ValueError: Names those that have one.
     """
-    if suite not in SUITES:
+    if not isinstance(suite, str) or suite not in SUITES:
         known = list(SUITES)
         raise ValueError(f"suite {suite!r} is unknown; expected one of {known}{nearest(suite, known)}")
 
@@ -85,6 +86,8 @@ def check_training(args: Any) -> None:
             f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
         )
     check_numbers(args, "seed kl_coef eval_every", above=False)
+    if args.seed >= 2**63:
+        raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")
     check_numbers(
         args, "num_groups num_iterations total_env_steps update_epochs minibatch_size micro_batch_size"
         " lora_rank last_k warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
@@ -139,7 +142,9 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
     """
     given: Any = args
     if given.action_chunk not in (None, policy.action_chunk):
-        raise ValueError(f"action_chunk is {given.action_chunk}; the policy's is {policy.action_chunk}")
+        raise ValueError(
+            f"action_chunk is {given.action_chunk}; expected {policy.action_chunk}, the policy's"
+        )
     return dataclasses.replace(given, action_chunk=policy.action_chunk)
 
 

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.control import ControlState, Views, run_chunk
 from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
+from vla_envs.inputs import as_array, as_numbers, in_short
 from vla_envs.render import Renderer
 from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
+from vla_envs.tasks import get_task
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
@@ -231,18 +233,29 @@ class LiberoVectorEnv(VectorEnv):
             ("settle_steps", settle_steps, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} is {value!r}; expected an int of at least {least}")
-        if not isinstance(settle_gripper, int | float) or not -1.0 <= settle_gripper <= 1.0:
-            raise ValueError(f"settle_gripper is {settle_gripper!r}; expected a number from -1 to 1")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None")
-        task_ids = list(task_id) if isinstance(task_id, Sequence | np.ndarray) else [task_id] * num_envs
+                raise ValueError(f"{name} is {in_short(value)}; expected an int of at least {least}")
+        real = isinstance(settle_gripper, int | float | np.number) and not isinstance(settle_gripper, bool)
+        if not real or not -1.0 <= settle_gripper <= 1.0:
+            raise ValueError(f"settle_gripper is {in_short(settle_gripper)}; expected a number from -1 to 1")
+        for name, flag in (("wrist_camera", wrist_camera), ("cache", cache)):
+            if not isinstance(flag, bool | np.bool_):
+                raise ValueError(f"{name} is {in_short(flag)}; expected True or False")
+        if render_mode is not None and (not isinstance(render_mode, str) or render_mode != "rgb_array"):
+            raise ValueError(f"render_mode is {in_short(render_mode)}; expected 'rgb_array' or None")
+        if not isinstance(assets, str | os.PathLike):
+            raise ValueError(f"assets is {in_short(assets)}; expected 'builtin', 'libero' or a folder")
+        several = isinstance(task_id, Sequence) or (isinstance(task_id, np.ndarray) and task_id.ndim > 0)
+        task_ids: list[Any] = list(task_id) if several else [task_id] * num_envs  # type: ignore[arg-type]
+        for each in task_ids:
+            get_task(suite, each)
         if len(task_ids) != num_envs:
             raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
 
         modes = [mode.value for mode in AutoresetMode]
-        if autoreset_mode not in (*AutoresetMode, *modes):
-            raise ValueError(f"autoreset_mode is {autoreset_mode!r}; expected one of {modes}")
+        if not isinstance(autoreset_mode, AutoresetMode) and not (
+            isinstance(autoreset_mode, str) and autoreset_mode in modes
+        ):
+            raise ValueError(f"autoreset_mode is {in_short(autoreset_mode)}; expected one of {modes}")
 
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks for it
@@ -393,7 +406,7 @@ class LiberoVectorEnv(VectorEnv):
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
         """
-        mask, ids, seeds = self._check_reset(seed, options or {})
+        mask, ids, seeds = self._check_reset(seed, options)
         if self._reward is not binary and any(ids[i] is not None for i in np.flatnonzero(mask)):
             warnings.warn(
                 "init_state_id names the states that every published evaluation uses, and a reward other "
@@ -404,39 +417,48 @@ class LiberoVectorEnv(VectorEnv):
         return self._observation(), self._info()
 
     def _check_reset(
-        self, seed: Any, options: dict[str, Any]
+        self, seed: Any, options: Any
     ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
-        unknown = set(options) - {"init_state_id", "reset_mask"}
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"reset options are {in_short(options)}; expected a dict of init_state_id or reset_mask"
+            )
+        unknown = [key for key in options if key not in ("init_state_id", "reset_mask")]
         if unknown:
             raise ValueError(
-                f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask"
+                f"reset options {in_short(unknown)} are unknown; expected init_state_id or reset_mask"
             )
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        everybody = np.ones(self.num_envs, bool)
+        mask = as_array(
+            options.get("reset_mask", everybody), "reset_mask is", f"shape ({self.num_envs},) and dtype bool"
+        )
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
             raise ValueError(
                 f"reset_mask has shape {mask.shape} and dtype {mask.dtype}; expected ({self.num_envs},) bool"
             )
         ids: list[int | None] = [None] * self.num_envs
         if options.get("init_state_id") is not None:
-            given = np.asarray(options["init_state_id"])
+            name, expected = "init_state_id is", f"an int or {self.num_envs} ints"
+            given = as_array(options["init_state_id"], name, expected)
             if given.dtype.kind not in "iu" or given.shape not in ((), (self.num_envs,)):
-                raise ValueError(
-                    f"init_state_id is {options['init_state_id']!r}; expected an int or {self.num_envs} ints"
-                )
+                raise ValueError(f"{name} {in_short(options['init_state_id'])}; expected {expected}")
             ids = [int(k) for k in np.broadcast_to(given, self.num_envs)]
             for i in np.flatnonzero(mask):
                 count = len(self.simulations[i].scene.recorded)
                 if not 0 <= int(ids[i] or 0) < count:
                     raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {count - 1}")
-        if isinstance(seed, Sequence | np.ndarray):
+        if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim > 0):
             seeds = list(seed)
+        elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+            seeds = [int(seed) + i for i in range(self.num_envs)] if seed >= 0 else [seed] * self.num_envs
         else:
-            seeds = [seed + i if isinstance(seed, int | np.integer) else seed for i in range(self.num_envs)]
+            seeds = [seed] * self.num_envs
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {self.num_envs}")
         for s in seeds:
-            if s is not None and (not isinstance(s, int | np.integer) or s < 0):
-                raise ValueError(f"seed {s!r} is no int of at least 0")
+            if s is not None and (isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 0):
+                raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
         seeds = [None if s is None else int(s) for s in seeds]
         return mask, ids, seeds
 
@@ -490,7 +512,7 @@ class LiberoVectorEnv(VectorEnv):
         self._stage[indices] = evaluate_reward(self._reward, self._facts)[1][indices]
 
     def _check_actions(self, actions: ArrayLike) -> NDArray[np.float64]:
-        array = np.asarray(actions, dtype=np.float64)
+        array = as_numbers(actions, "actions are", f"numbers of shape {self.action_space.shape}")
         if array.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {array.shape}; expected {self.action_space.shape}")
         if np.isnan(array).any():
@@ -514,8 +536,10 @@ class LiberoVectorEnv(VectorEnv):
             before; ``info["diverged"]`` (N,) bool and ``info["reason"]`` (N,) say so until it is reset.
 
         Raises:
-            ValueError: When an action is NaN or of the wrong shape; nothing is changed then. Values
-                outside [-1, 1] are clipped, as LIBERO does.
+            ValueError: When an action is NaN, no number or of the wrong shape; nothing is changed then.
+                Values outside [-1, 1] are clipped, as LIBERO does. Also when a reward function fails; it is
+                called when the actions have been executed.
+            gymnasium.error.ResetNeeded: Before the first reset.
         """
         chunks = self._check_actions(actions)
         frozen = self.frozen
