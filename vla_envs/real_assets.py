@@ -61,8 +61,8 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
     if "scenes" not in held or len(held) < 2:
         hint = nearest(str(assets), ["builtin", "libero"])
         raise ValueError(
-            f"assets {in_short(str(assets))} is no folder of LIBERO's assets (scenes/, stable_hope_objects/, ...); "
-            f"expected 'builtin', 'libero' or such a folder{hint}"
+            f"assets {in_short(str(assets))} is no folder of LIBERO's assets (scenes/, stable_hope_objects/,"
+            f" ...); expected 'builtin', 'libero' or such a folder{hint}"
         )
     return str(folder)
 
