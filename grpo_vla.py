@@ -237,7 +237,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
-        success; last, the observation after the end; instructions; policy_s, seconds of deciding.
+        success, diverged; last, the observation after the end; instructions; policy_s, seconds of deciding.
     """
     alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
     padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
@@ -249,7 +249,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
         actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
         policy_s += time.perf_counter() - start
         steps = envs.steps  # (N,)
-        next_obs, reward, terminated, truncated, _ = envs.step(actions)
+        next_obs, reward, terminated, truncated, info = envs.step(actions)
         decisions.append({
             "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
             "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
@@ -265,7 +265,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
     batch["last"] = {name: torch.as_tensor(array[: len(seeds)]) for name, array in obs.items()}  # (N, ...)
     batch["instructions"] = envs.instructions[: len(seeds)]
     batch["policy_s"] = policy_s
-    return batch
+    return runs.leave_out_diverged(batch, seeds, info["diverged"][: len(seeds)])
 
 
 def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
@@ -304,7 +304,7 @@ def collect(envs: Any, policy: Any, iteration: int, args: Args) -> dict[str, Any
         useful.append(~equal[-1] & (rate >= args.keep_low) & (rate <= args.keep_high))  # (G,)
         missing -= int(useful[-1].sum())
     batch = runs.join_batches(batches, [each.repeat_interleave(args.group_size) for each in useful])
-    totals = [runs.totals(each) for each in batches]
+    totals = [runs.totals(each, may_be_empty=True) for each in batches]
     batch["totals"] = {name: sum(each[name] for each in totals) for name in totals[0]}
     return batch | {"kept": torch.cat(useful), "zero_std": torch.cat(equal)}  # (rounds * G,) each
 
@@ -480,6 +480,7 @@ if __name__ == "__main__":
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/success_mean": totals["successes"] / totals["episodes"],
+            "group/diverged": totals["diverged"],
             "group/kept_frac": float(batch["kept"].float().mean()),
             "group/zero_std_frac": float(batch["zero_std"].float().mean()),
             **runs.stage_shares(envs),

@@ -195,7 +195,7 @@ def trajectory_advantages(
     """Equation 7, (N,): total rewards of (T, N), or means over the steps, standardised within groups."""
     returns = (rewards.double() * alive).sum(dim=0)  # (N,)
     if return_mode == "mean":
-        returns = returns / alive.sum(dim=0)  # (N,)
+        returns = returns / alive.sum(dim=0).clamp(min=1)  # (N,), of a group left out 0
     return group_advantages(returns, group_size, eps=0.0)  # (N,)
 
 
@@ -284,7 +284,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
-        success; last, the observation after the end; instructions; policy_s, seconds of deciding.
+        success, diverged; last, the observation after the end; instructions; policy_s, seconds of deciding.
     """
     alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
     padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
@@ -296,7 +296,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
         actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
         policy_s += time.perf_counter() - start
         steps = envs.steps  # (N,)
-        next_obs, reward, terminated, truncated, _ = envs.step(actions)
+        next_obs, reward, terminated, truncated, info = envs.step(actions)
         decisions.append({
             "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
             "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
@@ -312,7 +312,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
     batch["last"] = {name: torch.as_tensor(array[: len(seeds)]) for name, array in obs.items()}  # (N, ...)
     batch["instructions"] = envs.instructions[: len(seeds)]
     batch["policy_s"] = policy_s
-    return batch
+    return runs.leave_out_diverged(batch, seeds, info["diverged"][: len(seeds)])
 
 
 def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
@@ -519,6 +519,7 @@ if __name__ == "__main__":
             "charts/SPS": state["env_steps"] / state["wall_s"],
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/success_mean": totals["successes"] / totals["episodes"],
+            "group/diverged": totals["diverged"],
             "group/kept_frac": float((groups_std > 0).float().mean()),
             "group/zero_std_frac": float((step_std < 1e-6)[running].float().mean()),
             "advantage/step_abs": float(step_part[alive].abs().mean()),

@@ -75,7 +75,7 @@ def test_types(make):
     for info in (first, later):
         assert {key: type(value) for key, value in info.items()} == {
             "success": bool, "stage": int, "stage_name": str, "init_state_id": int, "facts": dict,
-            "instruction": str,
+            "instruction": str, "diverged": bool, "reason": str,
         }  # fmt: skip
         assert {type(value) for value in info["facts"].values()} == {float}
 

@@ -368,9 +368,11 @@ def test_totals_by_hand():
         "success": torch.tensor([False, True, False]),
         "steps": torch.tensor([[8, 5, 8], [3, 8, 0]]),
         "rewards": torch.tensor([[1.0, 2.0, -1.5], [0.5, 100.0, 0.0]]),
+        "diverged": torch.tensor([False, False, True]),
         "policy_s": 0.25,
     }
     expected = {"episodes": 3, "successes": 1, "control_steps": 24, "return": 2.0, "policy_s": 0.25}
+    expected["diverged"] = 1
     assert runs.totals(batch) == expected
 
 

@@ -251,7 +251,8 @@ class ScriptedEnvs:
         reward = np.where(self.frozen, -99.0, self.pay())  # what is paid after an end must not count
         self.truncated = ~self.terminated & (self.t >= self.limit)
         self.frozen = self.terminated | self.truncated
-        return self.observe(), reward, self.terminated.copy(), self.truncated.copy(), {}
+        info = {"diverged": np.zeros(self.num_envs, bool)}
+        return self.observe(), reward, self.terminated.copy(), self.truncated.copy(), info
 
 
 class OnesPolicy:

@@ -73,8 +73,10 @@ def test_info(make_vec):
     _, _, _, _, later = envs.step(random_actions(3))
     for info in (first, later):
         assert set(info) == {
-            "success", "stage", "stage_name", "init_state_id", "facts", "instruction"
+            "success", "stage", "stage_name", "init_state_id", "facts", "instruction", "diverged", "reason"
         }  # fmt: skip
+        assert info["diverged"].dtype == bool and info["diverged"].tolist() == [False] * 3
+        assert info["reason"].tolist() == [""] * 3
         assert info["instruction"].tolist() == ["pick up the ketchup and place it in the basket"] * 3
         assert info["success"].dtype == bool and info["success"].shape == (3,)
         assert info["stage"].dtype.kind == "i" and info["stage"].shape == (3,)

@@ -146,7 +146,9 @@ def _mass_matrix(views, dof_madr, out):  # type: ignore[no-untyped-def]
             out[i, i - k] = out[i - k, i] = views.qM[dof_madr[i] + k]
 
 
-@numba.njit(cache=True, nogil=True)
+# Dividing by zero gives inf here, not Python's exception: a simulation that has diverged may pass through a
+# pose whose matrices are singular, and says so by itself afterwards (``Simulation.divergence``).
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _cholesky(a, n):  # type: ignore[no-untyped-def]
     """The lower factor of the first ``n`` rows and columns of ``a``, in place."""
     for i in range(n):
@@ -160,7 +162,7 @@ def _cholesky(a, n):  # type: ignore[no-untyped-def]
                 a[i, j] = s / a[j, j]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _solve(factor, b, n):  # type: ignore[no-untyped-def]
     """Solve ``factor factor^T x = b`` in place."""
     for i in range(n):
@@ -173,7 +175,7 @@ def _solve(factor, b, n):  # type: ignore[no-untyped-def]
         b[i] /= factor[i, i]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _torques(position, rotation, jac, mass, q, qd, home, goal_position, goal_rotation, bias, work, out):  # type: ignore[no-untyped-def]
     """``out`` (7,) = OSC_POSE torques (N m), before clipping to the actuators' limits.
 

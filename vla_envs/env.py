@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vla_envs.inputs import as_numbers
 from vla_envs.rewards import Reward
 from vla_envs.vector import LiberoVectorEnv
 
@@ -82,13 +83,15 @@ class LiberoEnv(gym.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Start an episode; see ``LiberoVectorEnv.reset``."""
-        super().reset(seed=seed)
-        obs, info = self._envs.reset(seed=None if seed is None else [seed], options=options)
+        seeds = None if seed is None else [seed]
+        self._envs._check_reset(seeds, options)  # before anything is changed
+        super().reset(seed=None if seed is None else int(seed))
+        obs, info = self._envs.reset(seed=seeds, options=options)
         return {name: array[0] for name, array in obs.items()}, _first(info)
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Execute ``action``; see ``LiberoVectorEnv.step``."""
-        action = np.asarray(action, dtype=np.float64)
+        action = as_numbers(action, "the action is", f"numbers of shape {self.action_space.shape}")
         if action.shape != self.action_space.shape:
             raise ValueError(f"the action has shape {action.shape}; expected {self.action_space.shape}")
         obs, reward, terminated, truncated, info = self._envs.step(action[None])

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vla_envs.inputs import in_short
 from vla_envs.tasks import nearest
 
 QUALITIES = ("exact", "fast")
@@ -52,12 +53,16 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
         return "builtin"
     if assets == "libero":
         assets = os.environ.get("LIBERO_ASSETS") or download()
-    folder = Path(assets).expanduser().resolve()
-    if not (folder / "scenes").is_dir() or not any((folder / name).is_dir() for name in OBJECT_FOLDERS):
+    try:
+        folder = Path(assets).expanduser().resolve()
+        held = [name for name in ("scenes", *OBJECT_FOLDERS) if (folder / name).is_dir()]
+    except (OSError, ValueError, RuntimeError):  # names that cannot be, homes of nobody
+        held = []
+    if "scenes" not in held or len(held) < 2:
         hint = nearest(str(assets), ["builtin", "libero"])
         raise ValueError(
-            f"assets {str(assets)!r} is no folder of LIBERO's assets (scenes/, stable_hope_objects/, ...); "
-            f"expected 'builtin', 'libero' or such a folder{hint}"
+            f"assets {in_short(str(assets))} is no folder of LIBERO's assets (scenes/, stable_hope_objects/,"
+            f" ...); expected 'builtin', 'libero' or such a folder{hint}"
         )
     return str(folder)
 

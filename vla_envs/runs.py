@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from vla_envs import evaluation
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
+from vla_envs.inputs import in_short
 from vla_envs.policies import (
     SHIPPED,
     adapters,
@@ -69,7 +71,7 @@ def check_suite(suite: str) -> None:
     Raises:
         ValueError: Names those that have one.
     """
-    if suite not in SUITES:
+    if not isinstance(suite, str) or suite not in SUITES:
         known = list(SUITES)
         raise ValueError(f"suite {suite!r} is unknown; expected one of {known}{nearest(suite, known)}")
 
@@ -90,6 +92,8 @@ def check_training(args: Any) -> None:
             f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
         )
     check_numbers(args, "seed kl_coef eval_every", above=False)
+    if args.seed >= 2**63:
+        raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")
     check_numbers(
         args, "num_groups num_iterations total_env_steps update_epochs minibatch_size micro_batch_size"
         " lora_rank last_k warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
@@ -144,7 +148,9 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
     """
     given: Any = args
     if given.action_chunk not in (None, policy.action_chunk):
-        raise ValueError(f"action_chunk is {given.action_chunk}; the policy's is {policy.action_chunk}")
+        raise ValueError(
+            f"action_chunk is {given.action_chunk}; expected {policy.action_chunk}, the policy's"
+        )
     return dataclasses.replace(given, action_chunk=policy.action_chunk)
 
 
@@ -261,11 +267,39 @@ def progress_bar(name: str, state: dict[str, Any], args: Any) -> tqdm:
     return tqdm(total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form)
 
 
-def totals(batch: dict[str, Any]) -> dict[str, Any]:
-    """Sums over the episodes of a rollout, of the decisions (T, N) of those alive."""
+def leave_out_diverged(
+    batch: dict[str, Any], seeds: np.ndarray, diverged: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """The batch (T, N, ...) without the groups, members of one seed (N,), that have a member ``diverged``.
+
+    Compared with fewer members the others would have another mean and deviation, so a group goes as a whole:
+    all its members are never alive, with rewards 0 and no success, and what they did is learnt from nowhere.
+    """
+    kept = torch.from_numpy(~np.isin(seeds, seeds[diverged]))  # (N,)
+    return batch | {
+        "alive": batch["alive"] & kept,
+        "rewards": batch["rewards"] * kept,
+        "success": batch["success"] & kept,
+        "diverged": torch.from_numpy(diverged.copy()),
+    }
+
+
+def totals(batch: dict[str, Any], may_be_empty: bool = False) -> dict[str, Any]:
+    """Sums over the episodes of a rollout, of the decisions (T, N) of those alive; not of groups left out.
+
+    ``diverged`` counts the members whose simulation diverged. Where that leaves no group, the program ends
+    with one line and exit status 1, unless the batch ``may_be_empty``.
+    """
     alive = batch["alive"]
+    with one_line_errors():
+        if not alive.any() and not may_be_empty:
+            raise FloatingPointError(
+                f"the simulations of {int(batch['diverged'].sum())} of {alive.shape[1]} episodes diverged, at"
+                " least one of each group; expected a group whose positions and velocities stay finite"
+            )
     return {
-        "episodes": alive.shape[1],
+        "episodes": int(alive[0].sum()),
+        "diverged": int(batch["diverged"].sum()),
         "successes": int(batch["success"].sum()),
         "control_steps": int((batch["steps"] * alive).sum()),
         "return": float((batch["rewards"] * alive).sum()),

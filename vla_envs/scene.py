@@ -237,7 +237,7 @@ def load_scene(
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     check_versions()
-    if quality not in QUALITIES:
+    if not isinstance(quality, str) or quality not in QUALITIES:
         expected = " or ".join(map(repr, QUALITIES))
         raise ValueError(
             f"quality is {quality!r}; expected {expected}{nearest(str(quality), list(QUALITIES))}"

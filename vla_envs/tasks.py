@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs.inputs import in_short
+
 SUITES = {
     "LiberoSpatial": "libero_spatial",
     "LiberoObject": "libero_object",
@@ -71,9 +73,9 @@ def _task_map() -> dict[str, list[str]]:
 
 def num_tasks(suite: str) -> int:
     """Number of tasks in a suite."""
-    if suite not in SUITES:
+    if not isinstance(suite, str) or suite not in SUITES:
         raise ValueError(
-            f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(suite, list(SUITES))}"
+            f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(str(suite), list(SUITES))}"
         )
     return len(_task_map()[SUITES[suite]])
 
@@ -86,7 +88,7 @@ def get_task(suite: str, task_id: int) -> Task:
     """
     count = num_tasks(suite)
     if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
-        raise ValueError(f"task_id is {task_id!r}; expected an int from 0 to {count - 1}")
+        raise ValueError(f"task_id is {in_short(task_id)}; expected an int from 0 to {count - 1}")
     if not 0 <= task_id < count:
         closest = min(max(int(task_id), 0), count - 1)
         raise ValueError(

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +19,24 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.control import ControlState, Views, run_chunk
 from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
+from vla_envs.inputs import as_array, as_numbers, in_short
 from vla_envs.render import Renderer
 from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
 from vla_envs.scene import Scene, load_scene
+from vla_envs.tasks import get_task
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
+#: Joint velocities (m/s, rad/s) above this are of a simulation that has diverged: 20 m or 20 rad in a substep
+#: of 2 ms. What falls or is hit in LIBERO's scenes stays below 100; MuJoCo itself gives up at 1e10.
+MAX_VELOCITY = 1e4
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+# Where MuJoCo notes that it met numbers of no use, and went back to the model's own pose without a word.
+_RESTARTED = {
+    mujoco.mjtWarning.mjWARN_BADQPOS: "position",
+    mujoco.mjtWarning.mjWARN_BADQVEL: "velocity",
+    mujoco.mjtWarning.mjWARN_BADQACC: "acceleration",
+}
 
 
 @dataclass
@@ -35,6 +46,7 @@ class Settled:
     physics: NDArray[np.float64]
     control: ControlState
     images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    reason: str = ""  # why it could not be settled, and is the init state itself
 
 
 class Simulation:
@@ -49,6 +61,7 @@ class Simulation:
         self.facts = FactReader(scene.model, self.data, scene.goal)
         self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
         self.origin = np.zeros(len(scene.goal.kind))
+        self.last_good = np.empty(mujoco.mj_stateSize(scene.model, _PHYSICS))
         self._addresses = (scene.model._address, self.data._address)
 
     def restore(self, state: NDArray[np.float64]) -> None:
@@ -78,19 +91,60 @@ class Simulation:
             met = met and bool(predicates_met(self.scene.goal, self.data).all())  # contacts too
         return done, met
 
+    def divergence(self) -> str:
+        """``"diverged: ..."`` where the simulation has diverged since it was last restored, else ``""``."""
+        model, data = self.scene.model, self.data
+        warned = data.warning.number
+        for kind, name in _RESTARTED.items():
+            if warned[kind]:  # what MuJoCo found is gone
+                index = int(data.warning[kind].lastinfo)
+                if name == "position":
+                    joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
+                else:
+                    joint = int(model.dof_jntid[index])
+                return f"diverged: {name} of joint {model.joint(joint).name} is not finite, or above 1e10"
+        speed = np.abs(data.qvel)
+        if speed.max() <= MAX_VELOCITY and np.isfinite(data.qpos).all():  # NaN is not <=
+            return ""
+        if not speed.max() <= MAX_VELOCITY:
+            dof = int(np.argmax(np.where(np.isnan(speed), np.inf, speed)))
+            joint = int(model.dof_jntid[dof])
+            kind = int(model.jnt_type[joint])
+            straight = kind == mujoco.mjtJoint.mjJNT_SLIDE or (
+                kind == mujoco.mjtJoint.mjJNT_FREE and dof < model.jnt_dofadr[joint] + 3
+            )
+            unit = "m/s" if straight else "rad/s"
+            return f"diverged: velocity of joint {model.joint(joint).name} is {data.qvel[dof]:.2g} {unit}"
+        index = int(np.argmin(np.isfinite(data.qpos)))
+        joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
+        return f"diverged: position of joint {model.joint(joint).name} is {data.qpos[index]:.2g}"
+
+    def keep(self) -> None:
+        """Remember this state as the last that can be believed."""
+        mujoco.mj_getState(self.scene.model, self.data, self.last_good, _PHYSICS)
+
+    def go_back(self) -> None:
+        """Go to the state of the last ``keep``, with nothing left of what came after it."""
+        mujoco.mj_resetData(self.scene.model, self.data)  # its warnings too
+        mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
+        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+
     def settle(self, state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
         """Restore ``state`` and do nothing for ``steps`` control steps but command ``gripper``."""
         self.restore(state)
         while steps:  # a run ends where the goal is met
             steps -= self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
-        physics = np.empty(mujoco.mj_stateSize(self.scene.model, _PHYSICS))
-        mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
-        return Settled(physics, self.control.copy())
+        reason = self.divergence()
+        if reason:
+            self.restore(state)
+        self.keep()
+        return Settled(self.last_good.copy(), self.control.copy(), reason=reason)
 
     def copy_from(self, settled: Settled, just_restored: bool) -> None:
         """Go to a settled state."""
         mujoco.mj_setState(self.scene.model, self.data, settled.physics, _PHYSICS)
         mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+        self.last_good[:] = settled.physics
         self.control.assign(settled.control)
         self.just_restored = just_restored
         self.origin = self.facts.origin()
@@ -107,7 +161,7 @@ class Simulation:
 
 
 def check_reset(
-    seed: Any, options: dict[str, Any], recorded: Sequence[int], learning: bool
+    seed: Any, options: Any, recorded: Sequence[int], learning: bool
 ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
     """What ``reset`` is to do: the mask ``(N,)``, and an init state or None and a seed or None for each.
 
@@ -120,39 +174,50 @@ def check_reset(
         ValueError: When they do not fit.
     """
     num_envs = len(recorded)
-    unknown = set(options) - {"init_state_id", "reset_mask"}
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"reset options are {in_short(options)}; expected a dict of init_state_id or reset_mask"
+        )
+    unknown = [key for key in options if key not in ("init_state_id", "reset_mask")]
     if unknown:
-        raise ValueError(f"reset options {sorted(unknown)} are unknown; expected init_state_id or reset_mask")
-    mask = np.asarray(options.get("reset_mask", np.ones(num_envs, bool)))
+        raise ValueError(
+            f"reset options {in_short(unknown)} are unknown; expected init_state_id or reset_mask"
+        )
+    everybody = np.ones(num_envs, bool)
+    mask = as_array(
+        options.get("reset_mask", everybody), "reset_mask is", f"shape ({num_envs},) and dtype bool"
+    )
     if mask.shape != (num_envs,) or mask.dtype != bool:
         raise ValueError(
             f"reset_mask has shape {mask.shape} and dtype {mask.dtype}; expected ({num_envs},) bool"
         )
     ids: list[int | None] = [None] * num_envs
     if options.get("init_state_id") is not None:
-        given = np.asarray(options["init_state_id"])
+        name, expected = "init_state_id is", f"an int or {num_envs} ints"
+        given = as_array(options["init_state_id"], name, expected)
         if given.dtype.kind not in "iu" or given.shape not in ((), (num_envs,)):
-            raise ValueError(
-                f"init_state_id is {options['init_state_id']!r}; expected an int or {num_envs} ints"
-            )
+            raise ValueError(f"{name} {in_short(options['init_state_id'])}; expected {expected}")
         ids = [int(k) for k in np.broadcast_to(given, num_envs)]
         for i in np.flatnonzero(mask).tolist():
             if not 0 <= int(ids[i] or 0) < recorded[i]:
                 raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {recorded[i] - 1}")
-    if isinstance(seed, Sequence | np.ndarray):
+    if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim > 0):
         seeds = list(seed)
+    elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        seeds = [int(seed) + i for i in range(num_envs)] if seed >= 0 else [seed] * num_envs
     else:
-        seeds = [seed + i if isinstance(seed, int | np.integer) else seed for i in range(num_envs)]
+        seeds = [seed] * num_envs
     if len(seeds) != num_envs:
         raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {num_envs}")
     for s in seeds:
-        if s is not None and (not isinstance(s, int | np.integer) or s < 0):
-            raise ValueError(f"seed {s!r} is no int of at least 0")
+        if s is not None and (isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 0):
+            raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
     if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
         warnings.warn(
             "init_state_id names the states that every published evaluation uses, and a reward other "
             "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
-            stacklevel=3,
+            stacklevel=4,
         )
     return mask, ids, [None if s is None else int(s) for s in seeds]
 
@@ -164,7 +229,7 @@ def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> ND
         ValueError: When they are not of ``shape``, or NaN.
         gymnasium.error.ResetNeeded: When an environment has never been reset (``ready``).
     """
-    array = np.asarray(actions, dtype=np.float64)
+    array = as_numbers(actions, "actions are", f"numbers of shape {shape}")
     if array.shape != shape:
         raise ValueError(f"actions have shape {array.shape}; expected {shape}")
     if np.isnan(array).any():
@@ -259,18 +324,29 @@ class LiberoVectorEnv(VectorEnv):
             ("settle_steps", settle_steps, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} is {value!r}; expected an int of at least {least}")
-        if not isinstance(settle_gripper, int | float) or not -1.0 <= settle_gripper <= 1.0:
-            raise ValueError(f"settle_gripper is {settle_gripper!r}; expected a number from -1 to 1")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode is {render_mode!r}; expected 'rgb_array' or None")
-        task_ids = list(task_id) if isinstance(task_id, Sequence | np.ndarray) else [task_id] * num_envs
+                raise ValueError(f"{name} is {in_short(value)}; expected an int of at least {least}")
+        real = isinstance(settle_gripper, int | float | np.number) and not isinstance(settle_gripper, bool)
+        if not real or not -1.0 <= settle_gripper <= 1.0:
+            raise ValueError(f"settle_gripper is {in_short(settle_gripper)}; expected a number from -1 to 1")
+        for name, flag in (("wrist_camera", wrist_camera), ("cache", cache)):
+            if not isinstance(flag, bool | np.bool_):
+                raise ValueError(f"{name} is {in_short(flag)}; expected True or False")
+        if render_mode is not None and (not isinstance(render_mode, str) or render_mode != "rgb_array"):
+            raise ValueError(f"render_mode is {in_short(render_mode)}; expected 'rgb_array' or None")
+        if not isinstance(assets, str | os.PathLike):
+            raise ValueError(f"assets is {in_short(assets)}; expected 'builtin', 'libero' or a folder")
+        several = isinstance(task_id, Sequence) or (isinstance(task_id, np.ndarray) and task_id.ndim > 0)
+        task_ids: list[Any] = list(task_id) if several else [task_id] * num_envs  # type: ignore[arg-type]
+        for each in task_ids:
+            get_task(suite, each)
         if len(task_ids) != num_envs:
             raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
 
         modes = [mode.value for mode in AutoresetMode]
-        if autoreset_mode not in (*AutoresetMode, *modes):
-            raise ValueError(f"autoreset_mode is {autoreset_mode!r}; expected one of {modes}")
+        if not isinstance(autoreset_mode, AutoresetMode) and not (
+            isinstance(autoreset_mode, str) and autoreset_mode in modes
+        ):
+            raise ValueError(f"autoreset_mode is {in_short(autoreset_mode)}; expected one of {modes}")
 
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks for it
@@ -324,6 +400,7 @@ class LiberoVectorEnv(VectorEnv):
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
         self._ready = np.zeros(num_envs, bool)  # has been reset at least once
+        self._reason = [""] * num_envs  # why an episode ended early
 
     # ---- Reading the simulation ------------------------------------------------------------------
 
@@ -391,6 +468,8 @@ class LiberoVectorEnv(VectorEnv):
             "init_state_id": self._init_state_id.copy(),
             "facts": {name: values.copy() for name, values in self._facts.items()},
             "instruction": np.array(self.instructions),
+            "diverged": np.array([bool(reason) for reason in self._reason]),
+            "reason": np.array(self._reason),
         }
 
     def set_reward(self, reward: str | Reward) -> None:
@@ -414,10 +493,15 @@ class LiberoVectorEnv(VectorEnv):
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
         """
-        recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
-        mask, ids, seeds = check_reset(seed, options or {}, recorded, self._reward is not binary)
+        mask, ids, seeds = self._check_reset(seed, options)
         self._reset(np.flatnonzero(mask), seeds, ids)
         return self._observation(), self._info()
+
+    def _check_reset(
+        self, seed: Any, options: Any
+    ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
+        recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
+        return check_reset(seed, options, recorded, self._reward is not binary)
 
     def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
         """Reset ``indices``: settle the init states not seen lately, then copy, draw each once, and read."""
@@ -460,7 +544,8 @@ class LiberoVectorEnv(VectorEnv):
             for name, picture in settled.images.items():
                 self._obs[name][i] = picture
             self._steps[i] = 0
-            self._terminated[i] = self._truncated[i] = False
+            self._reason[i] = settled.reason  # in a scene that cannot settle there is nothing to play
+            self._terminated[i], self._truncated[i] = False, bool(settled.reason)
             self._ready[i] = True
             self._observe(i)
         while len(self._settled) > max(256, self.num_envs):
@@ -477,10 +562,14 @@ class LiberoVectorEnv(VectorEnv):
         Returns:
             Observations, rewards ``(N,)``, terminated ``(N,)`` (success), truncated ``(N,)`` (the step
             limit), and infos. A frozen environment keeps its observation and flags, with reward 0.
+            An environment whose simulation diverges is truncated, with reward 0 and the last observation
+            before; ``info["diverged"]`` (N,) bool and ``info["reason"]`` (N,) say so until it is reset.
 
         Raises:
-            ValueError: When an action is NaN or of the wrong shape; nothing is changed then. Values
-                outside [-1, 1] are clipped, as LIBERO does.
+            ValueError: When an action is NaN, no number or of the wrong shape; nothing is changed then.
+                Values outside [-1, 1] are clipped, as LIBERO does. Also when a reward function fails; it is
+                called when the actions have been executed.
+            gymnasium.error.ResetNeeded: Before the first reset.
         """
         chunks = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
         chunks = chunks.reshape(self.num_envs, self.action_chunk, 7)
@@ -493,8 +582,15 @@ class LiberoVectorEnv(VectorEnv):
         def advance(i: int) -> tuple[float, float]:
             start = time.perf_counter()
             left = self.max_episode_steps - self._steps[i]
-            steps, success = self.simulations[i].run(chunks[i, :left])
+            simulation = self.simulations[i]
+            steps, success = simulation.run(chunks[i, :left])
             self._steps[i] += steps
+            self._reason[i] = simulation.divergence()
+            if self._reason[i]:  # nothing of it is seen, measured or drawn
+                simulation.go_back()
+                self._truncated[i] = True
+                return time.perf_counter() - start, 0.0
+            simulation.keep()
             self._terminated[i] = success
             self._truncated[i] = not success and self._steps[i] >= self.max_episode_steps
             stepped_at = time.perf_counter()
@@ -505,9 +601,11 @@ class LiberoVectorEnv(VectorEnv):
 
         self._parallel(advance, alive)
         reward, stage = evaluate_reward(self._reward, self._facts)
-        self._stage[alive] = stage[alive]
-        self.stages.update(stage_names(self._facts)[alive].tolist())
-        reward = np.where(frozen, 0.0, reward)
+        diverged = np.array([bool(reason) for reason in self._reason])
+        moved = np.flatnonzero(~(frozen | diverged))
+        self._stage[moved] = stage[moved]
+        self.stages.update(stage_names(self._facts)[moved].tolist())
+        reward = np.where(frozen | diverged, 0.0, reward)
         terminated, truncated = self._terminated.copy(), self._truncated.copy()
         extra: dict[str, Any] = {}
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and self.frozen.any():

@@ -5,9 +5,9 @@ environment, and returns an array of rewards, or rewards and stage numbers.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
+from vla_envs.inputs import as_numbers, in_short
 from vla_envs.tasks import nearest
 
 Facts = dict[str, Any]
@@ -122,11 +123,11 @@ def resolve_reward(reward: str | Reward) -> Reward:
     path, colon, function = str(reward).rpartition(":")
     if not colon or not path.endswith(".py"):
         raise ValueError(
-            f"reward {reward!r} is unknown; expected 'binary', 'multi_stage', a callable or "
+            f"reward {in_short(reward)} is unknown; expected 'binary', 'multi_stage', a callable or "
             f"'path/to/file.py:function'{nearest(str(reward), list(named))}"
         )
-    if not Path(path).is_file():
-        raise ValueError(f"reward file {path!r} does not exist; expected 'path/to/file.py:function'")
+    if not os.path.isfile(path):  # of names that cannot be, False too
+        raise ValueError(f"reward file {in_short(path)} does not exist; expected 'path/to/file.py:function'")
     spec = importlib.util.spec_from_file_location("user_reward", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -147,23 +148,30 @@ def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], 
     """Rewards and stages of ``facts``; a function that returns rewards alone gets ``multi_stage``'s stages.
 
     Raises:
-        ValueError: When the function's rewards are not finite numbers, one per environment.
+        ValueError: When the function raises anything, or its rewards are not finite numbers and its stages
+            not integers, one per environment.
     """
-    result = reward(
-        {name: np.array(values) for name, values in facts.items()}
-    )  # copies, to do with as it likes
     expected = np.shape(facts["success"])
+    copies = {name: np.array(values) for name, values in facts.items()}  # to do with as it likes
+    try:
+        result = reward(copies)
+    except Exception as error:
+        raise ValueError(
+            f"the reward function raised {type(error).__name__}: {' '.join(str(error).split())}; expected"
+            f" finite numbers of shape {expected}"
+        ) from error
     if isinstance(result, tuple) and len(result) != 2:
         raise ValueError(
             f"the reward function returned {len(result)} things; expected rewards, or rewards and stages"
         )
     values, stage = result if isinstance(result, tuple) else (result, multi_stage(facts)[1])
-    values = np.asarray(values, dtype=np.float64)
-    if values.shape != expected or np.shape(stage) != expected or not np.all(np.isfinite(values)):
-        raise ValueError(
-            f"the reward function returned {result!r}; expected finite numbers of shape {expected}"
-        )
-    return values, np.asarray(stage, dtype=np.int64)
+    name, numbers = "the reward function returned", f"finite numbers of shape {expected}"
+    values, stage = as_numbers(values, name, numbers), as_numbers(stage, name, numbers)
+    if values.shape != expected or stage.shape != expected or not np.isfinite([values, stage]).all():
+        raise ValueError(f"{name} {in_short(result)}; expected {numbers}")
+    if (stage != np.round(np.clip(stage, -(2.0**53), 2.0**53))).any():
+        raise ValueError(f"{name} the stages {in_short(stage)}; expected integers of shape {expected}")
+    return values, stage.astype(np.int64)
 
 
 def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper | VectorWrapper:  # noqa: N802

@@ -1,0 +1,40 @@
+"""What callers pass, as arrays; what does not fit is refused in one line."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def in_short(value: Any) -> str:
+    """``repr`` of a value, on one line of at most 200 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # integers of thousands of digits, classes with mistakes
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:95]} ... {text[-95:]}"
+
+
+def as_array(value: Any, name: str, expected: str) -> NDArray[Any]:
+    """``value`` as an array of any kind.
+
+    Raises:
+        ValueError: When it is none, as lists of different lengths are not.
+    """
+    try:
+        return np.asarray(value)
+    except Exception as error:  # NumPy's, or that of a library whose arrays are not in this memory
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} {in_short(value)}; expected {expected} ({words})") from None
+
+
+def as_numbers(value: Any, name: str, expected: str) -> NDArray[np.float64]:
+    """``value`` as an array of real numbers.
+
+    Raises:
+        ValueError: When it holds anything else: text, None, complex numbers, lists of different lengths.
+    """
+    array = as_array(value, name, expected)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} {in_short(value)}; expected {expected}")
+    return array.astype(np.float64)
