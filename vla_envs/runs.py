@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vla_envs import evaluation
+from vla_envs import distributed, evaluation
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
@@ -34,15 +34,15 @@ ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
 
 
-def check_finite(**values: Tensor) -> None:
+def check_finite(**values: Tensor | float) -> None:
     """Refuse values that are not finite.
 
     Raises:
         FloatingPointError: Names the first.
     """
     for name, value in values.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"the {name} is {float(value.detach())}; expected a finite number")
+        if not np.isfinite(float(value)):
+            raise FloatingPointError(f"the {name} is {float(value)}; expected a finite number")
 
 
 def check_numbers(args: Any, names: str, above: bool) -> None:
@@ -78,6 +78,11 @@ def check_training(args: Any) -> None:
     if args.num_groups < len(args.task_ids):
         raise ValueError(
             f"num_groups is {args.num_groups}; expected at least one for each of {args.task_ids}"
+        )
+    if args.num_groups % distributed.world_size():
+        raise ValueError(
+            f"num_groups is {args.num_groups}; expected a multiple of the {distributed.world_size()} processes,"
+            " each of which plays whole groups"
         )
     if args.kl_coef and args.train != "lora":
         raise ValueError(
@@ -126,7 +131,7 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
-        device=device,
+        device=distributed.device(device),
     )  # fmt: skip
 
 
@@ -162,8 +167,34 @@ def adapters_below(args: Any) -> dict[str, Path]:
 
 
 def shared_out(args: Any) -> list[int]:
-    """The task of every environment: groups are dealt to the tasks in turn."""
-    return np.resize(args.task_ids, args.num_groups).repeat(args.group_size).tolist()
+    """The task of every environment of this process: groups are dealt to the tasks in turn."""
+    tasks = np.resize(args.task_ids, args.num_groups)[distributed.block(args.num_groups)]
+    return tasks.repeat(args.group_size).tolist()
+
+
+def deal(args: Any, iteration: int, number: int, groups: int) -> tuple[np.ndarray, list[torch.Generator]]:
+    """The scenes (N,) of this process's share of ``groups`` groups, and what each environment draws from.
+
+    Both are of the seed, the iteration, the ``number`` of its rollout (from 1) and the environment's among all
+    processes' alone. Several tasks: each environment has one, so what is played again stays where it was.
+    """
+    seeds = [args.seed, iteration, number]
+    several = len(args.task_ids) > 1
+    own = distributed.block(groups, args.num_groups if several else groups)
+    scenes = np.random.SeedSequence(seeds).generate_state(groups)[own].repeat(args.group_size)  # (N,)
+    generators = []
+    for environment in range(own.start * args.group_size, own.stop * args.group_size):
+        seed = np.random.SeedSequence(seeds, spawn_key=(environment,)).generate_state(1)[0]
+        generators.append(torch.Generator().manual_seed(int(seed)))
+    return scenes, generators
+
+
+def minibatches(batch: dict[str, Any], size: int) -> list[Tensor]:
+    """The samples of all processes in random order, ``size`` at once; of each the numbers of this process's."""
+    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
+    rounds = batch.get("round", torch.zeros(batch["alive"].shape[1], dtype=torch.int64))  # (N,)
+    positions = distributed.positions(when, who, rounds[who])  # (samples of all,)
+    return [part[part >= 0] for part in positions[torch.randperm(len(positions))].split(size)]
 
 
 def make_run_folder(run_dir: Path | None, suite: str, task_id: Any, script: str, seed: int) -> Path:
@@ -210,9 +241,14 @@ def start(
             value: Any = loaded.get(name)
             if not _fits(value, float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
+        distributed.same_parameters(learner)
         return args.resume, loaded
-    run = make_run_folder(args.run_dir, args.suite, "-".join(map(str, args.task_ids)), script, args.seed)
-    write_json(run / "args.json", dataclasses.asdict(args))
+    task_ids = "-".join(map(str, args.task_ids))
+    run = distributed.from_first(
+        lambda: make_run_folder(args.run_dir, args.suite, task_ids, script, args.seed)
+    )
+    distributed.same_parameters(learner)
+    distributed.only_first(write_json)(run / "args.json", dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     return run, state
@@ -234,7 +270,10 @@ def done(state: dict[str, Any], args: Any) -> float:
 def progress_bar(name: str, state: dict[str, Any], args: Any) -> tqdm:
     """A progress bar in percent of the run."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    return tqdm(total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form)
+    return tqdm(
+        total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form,
+        disable=distributed.rank() > 0,
+    )  # fmt: skip
 
 
 def totals(batch: dict[str, Any]) -> dict[str, Any]:
@@ -252,8 +291,9 @@ def totals(batch: dict[str, Any]) -> dict[str, Any]:
 def stage_shares(envs: Any) -> dict[str, float]:
     """How many of the decisions since the last call ended in which stage: shares by ``stages/<name>``."""
     stages = envs.unwrapped.stages
-    total = max(1, stages.total())
-    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in stages.items()}
+    counts = distributed.add_up(dict(stages))
+    total = max(1, sum(counts.values()))
+    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in counts.items()}
     stages.subtract(dict(stages))
     return shares
 
@@ -262,6 +302,7 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
     """One batch of the members ``keep`` (N,) bool of several; the shorter ones end with nobody alive."""
     steps = max(len(batch["alive"]) for batch in batches)
     joined: dict[str, Any] = {"instructions": []}
+    joined["round"] = torch.cat([torch.full((int(kept.sum()),), i) for i, kept in enumerate(keep)])  # (N,)
     for batch, kept in zip(batches, keep):
         joined["instructions"] += [batch["instructions"][i] for i in torch.nonzero(kept).flatten().tolist()]
     for name in ("image", "state", "tokens", "logprobs", "rewards", "alive"):
@@ -271,6 +312,7 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
     return joined
 
 
+@distributed.only_first
 def save_policies(run: Path, policy: Any, args: Any) -> None:
     """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter.
 
@@ -289,6 +331,12 @@ def save_policies(run: Path, policy: Any, args: Any) -> None:
 
 def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
     """Write the trained policy and ``result.json``, and say how it went."""
+    _write_result(run, policy, state, args)
+    distributed.stop()
+
+
+@distributed.only_first
+def _write_result(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
     save_policies(run, policy, args)
     before, after = state["before"], state["after"]
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
@@ -304,6 +352,7 @@ def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
         print(f"  task {task_id}: {before['tasks'][task_id]['successes']} -> {evaluation.percent(its)}")
 
 
+@distributed.only_first
 def save_training_state(
     folder: Path, policy: Any, optimizer: torch.optim.Optimizer, counters: dict[str, Any]
 ) -> None:
