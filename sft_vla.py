@@ -27,7 +27,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
@@ -131,25 +130,18 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
         quality=args.quality, action_chunk=args.action_chunk,
-        **{"max_episode_steps": args.max_episode_steps, "num_threads": args.num_threads, **settings},
+        **{"max_episode_steps": args.max_episode_steps,
+           "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
 
 
 def act(
-    envs: Any,
-    policy: Any,
-    obs: dict[str, Any],
-    acting: np.ndarray,
-    temperature: float,
-    generators: Any = None,
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float, draws: Any = None
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
     seen = {name: array[acting] for name, array in obs.items()}
     chunk, some_tokens, some_logprobs = policy.sample(
-        seen,
-        [envs.instructions[i] for i in acting],
-        temperature,
-        generators and [generators[i] for i in acting],
+        seen, [envs.instructions[i] for i in acting], temperature, draws and [draws[i] for i in acting]
     )  # (A, C, 7), (A, D), (A, D)
     actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
     actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
@@ -260,7 +252,7 @@ if __name__ == "__main__":
         args = runs.fill_in_chunk(args, policy)
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
-        protocol = evaluation.settings(args.protocol, args.suite, policy)
+        protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
         if not args.evaluate:
             demos = [
@@ -285,9 +277,7 @@ if __name__ == "__main__":
         eval_envs = make_envs(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         run, state = runs.start(args, "sft_vla", learner, optimizer)
-    writer = SummaryWriter(
-        str(run), purge_step=state["iteration"] * args.iteration_steps + 1 if args.resume else None
-    )
+    writer = runs.make_writer(run, state["iteration"] * args.iteration_steps + 1 if args.resume else None)
     trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)

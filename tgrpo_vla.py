@@ -39,7 +39,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
@@ -258,25 +257,18 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
         quality=args.quality, action_chunk=args.action_chunk,
-        **{"max_episode_steps": args.max_episode_steps, "num_threads": args.num_threads, **settings},
+        **{"max_episode_steps": args.max_episode_steps,
+           "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
 
 
 def act(
-    envs: Any,
-    policy: Any,
-    obs: dict[str, Any],
-    acting: np.ndarray,
-    temperature: float,
-    generators: Any = None,
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float, draws: Any = None
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
     seen = {name: array[acting] for name, array in obs.items()}
     chunk, some_tokens, some_logprobs = policy.sample(
-        seen,
-        [envs.instructions[i] for i in acting],
-        temperature,
-        generators and [generators[i] for i in acting],
+        seen, [envs.instructions[i] for i in acting], temperature, draws and [draws[i] for i in acting]
     )  # (A, C, 7), (A, D), (A, D)
     actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
     actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
@@ -287,12 +279,8 @@ def act(
     return actions, tokens, logprobs
 
 
-def rollout(
-    envs: Any, policy: Any, seeds: np.ndarray, temperature: float, generators: Any = None
-) -> dict[str, Any]:
-    """Play one episode from the scenes of ``seeds`` (N,), in that many of the environments.
-
-    Each of them draws its actions from its own of the ``generators``.
+def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any = None) -> dict[str, Any]:
+    """Play an episode from each scene of ``seeds`` (N,) in so many environments, each with its generator.
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
@@ -305,7 +293,7 @@ def rollout(
     policy_s = 0.0
     while alive.any():
         start = time.perf_counter()
-        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature, generators)
+        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature, draws)
         policy_s += time.perf_counter() - start
         steps = envs.steps  # (N,)
         next_obs, reward, terminated, truncated, _ = envs.step(actions)
@@ -377,9 +365,7 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
     with torch.no_grad():
         parts = [
             logprobs_of(policy, b, inds, args)[0]
-            for inds in distributed.pieces(
-                torch.arange(len(who)), args.micro_batch_size or args.minibatch_size
-            )
+            for inds in distributed.cut(torch.arange(len(who)), args.micro_batch_size or args.minibatch_size)
         ]
     rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
     b["old_logprobs"] = torch.cat(parts) if parts else rolled_out.to(args.device)  # (S, D); none: S is 0
@@ -395,8 +381,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
         mb_weight = distributed.total(b["weights"][mb_inds].sum())  # of all processes
-        parts_inds = distributed.pieces(mb_inds, args.micro_batch_size)
-        for inds in parts_inds:  # their gradients add up
+        for inds in (pieces := distributed.cut(mb_inds, args.micro_batch_size)):  # their gradients add up
             newlogprob, entropy, _ = logprobs_of(policy, b, inds, args)  # (B, D), (B, D)
             old_logprob, weights = b["old_logprobs"][inds], b["weights"][inds]  # (B, D), (B,)
             pg_loss, parts = policy_loss(
@@ -410,12 +395,11 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
                 k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
                 kl = (weights / weights.sum() * k3).sum()
                 loss = loss + args.kl_coef * kl
-                parts["kl"] = kl.detach()
+                parts["kl"] = kl
             share = weights.sum() / mb_weight  # of the minibatch; 1 where it is not split
             (loss * share).backward()
-            parts |= {"loss": loss.detach(), "policy_loss": pg_loss.detach()}
-            parts["entropy"] = entropy.mean().detach()
-            measured = {name: measured.get(name, 0.0) + share * value for name, value in parts.items()}
+            parts |= {"loss": loss, "policy_loss": pg_loss, "entropy": entropy.mean()}
+            measured = {k: measured.get(k, 0.0) + share * value.detach() for k, value in parts.items()}
         measured = distributed.add_up(measured)
         runs.check_finite(loss=measured.pop("loss"))
         distributed.add_up_gradients(optimizer)
@@ -431,7 +415,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             break  # before the step that would go further
         optimizer.step()
     with torch.no_grad():
-        after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in parts_inds[-1:]]
+        after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {"logprob_gap": b["logprob_gap"]}
@@ -468,19 +452,14 @@ if __name__ == "__main__":
         optimizer = torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )
-        protocol = evaluation.settings(args.protocol, args.suite, policy)
+        protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
-        threads = args.num_threads or distributed.num_threads()
-        envs = make_envs(
-            len(played), played, args.reward, args, image_size=policy.image_size, num_threads=threads
-        )
+        envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
         run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
-    writer = distributed.only_first(SummaryWriter)(
-        str(run), purge_step=state["env_steps"] + 1 if args.resume else None
-    )
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
@@ -489,9 +468,7 @@ if __name__ == "__main__":
     def assess() -> dict[str, Any]:
         iteration = state["evaluated"] = state["iteration"]
         video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = distributed.from_first(
-            lambda: evaluate(eval_envs, policy, args.eval_temperature, args, video)
-        )  # (N,)
+        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
         return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
 
     print(f"{run}: training {trainable:,} of {total:,} parameters")
@@ -524,13 +501,10 @@ if __name__ == "__main__":
         fraction = min(1.0 - done, iteration / args.warmup_iterations)
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         b = samples_of(policy, batch, advantages, args)
-        minibatches: list[Tensor] = []
-        for _ in range(args.update_epochs):
-            if args.update_every == "step":
-                steps = distributed.gather(b["when"]).unique()
-                minibatches += [torch.nonzero(b["when"] == t).flatten() for t in steps]
-                continue
-            minibatches += runs.minibatches(batch, args.minibatch_size)
+        minibatches = runs.minibatches(batch, args)
+        if args.update_every == "step":
+            steps = distributed.gather(b["when"]).unique()
+            minibatches = args.update_epochs * [torch.nonzero(b["when"] == t).flatten() for t in steps]
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
             losses = update(policy, optimizer, b, minibatches, args)
         update_s = time.perf_counter() - start
@@ -542,12 +516,8 @@ if __name__ == "__main__":
         step_std = _held(rewards, alive).unflatten(1, (-1, args.group_size)).std(dim=2)  # (T, G)
         running = alive.unflatten(1, (-1, args.group_size)).any(dim=2)  # (T, G)
         scalars = {
-            "charts/rollout_success": totals["successes"] / totals["episodes"],
-            "charts/episodic_return": totals["return"] / totals["episodes"],
-            "charts/episodic_length": totals["control_steps"] / totals["episodes"],
-            "charts/SPS": state["env_steps"] / state["wall_s"],
+            **runs.charts(totals, state),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/success_mean": totals["successes"] / totals["episodes"],
             "group/kept_frac": distributed.mean(groups_std > 0),
             "group/zero_std_frac": distributed.mean((step_std < 1e-6)[running]),
             "advantage/step_abs": distributed.mean(step_part[alive].abs()),

@@ -1,9 +1,9 @@
 """Several processes that train one policy, started by ``torchrun``: who plays what, what they exchange.
 
-Every process ("rank") holds the whole policy and plays whole groups of its own. What is decided, an early stop
-for instance, is decided on numbers that all have added up, so that none goes on alone. Gradients are added up
-by hand: unlike in torch's DDP wrapper, processes may then have different numbers of samples, or none. For one
-process everything here does nothing.
+Every process ("rank") holds the whole policy and plays whole groups of its own. What is decided, an early
+stop for instance, is decided on numbers that all have added up, so that none goes on alone. Gradients are
+added up by hand: unlike with torch's DDP wrapper, processes may then have different numbers of samples, or
+none. For one process everything here does nothing.
 """
 
 import datetime
@@ -57,8 +57,10 @@ def device(name: str) -> str:
     return f"cuda:{_variable('LOCAL_RANK', 0)}" if several else name
 
 
-def num_threads() -> int | None:
-    """Simulator threads of this process: its share of the machine's cores, or None, one per core."""
+def num_threads(given: int | None) -> int | None:
+    """Simulator threads: those ``given``, else this process's share of the machine's cores; alone None."""
+    if given is not None:
+        return given
     processes = _variable("LOCAL_WORLD_SIZE", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes) if processes > 1 else None
@@ -70,7 +72,7 @@ def start(device: str) -> None:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    # CPU tensors and objects go through gloo on every machine, so nobody keeps a GPU busy by waiting. The others
+    # CPU tensors and objects go through gloo everywhere, so nobody keeps a GPU busy by waiting. The others
     # wait for as long as the first evaluates; where a process dies, torchrun ends them at once.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
@@ -105,11 +107,11 @@ def only_first(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def from_first(function: Callable[[], Any]) -> Any:
+def by_first(function: Callable[..., Any], *args: Any) -> Any:
     """What ``function`` gives in the first process, for all; the others wait for it."""
     if not dist.is_initialized():
-        return function()
-    result = [None if rank() else function()]
+        return function(*args)
+    result = [None if rank() else function(*args)]
     dist.broadcast_object_list(result)
     return result[0]
 
@@ -184,7 +186,7 @@ def same_parameters(module: torch.nn.Module) -> None:
             dist.broadcast(parameter.data, 0)
 
 
-def pieces(inds: Tensor, size: int | None) -> list[Tensor]:
+def cut(inds: Tensor, size: int | None) -> list[Tensor]:
     """``inds`` cut into pieces of at most ``size`` [all at once]; none where this process has none."""
     return list(inds.split(size or len(inds))) if len(inds) else []
 

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vla_envs import distributed, evaluation
@@ -81,8 +82,8 @@ def check_training(args: Any) -> None:
         )
     if args.num_groups % distributed.world_size():
         raise ValueError(
-            f"num_groups is {args.num_groups}; expected a multiple of the {distributed.world_size()} processes,"
-            " each of which plays whole groups"
+            f"num_groups is {args.num_groups}; expected a multiple of the {distributed.world_size()}"
+            " processes, each of which plays whole groups"
         )
     if args.kl_coef and args.train != "lora":
         raise ValueError(
@@ -175,8 +176,9 @@ def shared_out(args: Any) -> list[int]:
 def deal(args: Any, iteration: int, number: int, groups: int) -> tuple[np.ndarray, list[torch.Generator]]:
     """The scenes (N,) of this process's share of ``groups`` groups, and what each environment draws from.
 
-    Both are of the seed, the iteration, the ``number`` of its rollout (from 1) and the environment's among all
-    processes' alone. Several tasks: each environment has one, so what is played again stays where it was.
+    Both depend on the seed, the iteration, the ``number`` of its rollout (from 1) and on which environment of
+    all processes it is, so not on how many processes there are. Of several tasks every environment has its
+    own, and groups that are missing are those of the first environments; else all processes share them.
     """
     seeds = [args.seed, iteration, number]
     several = len(args.task_ids) > 1
@@ -189,12 +191,16 @@ def deal(args: Any, iteration: int, number: int, groups: int) -> tuple[np.ndarra
     return scenes, generators
 
 
-def minibatches(batch: dict[str, Any], size: int) -> list[Tensor]:
-    """The samples of all processes in random order, ``size`` at once; of each the numbers of this process's."""
+def minibatches(batch: dict[str, Any], args: Any) -> list[Tensor]:
+    """The samples of all processes in random order, ``minibatch_size`` at once, in every epoch anew.
+
+    Every process has the same minibatches; it gets the numbers of those of its own samples that are in each.
+    """
     when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
     rounds = batch.get("round", torch.zeros(batch["alive"].shape[1], dtype=torch.int64))  # (N,)
     positions = distributed.positions(when, who, rounds[who])  # (samples of all,)
-    return [part[part >= 0] for part in positions[torch.randperm(len(positions))].split(size)]
+    orders = [positions[torch.randperm(len(positions))] for _ in range(args.update_epochs)]
+    return [part[part >= 0] for order in orders for part in order.split(args.minibatch_size)]
 
 
 def make_run_folder(run_dir: Path | None, suite: str, task_id: Any, script: str, seed: int) -> Path:
@@ -244,14 +250,18 @@ def start(
         distributed.same_parameters(learner)
         return args.resume, loaded
     task_ids = "-".join(map(str, args.task_ids))
-    run = distributed.from_first(
-        lambda: make_run_folder(args.run_dir, args.suite, task_ids, script, args.seed)
-    )
+    run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
     distributed.same_parameters(learner)
     distributed.only_first(write_json)(run / "args.json", dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     return run, state
+
+
+@distributed.only_first
+def make_writer(run: Path, purge_step: int | None) -> SummaryWriter:
+    """TensorBoard's writer in the folder of a run, where what was logged from ``purge_step`` on is void."""
+    return SummaryWriter(str(run), purge_step=purge_step)
 
 
 def seed_all(*numbers: int) -> None:
@@ -285,6 +295,18 @@ def totals(batch: dict[str, Any]) -> dict[str, Any]:
         "control_steps": int((batch["steps"] * alive).sum()),
         "return": float((batch["rewards"] * alive).sum()),
         "policy_s": batch["policy_s"],
+    }
+
+
+def charts(totals: dict[str, Any], state: dict[str, Any]) -> dict[str, float]:
+    """What is logged of the training episodes by whatever algorithm."""
+    success = totals["successes"] / totals["episodes"]
+    return {
+        "charts/rollout_success": success,
+        "charts/episodic_return": totals["return"] / totals["episodes"],
+        "charts/episodic_length": totals["control_steps"] / totals["episodes"],
+        "charts/SPS": state["env_steps"] / state["wall_s"],
+        "group/success_mean": success,
     }
 
 

@@ -161,7 +161,7 @@ class Stacked(nn.Module):
                 texts,
                 temperature,
                 generators and [generators[i] for i in inds],
-            ),  # fmt: skip
+            ),
         )
 
     def evaluate(

@@ -72,7 +72,7 @@ def token_actions(tokens: Tensor) -> Tensor:
 def draw(kind: str, like: Tensor, generators: list[torch.Generator] | None) -> Tensor:
     """Random numbers by tensors' method ``kind``, for every row of ``like`` (B, ...) from its own generator.
 
-    So what a row draws does not depend on which others are in the batch. Without generators: from torch's own.
+    So what a row draws does not depend on the rest of the batch. Without generators: from torch's own.
     """
     if generators is None:
         return getattr(torch.empty_like(like), kind)()
