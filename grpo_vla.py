@@ -297,20 +297,18 @@ def collect(envs: Any, policy: Any, iteration: int, args: Args) -> dict[str, Any
     while missing and rounds < args.max_rounds:
         rounds += 1
         scenes, generators = runs.deal(args, iteration, rounds, missing)  # (N,), (N,)
-        if not len(scenes):  # all that is missing is played by others, in this round and those that follow
-            missing -= distributed.total(0)
-            continue
-        batches.append(rollout(envs, policy, scenes, args.temperature, generators))
-        rate = batches[-1]["success"].float().view(-1, args.group_size).mean(dim=1)  # (G,)
-        returns = batches[-1]["rewards"].sum(dim=0).view(-1, args.group_size)  # (G, K)
-        equal.append(returns.std(dim=1) <= 1e-6)  # (G,)
-        useful.append(~equal[-1] & (rate >= args.keep_low) & (rate <= args.keep_high))  # (G,)
-        missing -= distributed.total(int(useful[-1].sum()))
+        if len(scenes):  # else the other processes play all that is missing, from now on
+            batches.append(rollout(envs, policy, scenes, args.temperature, generators))
+            rate = batches[-1]["success"].float().view(-1, args.group_size).mean(dim=1)  # (G,)
+            returns = batches[-1]["rewards"].sum(dim=0).view(-1, args.group_size)  # (G, K)
+            equal.append(returns.std(dim=1) <= 1e-6)  # (G,)
+            useful.append(~equal[-1] & (rate >= args.keep_low) & (rate <= args.keep_high))  # (G,)
+        missing = args.num_groups - distributed.total(int(torch.cat(useful).sum()))
     batch = runs.join_batches(batches, [each.repeat_interleave(args.group_size) for each in useful])
     totals = [runs.totals(each) for each in batches]
     batch["totals"] = distributed.add_up({name: sum(each[name] for each in totals) for name in totals[0]})
-    flags = {"kept": torch.cat(useful), "zero_std": torch.cat(equal)}
-    return batch | {name: distributed.gather(flag) for name, flag in flags.items()}  # (rounds * G,) each
+    kept, zero_std = (distributed.gather(torch.cat(flags)) for flags in (useful, equal))  # (rounds * G,)
+    return batch | {"kept": kept, "zero_std": zero_std}
 
 
 # ---- Learning ----------------------------------------------------------------------------------------

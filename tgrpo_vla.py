@@ -486,8 +486,7 @@ if __name__ == "__main__":
         batch = rollout(envs, policy, scenes, args.temperature, generators)
         if args.stop == "group":
             batch = stop_groups(batch, args.group_size)
-        totals = distributed.add_up(runs.totals(batch))
-        rewards, alive = batch["rewards"], batch["alive"]  # (T, N), (T, N)
+        rewards, alive, totals = batch["rewards"], batch["alive"], distributed.add_up(runs.totals(batch))
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
         advantages = tgrpo_advantages(
@@ -503,8 +502,9 @@ if __name__ == "__main__":
         b = samples_of(policy, batch, advantages, args)
         minibatches = runs.minibatches(batch, args)
         if args.update_every == "step":
-            steps = distributed.gather(b["when"]).unique()
-            minibatches = args.update_epochs * [torch.nonzero(b["when"] == t).flatten() for t in steps]
+            minibatches = args.update_epochs * [
+                torch.nonzero(b["when"] == t).flatten() for t in distributed.gather(b["when"]).unique()
+            ]
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
             losses = update(policy, optimizer, b, minibatches, args)
         update_s = time.perf_counter() - start

@@ -42,8 +42,9 @@ def check_finite(**values: Tensor | float) -> None:
         FloatingPointError: Names the first.
     """
     for name, value in values.items():
-        if not np.isfinite(float(value)):
-            raise FloatingPointError(f"the {name} is {float(value)}; expected a finite number")
+        value = float(value.detach() if isinstance(value, Tensor) else value)
+        if not np.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value}; expected a finite number")
 
 
 def check_numbers(args: Any, names: str, above: bool) -> None:
