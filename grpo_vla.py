@@ -161,7 +161,7 @@ def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Ten
         raise ValueError(
             f"{returns.shape[-1]} environments do not divide into groups of {group_size} (at least 2)"
         )
-    groups = returns.double().unflatten(-1, (-1, group_size))  # (..., G, K)
+    groups = returns.double().unflatten(-1, (returns.shape[-1] // group_size, group_size))  # (..., G, K)
     groups = groups - groups[..., :1]  # (..., G, K): equal members are exactly 0, however a mean rounds
     std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
     scores = (groups - groups.mean(dim=-1, keepdim=True)) / (std + eps).clamp(min=1e-6)  # (..., G, K)
