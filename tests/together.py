@@ -13,12 +13,17 @@ from vla_envs import distributed, runs
 
 
 class Envs(RoundEnvs):
-    """In the first round a second process has the environments from 2 on."""
+    """The second process has the environments from 2 on."""
+
+    def __init__(self, *rounds):
+        super().__init__(*rounds)
+        self.first = 2 * distributed.rank()
+        self.instructions = [f"task {self.first + i}" for i in range(self.num_envs)]
 
     def observe(self):
         obs = super().observe()
-        if self.round == 1:
-            obs["state"][:, 0] += 2 * distributed.rank()
+        obs["state"][:, 0] += self.first
+        obs["state"][:, 1:] += 8 * self.first
         return obs
 
 

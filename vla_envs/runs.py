@@ -295,7 +295,7 @@ def totals(batch: dict[str, Any]) -> dict[str, Any]:
         "successes": int(batch["success"].sum()),
         "control_steps": int((batch["steps"] * alive).sum()),
         "return": float((batch["rewards"] * alive).sum()),
-        "policy_s": batch["policy_s"],
+        "policy_s": batch["policy_s"] / distributed.world_size(),  # their sum is then the mean
     }
 
 
