@@ -77,7 +77,10 @@ def draw(kind: str, like: Tensor, generators: list[torch.Generator] | None) -> T
     if generators is None:
         return getattr(torch.empty_like(like), kind)()
     rows = [getattr(torch.empty(like.shape[1:], device=g.device), kind)(generator=g) for g in generators]
-    return torch.stack(rows).to(like)
+    numbers = torch.stack(rows)
+    if like.is_cuda:
+        numbers = numbers.pin_memory()  # so that the copy does not wait for the device
+    return numbers.to(like, non_blocking=True)
 
 
 class Block(nn.Module):
