@@ -37,10 +37,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs import evaluation, runs
+from vla_envs import distributed, evaluation, runs
 from vla_envs.policies import adapters, count_parameters, load_policy
 
 
@@ -231,18 +230,19 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        quality=args.quality, action_chunk=args.action_chunk, num_threads=args.num_threads,
-        **{"max_episode_steps": args.max_episode_steps, **settings},
+        quality=args.quality, action_chunk=args.action_chunk,
+        **{"max_episode_steps": args.max_episode_steps,
+           "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
 
 
 def act(
-    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float, draws: Any = None
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
     seen = {name: array[acting] for name, array in obs.items()}
     chunk, some_tokens, some_logprobs = policy.sample(
-        seen, [envs.instructions[i] for i in acting], temperature
+        seen, [envs.instructions[i] for i in acting], temperature, draws and [draws[i] for i in acting]
     )  # (A, C, 7), (A, D), (A, D)
     actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
     actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
@@ -253,8 +253,8 @@ def act(
     return actions, tokens, logprobs
 
 
-def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
-    """Play one episode from the scenes of ``seeds`` (N,), in that many of the environments.
+def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any = None) -> dict[str, Any]:
+    """Play an episode from each scene of ``seeds`` (N,) in so many environments, each with its generator.
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
@@ -267,7 +267,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
     policy_s = 0.0
     while alive.any():
         start = time.perf_counter()
-        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
+        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature, draws)
         policy_s += time.perf_counter() - start
         steps = envs.steps  # (N,)
         next_obs, reward, terminated, truncated, info = envs.step(actions)
@@ -344,16 +344,20 @@ def samples_of(policy: Any, critic: nn.Module, batch: dict[str, Any], args: Args
         last_values = critic(hidden.float()).squeeze(1).cpu()  # (N,)
     b["old_logprobs"] = torch.cat([logprobs for logprobs, _, _ in parts])  # (S, D)
     rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
-    b["logprob_gap"] = float((b["old_logprobs"].cpu() - rolled_out).abs().max())
+    b["logprob_gap"] = float(distributed.gather((b["old_logprobs"].cpu() - rolled_out).abs()).max())
     ends = batch["alive"] & ~torch.cat([batch["alive"][1:], torch.zeros_like(batch["alive"][:1])])  # (T, N)
     values = torch.zeros_like(batch["rewards"]).index_put((when, who), b["old_values"].cpu())  # (T, N)
     advantages, returns = gae(
         batch["rewards"], values, ends & batch["success"], last_values, args.gamma, args.gae_lambda
     )  # (T, N), (T, N)
     alive = advantages[when, who]  # (S,)
-    b["advantages"] = ((alive - alive.mean()) / (alive.std(correction=0) + 1e-6)).to(args.device)  # (S,)
+    all_alive = distributed.gather(alive)  # of all processes
+    alive = (alive - all_alive.mean()) / (all_alive.std(correction=0) + 1e-6)  # (S,)
+    b["advantages"] = alive.to(args.device)  # (S,)
     b["returns"] = returns[when, who].to(args.device)  # (S,)
-    unexplained, variance = (x.var(correction=0) for x in (b["returns"] - b["old_values"], b["returns"]))
+    unexplained, variance = (
+        distributed.gather(x).var(correction=0) for x in (b["returns"] - b["old_values"], b["returns"])
+    )
     b["explained_variance"] = float(1.0 - unexplained / variance) if variance > 1e-6 else 0.0
     return b
 
@@ -369,7 +373,8 @@ def update(
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
-        for inds in mb_inds.split(args.micro_batch_size or len(mb_inds)):  # their gradients add up
+        mb_weight = distributed.total(b["weights"][mb_inds].sum())  # of all processes
+        for inds in (pieces := distributed.cut(mb_inds, args.micro_batch_size)):  # their gradients add up
             newlogprob, entropy, hidden = logprobs_of(policy, b, inds, args)  # (B, D), (B, D), (B, H)
             old_logprob, weights = b["old_logprobs"][inds], b["weights"][inds]  # (B, D), (B,)
             pg_loss, parts = policy_loss(
@@ -383,19 +388,17 @@ def update(
                 k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
                 kl = (weights / weights.sum() * k3).sum()
                 loss = loss + args.kl_coef * kl
-                parts["kl"] = kl.detach()
+                parts["kl"] = kl
             newvalue = critic(hidden.detach().float()).squeeze(1)  # (B,)
             v_loss = value_loss(newvalue, b["old_values"][inds], b["returns"][inds], args.value_clip)
             loss = v_loss if alone else loss + v_loss
-            share = weights.sum() / b["weights"][mb_inds].sum()  # of the minibatch; 1 where it is not split
+            share = weights.sum() / mb_weight  # of the minibatch; 1 where it is not split
             (loss * share).backward()
-            runs.check_finite(loss=loss)
-            parts |= {
-                "policy_loss": pg_loss.detach(),
-                "entropy": entropy.mean().detach(),
-                "value_loss": v_loss.detach(),
-            }
-            measured = {name: measured.get(name, 0.0) + share * value for name, value in parts.items()}
+            parts |= {"loss": loss, "policy_loss": pg_loss, "entropy": entropy.mean(), "value_loss": v_loss}
+            measured = {k: measured.get(k, 0.0) + share * value.detach() for k, value in parts.items()}
+        measured = distributed.add_up(measured)
+        runs.check_finite(loss=measured.pop("loss"))
+        distributed.add_up_gradients(optimizer)
         norms = [
             torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
             for group in optimizer.param_groups
@@ -408,7 +411,8 @@ def update(
             break  # before the step that would go further
         optimizer.step()
     with torch.no_grad():
-        runs.check_finite(**{"log-prob after the update": logprobs_of(policy, b, inds, args)[0].mean()})
+        after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
+    runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {name: b[name] for name in ("logprob_gap", "explained_variance")}
     return means | {"ratio_first_minibatch": logs["ratio"][0]}
@@ -430,6 +434,7 @@ if __name__ == "__main__":
     args = runs.parse_args(Args)
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
+        distributed.start(args.device)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
@@ -441,14 +446,14 @@ if __name__ == "__main__":
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )
         optimizer.add_param_group({"params": critic.parameters(), "lr": args.value_learning_rate})
-        protocol = evaluation.settings(args.protocol, args.suite, policy)
+        protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
-        eval_envs = make_envs(len(states), states, "binary", args, **protocol)
+        eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
         run, state = runs.start(args, "ppo_vla", learner, optimizer)
-    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
@@ -457,7 +462,7 @@ if __name__ == "__main__":
     def assess() -> dict[str, Any]:
         iteration = state["evaluated"] = state["iteration"]
         video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = evaluate(eval_envs, policy, args.eval_temperature, args, video)  # (N,)
+        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
         return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
 
     print(f"{run}: training {trainable:,} of {total:,} parameters")
@@ -471,10 +476,9 @@ if __name__ == "__main__":
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
         seconds, start = dict(envs.unwrapped.seconds), time.perf_counter()
         policy.eval()
-        seeds = np.random.SeedSequence([args.seed, iteration, 1])
-        scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
-        batch = rollout(envs, policy, scenes, args.temperature)
-        totals = runs.totals(batch)
+        scenes, generators = runs.deal(args, iteration, 1, args.num_groups)  # (N,), (N,)
+        batch = rollout(envs, policy, scenes, args.temperature, generators)
+        totals = distributed.add_up(runs.totals(batch))
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
         rollout_s = time.perf_counter() - start
@@ -484,9 +488,7 @@ if __name__ == "__main__":
         fraction = min(1.0 - done, max(iteration - args.critic_warmup, 0) / args.warmup_iterations)
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         b = samples_of(policy, critic, batch, args)
-        minibatches: list[Tensor] = []
-        for _ in range(args.update_epochs):
-            minibatches += torch.randperm(len(b["who"])).split(args.minibatch_size)
+        minibatches = runs.minibatches(batch, args)
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
             losses = update(policy, critic, optimizer, b, minibatches, iteration <= args.critic_warmup, args)
         update_s = time.perf_counter() - start
@@ -495,13 +497,8 @@ if __name__ == "__main__":
             state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started
         scalars = {
-            "charts/rollout_success": totals["successes"] / totals["episodes"],
-            "charts/episodic_return": totals["return"] / totals["episodes"],
-            "charts/episodic_length": totals["control_steps"] / totals["episodes"],
-            "charts/SPS": state["env_steps"] / state["wall_s"],
+            **runs.charts(totals, state),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/success_mean": totals["successes"] / totals["episodes"],
-            "group/diverged": totals["diverged"],
             **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],

@@ -27,11 +27,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs import demonstrations, evaluation, runs
+from vla_envs import demonstrations, distributed, evaluation, runs
 from vla_envs.policies import adapters, count_parameters, load_policy, new_policy, to_device
 from vla_envs.tasks import get_task
 
@@ -130,18 +129,19 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        quality=args.quality, action_chunk=args.action_chunk, num_threads=args.num_threads,
-        **{"max_episode_steps": args.max_episode_steps, **settings},
+        quality=args.quality, action_chunk=args.action_chunk,
+        **{"max_episode_steps": args.max_episode_steps,
+           "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
 
 
 def act(
-    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float, draws: Any = None
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
     seen = {name: array[acting] for name, array in obs.items()}
     chunk, some_tokens, some_logprobs = policy.sample(
-        seen, [envs.instructions[i] for i in acting], temperature
+        seen, [envs.instructions[i] for i in acting], temperature, draws and [draws[i] for i in acting]
     )  # (A, C, 7), (A, D), (A, D)
     actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
     actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
@@ -228,6 +228,8 @@ def check(args: Args) -> Args:
         )
     if args.early_stop and not args.held_out:
         raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
+    if distributed.world_size() > 1:
+        raise ValueError("sft_vla.py trains in one process; expected to be started without torchrun")
     runs.check_numbers(args, "seed held_out early_stop eval_every weight_decay", above=False)
     runs.check_numbers(
         args, "num_iterations iteration_steps minibatch_size learning_rate warmup_frac max_grad_norm"
@@ -250,7 +252,7 @@ if __name__ == "__main__":
         args = runs.fill_in_chunk(args, policy)
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
-        protocol = evaluation.settings(args.protocol, args.suite, policy)
+        protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
         if not args.evaluate:
             demos = [
@@ -275,9 +277,7 @@ if __name__ == "__main__":
         eval_envs = make_envs(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         run, state = runs.start(args, "sft_vla", learner, optimizer)
-    writer = SummaryWriter(
-        str(run), purge_step=state["iteration"] * args.iteration_steps + 1 if args.resume else None
-    )
+    writer = runs.make_writer(run, state["iteration"] * args.iteration_steps + 1 if args.resume else None)
     trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)

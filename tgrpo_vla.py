@@ -39,10 +39,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import vla_envs  # noqa: F401  (registers the environments)
-from vla_envs import evaluation, runs
+from vla_envs import distributed, evaluation, runs
 from vla_envs.policies import adapters, count_parameters, load_policy
 
 # The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1); 0.3, 0.7 elsewhere.
@@ -174,7 +173,7 @@ def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Ten
         raise ValueError(
             f"{returns.shape[-1]} environments do not divide into groups of {group_size} (at least 2)"
         )
-    groups = returns.double().unflatten(-1, (-1, group_size))  # (..., G, K)
+    groups = returns.double().unflatten(-1, (returns.shape[-1] // group_size, group_size))  # (..., G, K)
     groups = groups - groups[..., :1]  # (..., G, K): equal members are exactly 0, however a mean rounds
     std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
     scores = (groups - groups.mean(dim=-1, keepdim=True)) / (std + eps).clamp(min=1e-6)  # (..., G, K)
@@ -257,18 +256,19 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        quality=args.quality, action_chunk=args.action_chunk, num_threads=args.num_threads,
-        **{"max_episode_steps": args.max_episode_steps, **settings},
+        quality=args.quality, action_chunk=args.action_chunk,
+        **{"max_episode_steps": args.max_episode_steps,
+           "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
 
 
 def act(
-    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float
+    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float, draws: Any = None
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
     seen = {name: array[acting] for name, array in obs.items()}
     chunk, some_tokens, some_logprobs = policy.sample(
-        seen, [envs.instructions[i] for i in acting], temperature
+        seen, [envs.instructions[i] for i in acting], temperature, draws and [draws[i] for i in acting]
     )  # (A, C, 7), (A, D), (A, D)
     actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
     actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
@@ -279,8 +279,8 @@ def act(
     return actions, tokens, logprobs
 
 
-def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> dict[str, Any]:
-    """Play one episode from the scenes of ``seeds`` (N,), in that many of the environments.
+def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any = None) -> dict[str, Any]:
+    """Play an episode from each scene of ``seeds`` (N,) in so many environments, each with its generator.
 
     Returns:
         (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
@@ -293,7 +293,7 @@ def rollout(envs: Any, policy: Any, seeds: np.ndarray, temperature: float) -> di
     policy_s = 0.0
     while alive.any():
         start = time.perf_counter()
-        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature)
+        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature, draws)
         policy_s += time.perf_counter() - start
         steps = envs.steps  # (N,)
         next_obs, reward, terminated, truncated, info = envs.step(actions)
@@ -365,11 +365,11 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
     with torch.no_grad():
         parts = [
             logprobs_of(policy, b, inds, args)[0]
-            for inds in torch.arange(len(who)).split(args.micro_batch_size or args.minibatch_size)
+            for inds in distributed.cut(torch.arange(len(who)), args.micro_batch_size or args.minibatch_size)
         ]
-    b["old_logprobs"] = torch.cat(parts)  # (S, D)
     rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
-    b["logprob_gap"] = float((b["old_logprobs"].cpu() - rolled_out).abs().max())
+    b["old_logprobs"] = torch.cat(parts) if parts else rolled_out.to(args.device)  # (S, D); none: S is 0
+    b["logprob_gap"] = float(distributed.gather((b["old_logprobs"].cpu() - rolled_out).abs()).max())
     return b
 
 
@@ -380,7 +380,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
-        for inds in mb_inds.split(args.micro_batch_size or len(mb_inds)):  # their gradients add up
+        mb_weight = distributed.total(b["weights"][mb_inds].sum())  # of all processes
+        for inds in (pieces := distributed.cut(mb_inds, args.micro_batch_size)):  # their gradients add up
             newlogprob, entropy, _ = logprobs_of(policy, b, inds, args)  # (B, D), (B, D)
             old_logprob, weights = b["old_logprobs"][inds], b["weights"][inds]  # (B, D), (B,)
             pg_loss, parts = policy_loss(
@@ -394,12 +395,14 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
                 k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
                 kl = (weights / weights.sum() * k3).sum()
                 loss = loss + args.kl_coef * kl
-                parts["kl"] = kl.detach()
-            share = weights.sum() / b["weights"][mb_inds].sum()  # of the minibatch; 1 where it is not split
+                parts["kl"] = kl
+            share = weights.sum() / mb_weight  # of the minibatch; 1 where it is not split
             (loss * share).backward()
-            runs.check_finite(loss=loss)
-            parts |= {"policy_loss": pg_loss.detach(), "entropy": entropy.mean().detach()}
-            measured = {name: measured.get(name, 0.0) + share * value for name, value in parts.items()}
+            parts |= {"loss": loss, "policy_loss": pg_loss, "entropy": entropy.mean()}
+            measured = {k: measured.get(k, 0.0) + share * value.detach() for k, value in parts.items()}
+        measured = distributed.add_up(measured)
+        runs.check_finite(loss=measured.pop("loss"))
+        distributed.add_up_gradients(optimizer)
         norms = [
             torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
             for group in optimizer.param_groups
@@ -412,7 +415,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             break  # before the step that would go further
         optimizer.step()
     with torch.no_grad():
-        runs.check_finite(**{"log-prob after the update": logprobs_of(policy, b, inds, args)[0].mean()})
+        after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
+    runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {"logprob_gap": b["logprob_gap"]}
     return means | {"ratio_first_minibatch": logs["ratio"][0]}
@@ -439,6 +443,7 @@ if __name__ == "__main__":
     args = runs.parse_args(Args)
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
+        distributed.start(args.device)
         policy = load_policy(args.policy, args.checkpoint, args.device)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
@@ -447,14 +452,14 @@ if __name__ == "__main__":
         optimizer = torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
         )
-        protocol = evaluation.settings(args.protocol, args.suite, policy)
+        protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
-        eval_envs = make_envs(len(states), states, "binary", args, **protocol)
+        eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
         run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
-    writer = SummaryWriter(str(run), purge_step=state["env_steps"] + 1 if args.resume else None)
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
@@ -463,7 +468,7 @@ if __name__ == "__main__":
     def assess() -> dict[str, Any]:
         iteration = state["evaluated"] = state["iteration"]
         video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = evaluate(eval_envs, policy, args.eval_temperature, args, video)  # (N,)
+        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
         return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
 
     print(f"{run}: training {trainable:,} of {total:,} parameters")
@@ -477,12 +482,11 @@ if __name__ == "__main__":
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
         seconds, start = dict(envs.unwrapped.seconds), time.perf_counter()
         policy.eval()
-        seeds = np.random.SeedSequence([args.seed, iteration, 1])
-        scenes = np.repeat(seeds.generate_state(args.num_groups), args.group_size)  # (N,)
-        batch = rollout(envs, policy, scenes, args.temperature)
+        scenes, generators = runs.deal(args, iteration, 1, args.num_groups)  # (N,), (N,)
+        batch = rollout(envs, policy, scenes, args.temperature, generators)
         if args.stop == "group":
             batch = stop_groups(batch, args.group_size)
-        totals, rewards, alive = runs.totals(batch), batch["rewards"], batch["alive"]  # (T, N), (T, N)
+        rewards, alive, totals = batch["rewards"], batch["alive"], distributed.add_up(runs.totals(batch))
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
         advantages = tgrpo_advantages(
@@ -496,12 +500,11 @@ if __name__ == "__main__":
         fraction = min(1.0 - done, iteration / args.warmup_iterations)
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         b = samples_of(policy, batch, advantages, args)
-        minibatches: list[Tensor] = []
-        for _ in range(args.update_epochs):
-            if args.update_every == "step":
-                minibatches += [torch.nonzero(b["when"] == t).flatten() for t in b["when"].unique()]
-                continue
-            minibatches += torch.randperm(len(b["who"])).split(args.minibatch_size)
+        minibatches = runs.minibatches(batch, args)
+        if args.update_every == "step":
+            minibatches = args.update_epochs * [
+                torch.nonzero(b["when"] == t).flatten() for t in distributed.gather(b["when"]).unique()
+            ]
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
             losses = update(policy, optimizer, b, minibatches, args)
         update_s = time.perf_counter() - start
@@ -513,17 +516,12 @@ if __name__ == "__main__":
         step_std = _held(rewards, alive).unflatten(1, (-1, args.group_size)).std(dim=2)  # (T, G)
         running = alive.unflatten(1, (-1, args.group_size)).any(dim=2)  # (T, G)
         scalars = {
-            "charts/rollout_success": totals["successes"] / totals["episodes"],
-            "charts/episodic_return": totals["return"] / totals["episodes"],
-            "charts/episodic_length": totals["control_steps"] / totals["episodes"],
-            "charts/SPS": state["env_steps"] / state["wall_s"],
+            **runs.charts(totals, state),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/success_mean": totals["successes"] / totals["episodes"],
-            "group/diverged": totals["diverged"],
-            "group/kept_frac": float((groups_std > 0).float().mean()),
-            "group/zero_std_frac": float((step_std < 1e-6)[running].float().mean()),
-            "advantage/step_abs": float(step_part[alive].abs().mean()),
-            "advantage/trajectory_abs": float((advantages - step_part)[alive].abs().mean()),
+            "group/kept_frac": distributed.mean(groups_std > 0),
+            "group/zero_std_frac": distributed.mean((step_std < 1e-6)[running]),
+            "advantage/step_abs": distributed.mean(step_part[alive].abs()),
+            "advantage/trajectory_abs": distributed.mean((advantages - step_part)[alive].abs()),
             **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],

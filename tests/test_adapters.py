@@ -251,6 +251,13 @@ def test_samples_of_two_tasks_are_those_of_each_alone(below):
         assert np.array_equal(actions[i], alone[0][0]) and torch.equal(tokens[i], alone[1][0])
         torch.testing.assert_close(scores[i], alone[2][0], atol=1e-5, rtol=1e-5)
 
+    def draw(*rows):
+        some = {name: array[list(rows)] for name, array in obs.items()}
+        generators = [torch.Generator().manual_seed(i) for i in rows]
+        return policy.sample(some, [texts[i] for i in rows], 1.3, generators)[1]
+
+    assert torch.equal(draw(2, 3), draw(0, 1, 2, 3)[2:])
+
 
 def test_peft_stacks_the_saved_adapters(below, tmp_path):
     import peft

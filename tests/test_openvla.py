@@ -383,6 +383,19 @@ def test_a_batch_of_mixed_prompts_equals_each_alone(policy):
     assert torch.equal(policy.sample(obs, SENTENCES, 0.0)[1], tokens)
 
 
+def test_what_a_row_draws_does_not_depend_on_the_others(policy):
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    obs = observations(3)
+    _, tokens, _ = policy.sample(obs, SENTENCES, 1.3, generators(5, 6, 7))
+    mine = {name: array[2:] for name, array in obs.items()}
+    assert torch.equal(policy.sample(mine, SENTENCES[2:], 1.3, generators(7))[1], tokens[2:])
+    policy.rollout_batch = 1
+    assert torch.equal(policy.sample(obs, SENTENCES, 1.3, generators(5, 6, 7))[1], tokens)
+    assert not torch.equal(policy.sample(obs, SENTENCES, 1.3, generators(6, 6, 7))[1][0], tokens[0])
+
+
 @torch.no_grad()
 def test_greedy_tokens_are_the_likeliest_of_the_whole_forward_pass(tiny):
     policy, obs = load_policy("openvla", tiny), observations(2)

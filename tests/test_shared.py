@@ -264,7 +264,7 @@ class OnesPolicy:
     def eval(self):
         self.training = False
 
-    def sample(self, obs, instructions, temperature):
+    def sample(self, obs, instructions, temperature, generators=None):
         self.asked.append((instructions, obs["state"][:, 0].tolist(), temperature))
         self.shapes.append(obs["image"].shape)
         self.draws.append(torch.rand(()).item())

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -37,5 +38,7 @@ def one_line_errors(where: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        process = os.environ.get("RANK", "0")
+        where = where if process == "0" else f"process {process}: {where}"
         tqdm.write(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)  # above a progress bar
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None

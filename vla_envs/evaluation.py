@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 from tqdm import tqdm
 
+from vla_envs.distributed import only_first
 from vla_envs.policies import load_policy, write_json
 from vla_envs.policies.pictures import openvla_pictures
 
@@ -169,6 +170,7 @@ def report(
     return contents
 
 
+@only_first
 def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, args: Any) -> None:
     """Evaluate greedily and sampled, ``args.compare`` on the same states; print, and write ``result.json``.
 

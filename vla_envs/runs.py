@@ -17,9 +17,10 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vla_envs import evaluation
+from vla_envs import distributed, evaluation
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
@@ -42,15 +43,16 @@ _leaving = False  # Ctrl-C has been pressed
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
 
 
-def check_finite(**values: Tensor) -> None:
+def check_finite(**values: Tensor | float) -> None:
     """Refuse values that are not finite.
 
     Raises:
         FloatingPointError: Names the first.
     """
     for name, value in values.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"the {name} is {float(value.detach())}; expected a finite number")
+        value = float(value.detach() if isinstance(value, Tensor) else value)
+        if not np.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value}; expected a finite number")
 
 
 def check_numbers(args: Any, names: str, above: bool) -> None:
@@ -86,6 +88,11 @@ def check_training(args: Any) -> None:
     if args.num_groups < len(args.task_ids):
         raise ValueError(
             f"num_groups is {args.num_groups}; expected at least one for each of {args.task_ids}"
+        )
+    if args.num_groups % distributed.world_size():
+        raise ValueError(
+            f"num_groups is {args.num_groups}; expected a multiple of the {distributed.world_size()}"
+            " processes, each of which plays whole groups"
         )
     if args.kl_coef and args.train != "lora":
         raise ValueError(
@@ -136,7 +143,7 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
-        device=device,
+        device=distributed.device(device),
     )  # fmt: skip
 
 
@@ -174,8 +181,39 @@ def adapters_below(args: Any) -> dict[str, Path]:
 
 
 def shared_out(args: Any) -> list[int]:
-    """The task of every environment: groups are dealt to the tasks in turn."""
-    return np.resize(args.task_ids, args.num_groups).repeat(args.group_size).tolist()
+    """The task of every environment of this process: groups are dealt to the tasks in turn."""
+    tasks = np.resize(args.task_ids, args.num_groups)[distributed.block(args.num_groups)]
+    return tasks.repeat(args.group_size).tolist()
+
+
+def deal(args: Any, iteration: int, number: int, groups: int) -> tuple[np.ndarray, list[torch.Generator]]:
+    """The scenes (N,) of this process's share of ``groups`` groups, and what each environment draws from.
+
+    Both depend on the seed, the iteration, the ``number`` of its rollout (from 1) and on which environment of
+    all processes it is, so not on how many processes there are. Of several tasks every environment has its
+    own, and groups that are missing are those of the first environments; else all processes share them.
+    """
+    seeds = [args.seed, iteration, number]
+    several = len(args.task_ids) > 1
+    own = distributed.block(groups, args.num_groups if several else groups)
+    scenes = np.random.SeedSequence(seeds).generate_state(groups)[own].repeat(args.group_size)  # (N,)
+    generators = []
+    for environment in range(own.start * args.group_size, own.stop * args.group_size):
+        seed = np.random.SeedSequence(seeds, spawn_key=(environment,)).generate_state(1)[0]
+        generators.append(torch.Generator().manual_seed(int(seed)))
+    return scenes, generators
+
+
+def minibatches(batch: dict[str, Any], args: Any) -> list[Tensor]:
+    """The samples of all processes in random order, ``minibatch_size`` at once, in every epoch anew.
+
+    Every process has the same minibatches; it gets the numbers of those of its own samples that are in each.
+    """
+    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
+    rounds = batch.get("round", torch.zeros(batch["alive"].shape[1], dtype=torch.int64))  # (N,)
+    positions = distributed.positions(when, who, rounds[who])  # (samples of all,)
+    orders = [positions[torch.randperm(len(positions))] for _ in range(args.update_epochs)]
+    return [part[part >= 0] for order in orders for part in order.split(args.minibatch_size)]
 
 
 def make_run_folder(run_dir: Path | None, suite: str, task_id: Any, script: str, seed: int) -> Path:
@@ -224,9 +262,12 @@ def start(
             value: Any = loaded.get(name)
             if not _fits(value, float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
+        distributed.same_parameters(learner)
         return args.resume, loaded
-    run = make_run_folder(args.run_dir, args.suite, "-".join(map(str, args.task_ids)), script, args.seed)
-    write_json(run / "args.json", dataclasses.asdict(args))
+    task_ids = "-".join(map(str, args.task_ids))
+    run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
+    distributed.same_parameters(learner)
+    distributed.only_first(write_json)(run / "args.json", dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     return run, state
@@ -248,6 +289,12 @@ def leave_on_interrupt() -> None:
         signal.signal(signal.SIGINT, interrupt)
 
 
+@distributed.only_first
+def make_writer(run: Path, purge_step: int | None) -> SummaryWriter:
+    """TensorBoard's writer in the folder of a run, where what was logged from ``purge_step`` on is void."""
+    return SummaryWriter(str(run), purge_step=purge_step)
+
+
 def seed_all(*numbers: int) -> None:
     """Seed torch's random numbers from several."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -264,7 +311,10 @@ def done(state: dict[str, Any], args: Any) -> float:
 def progress_bar(name: str, state: dict[str, Any], args: Any) -> tqdm:
     """A progress bar in percent of the run."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    return tqdm(total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form)
+    return tqdm(
+        total=100.0, initial=100.0 * done(state, args), desc=name, bar_format=form,
+        disable=distributed.rank() > 0,
+    )  # fmt: skip
 
 
 def leave_out_diverged(
@@ -303,15 +353,29 @@ def totals(batch: dict[str, Any], may_be_empty: bool = False) -> dict[str, Any]:
         "successes": int(batch["success"].sum()),
         "control_steps": int((batch["steps"] * alive).sum()),
         "return": float((batch["rewards"] * alive).sum()),
-        "policy_s": batch["policy_s"],
+        "policy_s": batch["policy_s"] / distributed.world_size(),  # their sum is then the mean
+    }
+
+
+def charts(totals: dict[str, Any], state: dict[str, Any]) -> dict[str, float]:
+    """What is logged of the training episodes by whatever algorithm."""
+    episodes = max(1, totals["episodes"])  # none where every group has a simulation that diverged
+    return {
+        "charts/rollout_success": totals["successes"] / episodes,
+        "charts/episodic_return": totals["return"] / episodes,
+        "charts/episodic_length": totals["control_steps"] / episodes,
+        "charts/SPS": state["env_steps"] / state["wall_s"],
+        "group/success_mean": totals["successes"] / episodes,
+        "group/diverged": totals["diverged"],
     }
 
 
 def stage_shares(envs: Any) -> dict[str, float]:
     """How many of the decisions since the last call ended in which stage: shares by ``stages/<name>``."""
     stages = envs.unwrapped.stages
-    total = max(1, stages.total())
-    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in stages.items()}
+    counts = distributed.add_up(dict(stages))
+    total = max(1, sum(counts.values()))
+    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in counts.items()}
     stages.subtract(dict(stages))
     return shares
 
@@ -320,6 +384,7 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
     """One batch of the members ``keep`` (N,) bool of several; the shorter ones end with nobody alive."""
     steps = max(len(batch["alive"]) for batch in batches)
     joined: dict[str, Any] = {"instructions": []}
+    joined["round"] = torch.cat([torch.full((int(kept.sum()),), i) for i, kept in enumerate(keep)])  # (N,)
     for batch, kept in zip(batches, keep):
         joined["instructions"] += [batch["instructions"][i] for i in torch.nonzero(kept).flatten().tolist()]
     for name in ("image", "state", "tokens", "logprobs", "rewards", "alive"):
@@ -329,6 +394,7 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
     return joined
 
 
+@distributed.only_first
 def save_policies(run: Path, policy: Any, args: Any) -> None:
     """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter.
 
@@ -347,6 +413,12 @@ def save_policies(run: Path, policy: Any, args: Any) -> None:
 
 def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
     """Write the trained policy and ``result.json``, and say how it went."""
+    _write_result(run, policy, state, args)
+    distributed.stop()
+
+
+@distributed.only_first
+def _write_result(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
     save_policies(run, policy, args)
     before, after = state["before"], state["after"]
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
@@ -362,6 +434,7 @@ def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
         print(f"  task {task_id}: {before['tasks'][task_id]['successes']} -> {evaluation.percent(its)}")
 
 
+@distributed.only_first
 def save_training_state(
     folder: Path, policy: Any, optimizer: torch.optim.Optimizer, counters: dict[str, Any]
 ) -> None:

@@ -146,12 +146,21 @@ class Stacked(nn.Module):
             for column in zip(*parts)
         )
 
-    def sample(self, obs: dict[str, Any], instructions: list[str], temperature: float = 1.0) -> Any:
+    def sample(
+        self,
+        obs: dict[str, Any],
+        instructions: list[str],
+        temperature: float = 1.0,
+        generators: list[torch.Generator] | None = None,
+    ) -> Any:
         """As the policy's."""
         return self._by_task(
             instructions,
             lambda inds, texts: self.policy.sample(
-                {name: array[inds] for name, array in obs.items()}, texts, temperature
+                {name: array[inds] for name, array in obs.items()},
+                texts,
+                temperature,
+                generators and [generators[i] for i in inds],
             ),
         )
 

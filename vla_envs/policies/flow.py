@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vla_envs.policies.nano import ACTION_DIM, Backbone, NanoConfig
+from vla_envs.policies.nano import ACTION_DIM, Backbone, NanoConfig, draw
 
 FREQUENCIES = 8  # of the time's cosine and sine features
 
@@ -125,7 +125,11 @@ class FlowPolicy(Backbone):
 
     @torch.no_grad()
     def sample(
-        self, obs: dict[str, Any], instructions: list[str], temperature: float = 1.0
+        self,
+        obs: dict[str, Any],
+        instructions: list[str],
+        temperature: float = 1.0,
+        generators: list[torch.Generator] | None = None,
     ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
         """Actions ``(B, C, 7)`` in [-1, 1], chains ``(B, K + 1, C * 7)``, log-densities ``(B, K * C * 7)``.
 
@@ -134,15 +138,16 @@ class FlowPolicy(Backbone):
             instructions: One sentence each.
             temperature: Scales the noise of every step; 0 follows the ODE from x_0 = 0, the middle of the
                 noise, and gives the chain's log-densities at temperature 1.
+            generators: One for each instruction, from which it draws; by default torch's own for all.
         """
         condition, _ = self(self.prepare(obs, instructions))
         x = condition.new_zeros(len(condition), self.config.action_chunk * ACTION_DIM)
         if temperature > 0:
-            x = torch.randn_like(x)
+            x = draw("normal_", x, generators)
         chain = [x]
         for k in range(self.config.denoising_steps):
             mean, std = self.step(chain[-1], x.new_full((1, 1), k), condition, temperature)
-            chain.append(mean + std * torch.randn_like(x) if temperature > 0 else mean)
+            chain.append(mean + std * draw("normal_", x, generators) if temperature > 0 else mean)
         tokens = torch.stack(chain, dim=1)
         actions = tokens[:, -1].clamp(-1.0, 1.0).unflatten(1, (self.config.action_chunk, ACTION_DIM))
         return actions.cpu().numpy(), tokens, self._densities(tokens, condition, temperature)[0]

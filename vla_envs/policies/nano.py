@@ -69,6 +69,20 @@ def token_actions(tokens: Tensor) -> Tensor:
     return (tokens.float() + 0.5) * (2.0 / BINS) - 1.0
 
 
+def draw(kind: str, like: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+    """Random numbers by tensors' method ``kind``, for every row of ``like`` (B, ...) from its own generator.
+
+    So what a row draws does not depend on the rest of the batch. Without generators: from torch's own.
+    """
+    if generators is None:
+        return getattr(torch.empty_like(like), kind)()
+    rows = [getattr(torch.empty(like.shape[1:], device=g.device), kind)(generator=g) for g in generators]
+    numbers = torch.stack(rows)
+    if like.is_cuda:
+        numbers = numbers.pin_memory()  # so that the copy does not wait for the device
+    return numbers.to(like, non_blocking=True)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block; its four Linear layers are what LoRA adapts."""
 
@@ -208,7 +222,11 @@ class NanoPolicy(Backbone):
 
     @torch.no_grad()
     def sample(
-        self, obs: dict[str, Any], instructions: list[str], temperature: float = 1.0
+        self,
+        obs: dict[str, Any],
+        instructions: list[str],
+        temperature: float = 1.0,
+        generators: list[torch.Generator] | None = None,
     ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
         """Actions ``(B, C, 7)`` in [-1, 1], tokens ``(B, 56)`` and their log-probabilities ``(B, 56)``.
 
@@ -216,10 +234,13 @@ class NanoPolicy(Backbone):
             obs: ``image`` and ``state`` as the environments give them.
             instructions: One sentence each.
             temperature: Divides the logits; 0 takes the likeliest tokens.
+            generators: One for each instruction, from which it draws; by default torch's own for all.
         """
         logits = self(self.prepare(obs, instructions))[0].flatten(1, 2)  # (B, 56, 256)
         logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-        if temperature > 0:
+        if temperature > 0 and generators is not None:
+            tokens = (logprobs - draw("exponential_", logprobs, generators).log()).argmax(-1)
+        elif temperature > 0:
             tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1).view(logprobs.shape[:2])
         else:
             tokens = logits.argmax(-1)

@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vla_envs.policies.nano import draw
 from vla_envs.policies.pictures import openvla_pixels
 
 BINS = 256
@@ -506,11 +507,14 @@ class OpenVLAPolicy(OpenVLAModel):
         x, mask = self._append(x, mask, self._placeholders(x))
         return self.attend(x, mask, both_ways=True)[:, -ACTION_DIM * self.action_chunk - 2 : -2]
 
-    def _decode(self, x: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, x: Tensor, mask: Tensor | None, temperature: float, generators: list[torch.Generator] | None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 7) and log-probabilities (B, 7) one by one; nothing waits for the device."""
         cache, drawn = Cache(layers=[RoomyLayer() for _ in self.blocks]), []
         for _ in range(ACTION_DIM):
-            drawn.append(choose(self._logits(self.attend(x, mask, cache=cache)[:, -1]), temperature))
+            logits = self._logits(self.attend(x, mask, cache=cache)[:, -1])
+            drawn.append(choose(logits, temperature, generators))
             following = self.language_model.model.embed_tokens(drawn[-1][0] + self.first).unsqueeze(1)
             x, mask = self._append(x[:, :0], mask, following)
         tokens, logprobs = zip(*drawn)
@@ -518,7 +522,11 @@ class OpenVLAPolicy(OpenVLAModel):
 
     @torch.no_grad()
     def sample(
-        self, obs: dict[str, Any], instructions: list[str], temperature: float = 1.0
+        self,
+        obs: dict[str, Any],
+        instructions: list[str],
+        temperature: float = 1.0,
+        generators: list[torch.Generator] | None = None,
     ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
         """Actions (B, C, 7) in the environment's convention, tokens (B, 7 C) and their log-probabilities.
 
@@ -526,13 +534,16 @@ class OpenVLAPolicy(OpenVLAModel):
             obs: ``image`` (B, H, W, 3) as the environments render it.
             instructions: One sentence each.
             temperature: Divides the logits; 0 takes the likeliest tokens.
+            generators: One for each instruction, from which it draws; by default torch's own for all.
         """
         if len(instructions) > self.rollout_batch:
-            cut = self.rollout_batch
-            parts: Any = zip(
-                self.sample({name: x[:cut] for name, x in obs.items()}, instructions[:cut], temperature),
-                self.sample({name: x[cut:] for name, x in obs.items()}, instructions[cut:], temperature),
-            )
+            parts: Any = zip(*[
+                self.sample(
+                    {name: x[some] for name, x in obs.items()}, instructions[some], temperature,
+                    generators and generators[some],
+                )
+                for some in (slice(self.rollout_batch), slice(self.rollout_batch, None))
+            ])  # fmt: skip
             actions, tokens, logprobs = parts
             return np.concatenate(actions), torch.cat(tokens), torch.cat(logprobs)
         inputs = self.prepare(obs, instructions)
@@ -542,9 +553,10 @@ class OpenVLAPolicy(OpenVLAModel):
         with self._precision():
             x, mask = self.embed(*inputs)
             if self.parallel:
-                tokens, logprobs = choose(self._logits(self._parallel_hidden(x, mask)), temperature)
+                logits = self._logits(self._parallel_hidden(x, mask))
+                tokens, logprobs = choose(logits, temperature, generators)
             else:
-                tokens, logprobs = self._decode(x, mask, temperature)
+                tokens, logprobs = self._decode(x, mask, temperature, generators)
         if training:
             self.train()
         return self.decode(tokens), tokens, logprobs
@@ -590,9 +602,11 @@ class OpenVLAPolicy(OpenVLAModel):
         return -self.evaluate(obs, instructions, tokens)[0].mean()
 
 
-def choose(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def choose(
+    logits: Tensor, temperature: float, generators: list[torch.Generator] | None = None
+) -> tuple[Tensor, Tensor]:
     """Tokens (...) drawn by logits (..., 256), or the likeliest at temperature 0, and log-probabilities."""
     logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-    noise = -torch.empty_like(logits).exponential_().log() if temperature > 0 else 0.0  # Gumbel's
+    noise = -draw("exponential_", logits, generators).log() if temperature > 0 else 0.0  # Gumbel's
     tokens = (logprobs + noise).argmax(-1)  # unlike multinomial, this never waits for the device
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,94 @@
+"""What two processes do in test_distributed.py, started by torchrun; the first writes what came of it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_grpo_vla import NO, RoundEnvs, gather
+from test_shared import arguments, small_policy
+
+import grpo_vla
+from vla_envs import distributed, runs
+
+
+class Envs(RoundEnvs):
+    """The second process has the environments from 2 on."""
+
+    def __init__(self, *rounds):
+        super().__init__(*rounds)
+        self.first = 2 * distributed.rank()
+        self.instructions = [f"task {self.first + i}" for i in range(self.num_envs)]
+
+    def observe(self):
+        obs = super().observe()
+        obs["state"][:, 0] += self.first
+        obs["state"][:, 1:] += 8 * self.first
+        return obs
+
+
+def learn(*rounds, max_rounds=2, minibatch_size=2, **kwargs):
+    """Collect from environments that follow a script, then update: what was collected, logged and learnt."""
+    torch.manual_seed(0)
+    envs = Envs(*rounds)
+    batch = gather(envs, 2, 2, max_rounds=max_rounds)
+    args = arguments(grpo_vla, minibatch_size=minibatch_size, **kwargs)
+    policy = small_policy()
+    advantages = grpo_vla.group_advantages(batch["rewards"].sum(dim=0), 2).expand_as(batch["rewards"])
+    b = grpo_vla.samples_of(policy, batch, advantages, args)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    logs = grpo_vla.update(policy, optimizer, b, runs.minibatches(batch, args), args)
+    parameters = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    flags = {name: batch[name].tolist() for name in ("kept", "zero_std")}
+    totals = {name: value for name, value in batch["totals"].items() if name != "policy_s"}
+    return {
+        "rounds": envs.round,
+        "samples": len(b["who"]),
+        "logs": logs,
+        "totals": totals,
+    } | flags, parameters
+
+
+def exchange():
+    """Every exchange on its own."""
+    rank = distributed.rank()
+    assert distributed.world_size() == 2
+    assert distributed.gather(torch.arange(1 + 2 * rank)).tolist() == [0, 0, 1, 2]
+    assert distributed.gather(torch.zeros(rank, 3)).shape == (1, 3)
+    assert distributed.mean(torch.full((1 + rank, 2), float(rank))) == np.float32(2 / 3)
+    assert distributed.total(1 + rank) == 3 and distributed.total(torch.tensor(0.5)).item() == 1.0
+    added = distributed.add_up({"both": 2} | ({"one": torch.tensor(0.5)} if rank else {}))
+    assert added == {"both": 4, "one": 0.5} and isinstance(added["both"], int)
+    assert distributed.by_first(lambda number: 7 * number, 6) == 42
+    calls = []
+    result = distributed.only_first(calls.append)(1)
+    assert calls == [] if rank else [1]
+    assert (result is None) == (rank == 0) and (rank == 0 or result.close(anything=1) is None)
+    module = torch.nn.Linear(2, 1)
+    distributed.same_parameters(module)
+    assert distributed.gather(module.weight).diff(dim=0).eq(0).all()
+    # One parameter with a gradient in both, one in the second process alone, one in none; in small pieces.
+    both, second, none, huge = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 2, 1, 9))
+    both.grad, huge.grad = torch.full((3,), 1.0 + rank), torch.arange(9.0)
+    second.grad = torch.ones(2) if rank else None
+    distributed.BUCKET = 4
+    distributed.add_up_gradients(torch.optim.SGD([both, second, none, huge]))
+    assert both.grad.tolist() == [3] * 3 and second.grad.tolist() == [1, 1] and none.grad is None
+    assert huge.grad.tolist() == (2 * torch.arange(9)).tolist()
+
+
+if __name__ == "__main__":
+    distributed.start("cpu")
+    exchange()
+    rank = distributed.rank()
+    # The first process keeps nothing, and plays alone what is missing; so the second has all samples.
+    alone = learn(*([[1, NO]] if rank else [[1, 1], [NO, NO]]))
+    assert alone[0]["samples"] == (4 if rank else 0) and alone[0]["rounds"] == (1 if rank else 2)
+    # Both have samples, of trajectories of different lengths.
+    uneven = learn([2, NO] if rank else [1, NO], minibatch_size=3, micro_batch_size=2)
+    early = learn([2, NO] if rank else [1, NO], target_kl=1e-12, update_epochs=3)
+    parameters = distributed.gather(uneven[1].unsqueeze(0))
+    assert torch.equal(parameters[0], parameters[1])
+    distributed.only_first(torch.save)({"alone": alone, "uneven": uneven, "early": early}, Path(sys.argv[1]))
+    print("printed")
+    distributed.stop()

@@ -1,0 +1,209 @@
+"""Several processes that train one policy, started by ``torchrun``: who plays what, what they exchange.
+
+Every process ("rank") holds the whole policy and plays whole groups of its own. What is decided, an early
+stop for instance, is decided on numbers that all have added up, so that none goes on alone. Gradients are
+added up by hand: unlike with torch's DDP wrapper, processes may then have different numbers of samples, or
+none. For one process everything here does nothing.
+"""
+
+import datetime
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NumberT = TypeVar("NumberT", float, Tensor)
+BUCKET = 2**24  # numbers of a gradient that are exchanged at once (64 MiB)
+
+
+# ---- Who is who --------------------------------------------------------------------------------------
+
+
+def _variable(name: str, default: int) -> int:
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # what torchrun sets
+    return int(os.environ.get(name, default)) if started else default
+
+
+def rank() -> int:
+    """The number of this process among all, from 0."""
+    return _variable("RANK", 0)
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return _variable("WORLD_SIZE", 1)
+
+
+def block(count: int, of: int | None = None) -> slice:
+    """Which of ``count`` things this process has: contiguous blocks, one a process, as even as can be.
+
+    Args:
+        count: Of all processes together.
+        of: Deal so many, of which only the first ``count`` are there.
+    """
+    of = count if of is None else of
+    start, stop = (min(count, -(-of * r // world_size())) for r in (rank(), rank() + 1))
+    return slice(start, stop)
+
+
+def device(name: str) -> str:
+    """Where the policy of this process runs, for a user's ``name``: each has a GPU of its own."""
+    several = world_size() > 1 and name.startswith("cuda")
+    return f"cuda:{_variable('LOCAL_RANK', 0)}" if several else name
+
+
+def num_threads(given: int | None) -> int | None:
+    """Simulator threads: those ``given``, else this process's share of the machine's cores; alone None."""
+    if given is not None:
+        return given
+    processes = _variable("LOCAL_WORLD_SIZE", 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes) if processes > 1 else None
+
+
+def start(device: str) -> None:
+    """Join the other processes; only the first one goes on printing."""
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    # CPU tensors and objects go through gloo everywhere, so nobody keeps a GPU busy by waiting. The others
+    # wait for as long as the first evaluates; where a process dies, torchrun ends them at once.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def stop() -> None:
+    """Wait for the others and part with them."""
+    if dist.is_initialized():
+        _gather_objects(None)
+        dist.destroy_process_group()
+
+
+# ---- What the first process does alone ---------------------------------------------------------------
+
+
+class Nothing:
+    """What the others have in place of an object of the first process: every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def only_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` in the first process; in the others it is not called and gives ``Nothing``."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return Nothing() if rank() else function(*args, **kwargs)
+
+    return call
+
+
+def by_first(function: Callable[..., Any], *args: Any) -> Any:
+    """What ``function`` gives in the first process, for all; the others wait for it."""
+    if not dist.is_initialized():
+        return function(*args)
+    result = [None if rank() else function(*args)]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+# ---- What is exchanged -------------------------------------------------------------------------------
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The tensors (n, ...) of all processes, one after the other; each may have a length of its own."""
+    if not dist.is_initialized():
+        return tensor
+    return torch.cat(_gather_objects(tensor.detach().cpu())).to(tensor.device)
+
+
+def mean(tensor: Tensor) -> float:
+    """The mean of all elements of all processes."""
+    return float(gather(tensor.flatten().float()).mean())
+
+
+def total(value: NumberT) -> NumberT:
+    """The sum of the numbers of all processes."""
+    if not dist.is_initialized():
+        return value
+    return sum(_gather_objects(value.detach().cpu() if isinstance(value, Tensor) else value))
+
+
+def add_up(values: dict[str, Any]) -> dict[str, Any]:
+    """Sums by name over all processes, of which some may lack a name."""
+    if not dist.is_initialized():
+        return values
+    plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+    sums: dict[str, Any] = {}
+    for each in _gather_objects(plain):
+        for name, value in each.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give every process the sum of all gradients, in float32; where nobody has one there is none."""
+    if not dist.is_initialized():
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    dist.all_reduce(has, dist.ReduceOp.MAX)
+    buckets: list[list[Tensor]] = [[]]
+    for parameter in (p for p, some in zip(parameters, has.tolist()) if some):
+        if parameter.grad is None:  # no sample of this process's
+            parameter.grad = torch.zeros_like(parameter)
+        if buckets[-1] and sum(p.numel() for p in buckets[-1]) + parameter.numel() > BUCKET:
+            buckets.append([])
+        buckets[-1].append(parameter.grad)
+    for bucket in filter(None, buckets):
+        flat = torch.cat([gradient.flatten().float() for gradient in bucket])
+        dist.all_reduce(flat)
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def same_parameters(module: torch.nn.Module) -> None:
+    """Give every process the trainable parameters of the first."""
+    if dist.is_initialized():
+        for parameter in (p for p in module.parameters() if p.requires_grad):
+            dist.broadcast(parameter.data, 0)
+
+
+def cut(inds: Tensor, size: int | None) -> list[Tensor]:
+    """``inds`` cut into pieces of at most ``size`` [all at once]; none where this process has none."""
+    return list(inds.split(size or len(inds))) if len(inds) else []
+
+
+def positions(when: Tensor, who: Tensor, rounds: Tensor) -> Tensor:
+    """Where in this process the samples of all are, in the order that one process would have them; else -1.
+
+    Args:
+        when: (S,), the decision step of each sample of this process.
+        who: (S,), its environment, counted in this process.
+        rounds: (S,), the rollout that it is from; in each, this process's environments follow one another.
+    """
+    own = torch.stack([when, rounds, torch.full_like(who, rank()), who], dim=1)  # (S, 4)
+    everyone = gather(own)  # (all, 4), this process's after those of the processes before it
+    before = int((everyone[:, 2] < rank()).sum())
+    order = torch.arange(len(everyone))
+    for column in reversed(everyone.unbind(dim=1)):  # by time, round, process, environment
+        order = order[column[order].argsort(stable=True)]
+    order = order - before
+    return torch.where((order >= 0) & (order < len(own)), order, -1)
