@@ -84,6 +84,8 @@ class Args:
     """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
     quality: str = "exact"
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
+    cache: bool = True
+    """Keep compiled scenes on disk; without, they are built anew"""
     max_episode_steps: int = 200
     """Control steps until an episode ends without success"""
     action_chunk: int | None = None
@@ -256,7 +258,7 @@ def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: A
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
     return gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        quality=args.quality, action_chunk=args.action_chunk,
+        quality=args.quality, cache=args.cache, action_chunk=args.action_chunk,
         **{"max_episode_steps": args.max_episode_steps,
            "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
