@@ -20,7 +20,7 @@ FEW = {
     "Libero10": (3, 5, 9),  # a drawer to close, a desk caddy, a microwave
     "Libero90": (5, 21, 40),
 }
-ONE = {suite: ids[:1] for suite, ids in FEW.items()}
+ONE = {suite: ids[:1] for suite, ids in FEW.items()} | {"LiberoSpatial": (0, 4)}  # 4: a bowl in a drawer
 ALL = [(suite, k) for suite in SUITES for k in range(num_tasks(suite))]
 
 

@@ -469,6 +469,8 @@ def _predicate(
 
 def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
     """The figures of LIBERO's placement samplers, in the order in which they place."""
+    from libero.libero.envs.regions.base_region_sampler import InSiteRegionRandomSampler
+
     placements: list[Placement] = []
     for initializer in (
         env.placement_initializer,
@@ -488,6 +490,8 @@ def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
             names = [placement.name for placement in placements]
             reference, inside = arguments.get("reference"), sampler.ensure_object_boundary_in_range
             origin = np.zeros(3) if reference else np.asarray(sampler.reference_pos, float)
+            if isinstance(sampler, InSiteRegionRandomSampler):  # in a drawer: neither a margin nor on its top
+                inside, origin[2] = False, -placements[names.index(str(reference))].top
             placements.append(
                 Placement(
                     name=item.name,
