@@ -223,7 +223,9 @@ def assert_same_learning(run, other):
         assert differences.max() < 1e-6 and (differences < 3e-8).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("script", OWN)
+@pytest.mark.parametrize(
+    "script", [pytest.param(k, marks=[pytest.mark.slow] if k == "ppo_vla" else []) for k in OWN]
+)
 def test_two_processes_learn_what_one_does(script, tmp_path, execute, reward):
     flags = TINY | OWN[script] | {"reward": reward}
     execute(script, **flags, run_dir=tmp_path / "one")
@@ -239,6 +241,7 @@ def test_two_processes_learn_what_one_does(script, tmp_path, execute, reward):
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(tmp_path, execute, reward, monkeypatch):
     """TGRPO, as good as from the start."""
     flags = TINY | {"reward": reward}

@@ -76,7 +76,7 @@ np.savez(scratch / "pictures.npz", **pictures)
 """  # noqa: E501
 
 
-@pytest.mark.parametrize("task_id", [0, 4])
+@pytest.mark.parametrize("task_id", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_exact_pixels_are_liberos(real_assets, tmp_path, task_id):
     """``OffScreenRenderEnv`` in a process of its own, at the same states: every bit is the same."""
     result = child(LIBEROS_PICTURES, tmp_path, real_assets, task_id, STATES, SIZES)

@@ -423,7 +423,7 @@ def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
     assert_same_run(tmp_path / "run", finished(script))
 
 
-@pytest.mark.parametrize(("script", "times"), [("grpo_vla", 1), ("sft_vla", 1), ("tgrpo_vla", 2)])
+@pytest.mark.parametrize(("script", "times"), [("sft_vla", 1), ("grpo_vla", 2)])
 def test_interrupted(script, times, tmp_path, own, resume, finished):
     """Ctrl-C once: the iteration is finished and saved. Twice: the run ends at once."""
     running = process(script, tmp_path, own, **FULL)
@@ -443,7 +443,7 @@ def test_interrupted(script, times, tmp_path, own, resume, finished):
     assert_same_run(tmp_path / "run", finished(script))
 
 
-@pytest.mark.parametrize("script", ["ppo_vla", "sft_vla"])
+@pytest.mark.parametrize("script", ["grpo_vla"])
 def test_a_full_disk(script, start, resume, finished, monkeypatch, capsys):
     """The state of iteration 3 does not fit: one line, and the run goes on from the one before."""
     resource = pytest.importorskip("resource", reason="limits of file sizes are Unix's")
