@@ -34,6 +34,12 @@ def env(request):
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No file is near that a name drawn at random may run as a reward."""
+    monkeypatch.chdir(tmp_path)
+
+
 def is_vector(env):
     return isinstance(env, LiberoVectorEnv)
 
@@ -254,6 +260,15 @@ def test_names_of_rewards(env, reward):
     if not callable(reward):
         assert inside(env)._reward is before
     env.set_reward("binary")
+
+
+@pytest.mark.parametrize("text", ["def g(facts): pass", "raise KeyError('a' + chr(10) + 'b')", "def ("])
+def test_files_of_rewards(env, tmp_path, text):
+    (tmp_path / "file.py").write_text(text, encoding="utf-8")
+    before = inside(env)._reward
+    with refusal():
+        env.set_reward(f"{tmp_path}/file.py:f")
+    assert inside(env)._reward is before
 
 
 # ---- The constructor ---------------------------------------------------------------------------------

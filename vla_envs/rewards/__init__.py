@@ -135,11 +135,13 @@ def resolve_reward(reward: str | Reward) -> Reward:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"reward file {path!r} does not run: {type(error).__name__}: {error}") from error
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"reward file {path!r} does not run: {words}; expected Python code") from error
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"reward file {path!r} has no function {function!r}; it has {names}{nearest(function, names)}"
+            f"reward file {path!r} has no function {function!r}; expected one that it has,"
+            f" {in_short(names)}{nearest(function, names)}"
         )
     return getattr(module, function)
 
