@@ -508,7 +508,11 @@ class OpenVLAPolicy(OpenVLAModel):
         return self.attend(x, mask, both_ways=True)[:, -ACTION_DIM * self.action_chunk - 2 : -2]
 
     def _decode(
-        self, x: Tensor, mask: Tensor | None, temperature: float, generators: list[torch.Generator] | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        generators: list[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 7) and log-probabilities (B, 7) one by one; nothing waits for the device."""
         cache, drawn = Cache(layers=[RoomyLayer() for _ in self.blocks]), []
