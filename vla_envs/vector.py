@@ -160,6 +160,11 @@ class Simulation:
         return np.concatenate(parts).astype(np.float32)
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_reset(
     seed: Any, options: Any, recorded: Sequence[int], learning: bool
 ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
@@ -312,9 +317,7 @@ class LiberoVectorEnv(VectorEnv):
         cache: bool = True,
     ) -> None:
         if num_threads is None:
-            num_threads = (
-                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            )
+            num_threads = available_cores()
         for name, value, least in (
             ("num_envs", num_envs, 1),
             ("image_size", image_size, 8),

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import multiprocessing
-import os
 import pickle
 import signal
 from collections import Counter
@@ -18,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.rewards import Reward
-from vla_envs.vector import LiberoVectorEnv, check_actions, check_reset, spaces
+from vla_envs.vector import LiberoVectorEnv, available_cores, check_actions, check_reset, spaces
 
 
 def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVectorEnv | LiberoWorkersEnv":
@@ -72,8 +71,7 @@ class LiberoWorkersEnv(VectorEnv):
         if len(task_ids) != num_envs:
             raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
         if num_threads is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            num_threads = max(1, cores // workers)
+            num_threads = max(1, available_cores() // workers)
         for name, value in (("image_size", image_size), ("action_chunk", action_chunk)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
