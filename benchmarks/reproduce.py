@@ -1,0 +1,310 @@
+"""The TGRPO paper's Table 1 and its curves at laptop scale: every method on the same tasks, seeds and steps.
+
+What is in --results is not run again, and an interrupted run goes on, so the whole can be done in pieces:
+
+    python benchmarks/reproduce.py --task-ids 4                # one task: about three hours on two cores
+    python benchmarks/reproduce.py                             # everything: more than a day
+    python benchmarks/reproduce.py --heat-map 4 --seeds 1      # alpha1 against alpha2 on task 4
+    python benchmarks/reproduce.py --no-run                    # only table and pictures of what there is
+"""
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rliable import library, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from vla_envs import evaluation
+from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.vector import available_cores
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)  # rliable's way of seeding
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = {
+    "PPO": ["ppo_vla.py"],
+    "GRPO": ["grpo_vla.py"],
+    "TGRPO": ["tgrpo_vla.py"],
+    "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
+    "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
+}
+ALPHAS = (0.0, 0.3, 1.0, 3.0)
+HEAT_MAP = {
+    f"TGRPO {alpha1:g}/{alpha2:g}": ["tgrpo_vla.py", "--alpha1", f"{alpha1:g}", "--alpha2", f"{alpha2:g}"]
+    for alpha1, alpha2 in itertools.product(ALPHAS, ALPHAS)
+    if alpha1 or alpha2
+}
+START = "SFT, the start"
+CURVES = {
+    "charts/success_rate": "success on the recorded init states",
+    "losses/logprob": "mean log-probability of a token",
+    "losses/entropy": "mean entropy of a token (nats)",
+}
+RUN = ["method", "task_id", "seed", "before", "after", "trials", "env_steps", "episodes", "wall_s", "commit"]
+POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
+MINUTES = 12.0  # of a run, as long as nothing was measured
+
+
+@dataclass
+class Args:
+    """Run every method on every task and seed, from the shipped checkpoint, and compare them."""
+
+    results: Path = ROOT / "benchmarks" / "results"
+    """Folder of runs.csv, curves.csv, table.md and the pictures"""
+    out: Path = Path("runs/reproduce")
+    """Folder of the runs themselves"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which of the methods"""
+    task_ids: tuple[int, ...] = tuple(range(10))
+    """Tasks of LIBERO-Object"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds"""
+    heat_map: int | None = None
+    """Instead of all that: pairs of alphas on this task"""
+    total_env_steps: int = 175_000
+    """Control steps of training, the same for all"""
+    jobs: int = available_cores()
+    """Runs side by side; each gets its share of the cores"""
+    run: bool = True
+    """Make the runs that are missing; --no-run only shows what there is"""
+
+
+# ---- Runs --------------------------------------------------------------------------------------------
+
+
+def folder_of(method: str, task_id: int, seed: int, args: Args) -> Path:
+    """Where a run is."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
+    return args.out / f"{name}__{task_id}__{seed}"
+
+
+def play(method: str, task_id: int, seed: int, args: Args) -> None:
+    """Make a run, or go on with one that was interrupted."""
+    folder = folder_of(method, task_id, seed, args)
+    if (folder / "result.json").is_file():
+        return
+    cores = max(1, available_cores() // args.jobs)
+    script, *flags = (METHODS | HEAT_MAP)[method]
+    words = ["--resume", folder] if (folder / "args.json").is_file() else [
+        "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
+        "--total-env-steps", args.total_env_steps, *flags,
+    ]  # fmt: skip
+    log = folder.with_suffix(".log")
+    with open(log, "a") as file:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, words)], stdout=file, stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": str(cores)},
+        )  # fmt: skip
+    if done.returncode:
+        last = log.read_text().replace("\r", "\n").strip().splitlines()[-1:]
+        raise RuntimeError(f"{method}, task {task_id}, seed {seed}: {' '.join(last)} (all of it in {log})")
+
+
+def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A finished run's line of ``runs.csv`` and its lines of ``curves.csv``."""
+    folder = folder_of(method, task_id, seed, args)
+    result = json.loads((folder / "result.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    which = {"method": method, "task_id": task_id, "seed": seed}
+    line = which | {
+        "before": result["success_before"]["successes"], "after": result["success_after"]["successes"],
+        "trials": result["success_after"]["trials"], "env_steps": result["env_steps"],
+        "episodes": result["episodes"], "wall_s": round(result["wall_s"]), "commit": commit.stdout.strip(),
+    }  # fmt: skip
+    events = EventAccumulator(str(folder)).Reload()
+    points = [
+        which | {"tag": tag, "env_steps": event.step, "value": f"{event.value:.4f}"}
+        for tag in CURVES
+        for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])
+    ]
+    return line, points
+
+
+def read_csv(path: Path, like: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a table, its columns of the types of ``like``; none where there is no table."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{k: type(like.get(k, ""))(v) for k, v in line.items()} for line in csv.DictReader(file)]
+
+
+def write_csv(path: Path, columns: list[str], lines: list[dict[str, Any]]) -> None:
+    """A table, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(lines, key=lambda line: [line[c] for c in ("task_id", "method", "seed")]))
+    partial.replace(path)
+
+
+# ---- Table -------------------------------------------------------------------------------------------
+
+
+def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
+    """Successes by method and task, and rliable's aggregates over the runs that all the methods have made."""
+    task_ids = sorted({line["task_id"] for line in lines})
+    rates: dict[str, dict[tuple[int, int], float]] = {}  # by method: by task and seed
+    cells: dict[tuple[str, int], list[tuple[int, int]]] = {}  # by method and task: successes, trials
+    for line in lines:
+        which = line["task_id"], line["seed"]
+        for name, won in ((line["method"], line["after"]), (START, line["before"])):
+            if which not in rates.setdefault(name, {}):  # every method's runs start alike
+                rates[name][which] = won / line["trials"]
+                cells.setdefault((name, line["task_id"]), []).append((won, line["trials"]))
+    shown = [method for method in (START, *methods) if method in rates]
+    common = set.intersection(*(set(rates[method]) for method in shown))
+    seeds = [seed for seed in sorted({s for _, s in common})
+             if all((t, seed) in common for t in {t for t, _ in common})]  # fmt: skip
+    tasks = sorted({t for t, _ in common})
+    scores = {m: np.array([[rates[m][t, s] for t in tasks] for s in seeds]) for m in shown} if seeds else {}
+
+    text = [
+        f"| method | {' | '.join(f'task {t}' for t in task_ids)} | IQM | better than the start |",
+        "| --- |" + " --- |" * (len(task_ids) + 2),
+    ]
+    for method in shown:
+        row = []
+        for task_id in task_ids:
+            won, trials = np.sum(cells.get((method, task_id), [(0, 0)]), axis=0)
+            row.append(evaluation.percent(evaluation.success(np.arange(trials) < won)) if trials else "")
+        row += ["", ""]
+        if seeds:
+            draws = np.random.RandomState(0)
+            point, interval = library.get_interval_estimates(
+                {method: scores[method]}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000,
+                random_state=draws,
+            )  # fmt: skip
+            low, high = interval[method][:, 0]
+            row[-2] = f"{100 * point[method][0]:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+            if method != START:
+                pair = {method: (scores[method], scores[START])}
+                point, interval = library.get_interval_estimates(
+                    pair, metrics.probability_of_improvement, reps=5000, random_state=draws
+                )
+                low, high = np.ravel(interval[method])
+                row[-1] = f"{np.ravel(point[method])[0]:.2f} ({low:.2f} to {high:.2f})"
+        text.append(f"| {method} | {' | '.join(row)} |")
+    tasks_seeds = f"tasks {tasks}, seeds {seeds}" if seeds else "no task and seed that all methods have"
+    text += [
+        "",
+        f"Successes with Wilson 95 % intervals over all runs. IQM (interquartile mean) and the probability of"
+        f" improvement with stratified bootstrap 95 % intervals, by rliable, over {tasks_seeds}.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------
+
+
+def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) -> None:
+    """Mean and range over the runs of every method, against environment steps."""
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.2), layout="constrained")
+    for axis, (tag, name) in zip(axes, CURVES.items()):
+        for method in methods:
+            runs: dict[tuple[int, int], list[tuple[int, float]]] = {}
+            for p in points:
+                if p["method"] == method and p["tag"] == tag:
+                    runs.setdefault((p["task_id"], p["seed"]), []).append((p["env_steps"], p["value"]))
+            if not runs:
+                continue
+            grid = np.linspace(0, min(curve[-1][0] for curve in runs.values()), 50)
+            values = [np.interp(grid, *np.array(curve).T) for curve in runs.values()]
+            (line,) = axis.plot(grid / 1000, np.mean(values, axis=0), linewidth=2, label=method)
+            low, high = np.min(values, axis=0), np.max(values, axis=0)
+            axis.fill_between(grid / 1000, low, high, alpha=0.12, color=line.get_color())
+        axis.set(xlabel="thousand environment steps", title=name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
+    """Success after training by alpha1 and alpha2, the mean over seeds."""
+    grid = np.full((len(ALPHAS), len(ALPHAS)), np.nan)
+    for (row, alpha1), (column, alpha2) in itertools.product(enumerate(ALPHAS), enumerate(ALPHAS)):
+        name = f"TGRPO {alpha1:g}/{alpha2:g}"
+        rates = [line["after"] / line["trials"] for line in lines if line["method"] == name]
+        grid[row, column] = np.mean(rates) if rates else np.nan
+    figure, axis = plt.subplots(figsize=(4.6, 4), layout="constrained")
+    image = axis.imshow(grid, vmin=0, vmax=1, origin="lower", cmap="viridis")
+    for row, column in np.argwhere(np.isfinite(grid)):
+        axis.text(column, row, f"{100 * grid[row, column]:.0f} %", ha="center", va="center", color="white")
+    axis.set(
+        xticks=range(len(ALPHAS)), xticklabels=ALPHAS, xlabel="alpha2 (trajectory)",
+        yticks=range(len(ALPHAS)), yticklabels=ALPHAS, ylabel="alpha1 (step)",
+    )  # fmt: skip
+    figure.colorbar(image, label="success after training")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) -> None:
+    """Table and pictures of the runs so far."""
+    methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
+    if methods:
+        (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
+    if points:
+        draw_curves(points, methods, args.results / "curves.png")
+    if any(line["method"] in HEAT_MAP for line in lines):
+        draw_heat_map(lines, args.results / "heat_map.png")
+
+
+def main(args: Args) -> None:
+    """Make what is missing, ``jobs`` at a time; results are written as they come."""
+    if unknown := set(args.methods) - set(METHODS):
+        raise ValueError(f"methods {sorted(unknown)} are unknown; expected some of {list(METHODS)}")
+    if unknown_tasks := set(args.task_ids) - set(range(10)):
+        raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
+    args.results.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
+    points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
+    methods, task_ids = args.methods, args.task_ids
+    if args.heat_map is not None:
+        methods, task_ids = tuple(HEAT_MAP), (args.heat_map,)
+    known = {(line["method"], line["task_id"], line["seed"]) for line in lines}
+    wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
+              if (each := (method, task_id, seed)) not in known]  # fmt: skip
+    if wanted and args.run:
+        minutes = np.mean([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
+        hours = len(wanted) * minutes / args.jobs / 60
+        print(f"{len(wanted)} runs, {args.jobs} side by side: about {hours:.1f} h at {minutes:.0f} min each")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = {pool.submit(play, *each, args): each for each in wanted}
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
+                    future.result()
+                    line, its_points = read_run(*futures[future], args)
+                    lines, points = lines + [line], points + its_points
+                    write_csv(args.results / "runs.csv", RUN, lines)
+                    write_csv(args.results / "curves.csv", POINT, points)
+                    show(lines, points, args)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    show(lines, points, args)
+    if (args.results / "table.md").is_file():
+        print((args.results / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse_args(Args))
