@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.vector import available_cores
 
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
 #: GiB, from the sizes of weights, adapters and caches, not measured: to act in 8 environments, and to train
@@ -106,7 +107,7 @@ def speed(cache: bool = True) -> tuple[str, str]:
 
 def threads() -> tuple[str, str]:
     """Cores, and what limits their use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     limits = [
         f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
     ]
