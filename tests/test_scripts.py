@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT, words_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sft_vla
@@ -29,7 +30,6 @@ from vla_envs.policies import SHIPPED, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task
 
-ROOT = Path(__file__).parent.parent
 ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla")
 SCRIPTS = (*ONLINE, "sft_vla")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -92,30 +92,9 @@ def own(tmp_path_factory):
     }  # fmt: skip
 
 
-def words_of(flags):
-    """A command line; a flag that is None takes no value, a tuple several."""
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
-
-
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Run a script in this process, as ``__main__``, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def execute(script, **flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words_of(flags)])
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-
-    return execute
-
-
 @pytest.fixture
 def start(execute, own, tmp_path):
-    """The same with the flags of a tiny run; its folder."""
+    """Run a script in this process with the flags of a tiny run; its folder."""
 
     def start(script, name="run", **flags):
         execute(script, **(TINY | own[script] | {"run_dir": tmp_path / name} | flags))
