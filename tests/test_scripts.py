@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import imageio.v2 as imageio
 import numpy as np
@@ -29,6 +30,8 @@ from vla_envs import demonstrations, evaluation, runs
 from vla_envs.policies import SHIPPED, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task
+from vla_envs.vector import LiberoVectorEnv
+from vla_envs.workers import LiberoWorkersEnv
 
 ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla")
 SCRIPTS = (*ONLINE, "sft_vla")
@@ -306,10 +309,24 @@ def test_what_sft_logs(finished):
 
 @every_script
 def test_the_seed_decides(script, start, finished):
-    """The same seed gives the same bits in another process; another seed is another run."""
-    assert_same_run(start(script, **FULL), finished(script))
+    """The same seed gives the same bits in another process, on more threads; another seed is another run."""
+    assert_same_run(start(script, **FULL, num_threads=2), finished(script))
     other = start(script, "other", seed=2, **FULL)
     assert not same(tensors(other, FINAL), tensors(finished(script), FINAL))
+
+
+def test_workers_change_nothing(start, finished, monkeypatch):
+    """Environments in two processes give the same bits as in one."""
+    made, make_vec = [], gym.make_vec
+
+    def make_with_workers(*args, reward, **settings):
+        made.append(make_vec(*args, reward=reward, workers=1 if reward == "binary" else 2, **settings))
+        return made[-1]  # those of the evaluation are not split: starting a process takes seconds
+
+    monkeypatch.setattr(gym, "make_vec", make_with_workers)
+    run = start("tgrpo_vla", **FULL)
+    assert [type(envs.unwrapped) for envs in made] == [LiberoVectorEnv, LiberoWorkersEnv]
+    assert_same_run(run, finished("tgrpo_vla"))
 
 
 # ---- Stopped and resumed -----------------------------------------------------------------------------
