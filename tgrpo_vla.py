@@ -182,14 +182,6 @@ def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
 
 
-def _held(rewards: Tensor, alive: Tensor) -> Tensor:
-    """(T, N) rewards of which a finished member keeps its last."""
-    held = rewards.double().clone()  # (T, N)
-    for t in range(1, len(held)):
-        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])  # (N,)
-    return held
-
-
 def trajectory_advantages(
     rewards: Tensor, alive: Tensor, group_size: int, return_mode: str = "sum"
 ) -> Tensor:
@@ -205,7 +197,10 @@ def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
 
     A finished member keeps its last reward in the statistics; its own advantage is then 0.
     """
-    return group_advantages(_held(rewards, alive), group_size, eps=0.0) * alive  # (T, N)
+    held = rewards.double().clone()  # (T, N)
+    for t in range(1, len(held)):
+        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])  # (N,)
+    return group_advantages(held, group_size, eps=0.0) * alive  # (T, N)
 
 
 def tgrpo_advantages(
@@ -495,7 +490,7 @@ if __name__ == "__main__":
         advantages = tgrpo_advantages(
             rewards, alive, args.group_size, args.alpha1, args.alpha2, args.return_mode
         )  # (T, N)
-        step_part = args.alpha1 * step_advantages(rewards, alive, args.group_size)  # (T, N)
+        step = step_advantages(rewards, alive, args.group_size)  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -516,15 +511,15 @@ if __name__ == "__main__":
             state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started
         groups_std = batch["success"].float().view(-1, args.group_size).std(dim=1)  # (G,)
-        step_std = _held(rewards, alive).unflatten(1, (-1, args.group_size)).std(dim=2)  # (T, G)
+        still = (step == 0).unflatten(1, (-1, args.group_size)).all(dim=2)  # (T, G) all get the same reward
         running = alive.unflatten(1, (-1, args.group_size)).any(dim=2)  # (T, G)
         scalars = {
             **runs.charts(totals, state),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/kept_frac": distributed.mean(groups_std > 0),
-            "group/zero_std_frac": distributed.mean((step_std < 1e-6)[running]),
-            "advantage/step_abs": distributed.mean(step_part[alive].abs()),
-            "advantage/trajectory_abs": distributed.mean((advantages - step_part)[alive].abs()),
+            "group/zero_std_frac": distributed.mean(still[running]),
+            "advantage/step_abs": distributed.mean((args.alpha1 * step)[alive].abs()),
+            "advantage/trajectory_abs": distributed.mean((advantages - args.alpha1 * step)[alive].abs()),
             **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],

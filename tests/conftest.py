@@ -5,14 +5,18 @@ to a temporary folder before any test imports it.
 """
 
 import os
+import runpy
 import signal
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
 import vla_envs  # noqa: F401  (registers the ids)
+
+ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of pytest-xdist's workers share the cores
 if sys.platform == "linux":
@@ -25,6 +29,27 @@ def ctrl_c():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def words_of(flags):
+    """A command line; a flag that is None takes no value, a tuple several."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """A function that runs a script with flags in this process, as ``__main__``, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def execute(script, **flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words_of(flags)])
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+    return execute
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,16 @@
 """Several processes: who plays what, what they exchange, and that two learn what one would."""
 
 import os
-import runpy
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT, words_of
 from test_grpo_vla import NO
 from together import learn
 
@@ -21,7 +20,6 @@ from vla_envs import distributed, runs
 from vla_envs.policies import new_policy
 from vla_envs.policies.openvla import choose
 
-ROOT = Path(__file__).parent.parent
 TINY = {
     "num_iterations": 2, "num_groups": 2, "group_size": 2, "max_episode_steps": 24, "eval_episodes": 1,
     "eval_every": 0, "minibatch_size": 4, "num_threads": 1, "learning_rate": 1e-6,
@@ -165,22 +163,6 @@ def torchrun(folder, *words):
         [*command, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def words_of(flags):
-    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Run a script in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def execute(script, **flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words_of(flags)])
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-
-    return execute
 
 
 @pytest.fixture

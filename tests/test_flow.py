@@ -2,9 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -17,7 +14,6 @@ from vla_envs.policies import SHIPPED, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, make_trainable, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 
-ROOT = Path(__file__).parent.parent
 SMALL = {"action_chunk": 2, "image_size": 32, "width": 16, "depth": 3, "heads": 2, "head_width": 24}
 SENTENCES = ["pick up the milk", "pick up the ketchup", "pick up the butter", "pick up the tomato sauce"]
 NOISES = ("sde", "fixed")
@@ -233,23 +229,23 @@ def test_the_shipped_checkpoint():
 
 
 @pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Run a script in this process on a small flow policy, as ``__main__``; its folder and what it logged."""
+def start(execute, tmp_path):
+    """Run a script in this process on a small flow policy; its folder and what it logged."""
     save_policy(small(action_chunk=8), "flow", tmp_path / "checkpoint")
     (tmp_path / "nearer.py").write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n")
-    monkeypatch.chdir(tmp_path)
+    common = {
+        "policy": "flow", "checkpoint": "checkpoint", "num_iterations": 1, "eval_episodes": 1,
+        "eval_every": 0, "max_episode_steps": 24, "num_threads": 1, "run_dir": "run",
+    }  # fmt: skip
 
-    def execute(script, *words):
-        common = "--policy flow --checkpoint checkpoint --num-iterations 1 --eval-episodes 1 --eval-every 0"
-        common += f" --max-episode-steps 24 --num-threads 1 --run-dir {script}"
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *common.split(), *words])
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-        events = EventAccumulator(script)
+    def start(script, **flags):
+        execute(script, **common | flags)
+        events = EventAccumulator("run")
         events.Reload()
         logged = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
-        return tmp_path / script, logged
+        return tmp_path / "run", logged
 
-    return execute
+    return start
 
 
 def assert_learnt(run):
@@ -261,11 +257,13 @@ def assert_learnt(run):
 
 
 @pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla"])
-def test_online_rl(script, execute):
+def test_online_rl(script, start):
     """PPO needs an iteration more: its critic learns alone at first."""
-    own = {"grpo_vla": "--keep-low 0 --keep-high 1", "ppo_vla": "--critic-warmup 1 --num-iterations 2"}
-    words = f"--num-groups 1 --group-size 2 --reward nearer.py:nearer {own.get(script, '')}"
-    run, logged = execute(script, *words.split())
+    own = {
+        "grpo_vla": {"keep_low": 0, "keep_high": 1}, "ppo_vla": {"critic_warmup": 1, "num_iterations": 2},
+    }  # fmt: skip
+    flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer"}
+    run, logged = start(script, **flags | own.get(script, {}))
     assert_learnt(run)
     assert abs(logged["losses/ratio_first_minibatch"] - 1) < 1e-6 and logged["losses/logprob_gap"] < 1e-3
     expected = (
@@ -274,7 +272,7 @@ def test_online_rl(script, execute):
     assert logged["losses/entropy"] == pytest.approx(expected, abs=1e-4)  # of the steps at temperature 1.2
 
 
-def test_imitation(execute, tmp_path):
+def test_imitation(start, tmp_path):
     (tmp_path / "demos").mkdir()
     rng = np.random.default_rng(0)
     with h5py.File(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", "w") as file:
@@ -282,8 +280,7 @@ def test_imitation(execute, tmp_path):
             file[f"data/demo_{k}/obs/agentview_rgb"] = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
             for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
                 file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (6, width))
-    words = "--demos demos --episodes 1 --iteration-steps 3 --minibatch-size 4"
-    run, logged = execute("sft_vla", *words.split())
+    run, logged = start("sft_vla", demos="demos", episodes=1, iteration_steps=3, minibatch_size=4)
     assert_learnt(run)
     assert 0 < logged["losses/held_out_nll"] < 10
     config = json.loads((run / "checkpoints" / "final" / "config.json").read_text())

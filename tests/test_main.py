@@ -20,7 +20,7 @@ def run(*words):
 def test_the_doctor_finds_nothing_to_do():
     out, _, status = run("doctor")
     lines = {line.split()[1]: line for line in out.splitlines()}
-    assert status == 0 and "TO DO" not in out
+    assert status == 0 and "mend" not in out
     assert list(lines) == [
         "versions", "opengl", "picture", "speed", "threads", "memory", "gpu", "assets", "cache"
     ]  # fmt: skip
@@ -35,8 +35,8 @@ def test_a_wrong_version_and_no_opengl_are_named_and_the_rest_is_still_checked(m
     monkeypatch.setattr("vla_envs.render.opengl", lambda: 1 / 0)
     assert main.doctor() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and lines[0].startswith("TO DO  versions")
-    assert "mujoco 3.9.0 instead of ==3.3.2" in lines[0] and lines[1].startswith("TO DO  opengl")
+    assert len(lines) == 9 and lines[0].startswith("mend  versions")
+    assert "mujoco 3.9.0 instead of ==3.3.2" in lines[0] and lines[1].startswith("mend  opengl")
     assert lines[-1].startswith("ok")
 
 
@@ -47,7 +47,7 @@ def test_without_pytorch_the_rest_is_still_checked():
         "import vla_envs.__main__ as main; print('exit', main.doctor())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
-    assert [line[:15].strip() for line in out if line.startswith("TO DO")] == ["TO DO  gpu"]
+    assert [line[:14].strip() for line in out if line.startswith("mend")] == ["mend  gpu"]
     assert "pip install" in next(line for line in out if "gpu" in line) and out[-1] == "exit 1"
 
 
@@ -62,7 +62,7 @@ def test_requirements_are_the_packages(monkeypatch, needed):
         assert main.versions()[0] == "ok"
     else:
         state, words = main.versions()
-        assert state == "TO DO" and needed[0].split(">")[0] in words and "pip install" in words
+        assert state == "mend" and needed[0].split(">")[0] in words and "pip install" in words
 
 
 def test_pictures_that_are_empty_or_another(monkeypatch):
@@ -75,7 +75,7 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
 
     monkeypatch.setattr("gymnasium.make", lambda *args, **kwargs: Env())
     picture = np.zeros((128, 128, 3), np.uint8)
-    assert main.picture()[0] == "TO DO"
+    assert main.picture()[0] == "mend"
     picture = np.arange(128 * 128 * 3, dtype=np.uint8).reshape(128, 128, 3)
     state, words = main.picture()
     assert state == "note" and "harmless" in words and main.PICTURE in words
@@ -84,7 +84,7 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
 @pytest.mark.parametrize(
     ("free", "state", "words"),
     [
-        (0.5, "TO DO", "nano needs 1 GiB"),
+        (0.5, "mend", "nano needs 1 GiB"),
         (1.5, "ok", "nano acts, openvla needs 32"),
         (64, "ok", "openvla trains"),
     ],

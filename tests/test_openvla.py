@@ -642,6 +642,17 @@ def test_damaged_checkpoints(damaged):
     assert INDEX in refusal(damaged)
 
 
+@pytest.mark.parametrize("name", ["config.json", INDEX, "dataset_statistics.json"])
+def test_damaged_json_is_named(name, damaged, monkeypatch):
+    file = damaged / name
+    whole = file.read_text()
+    monkeypatch.setattr("vla_envs.policies.MOST_JSON", 10**5)
+    for text in (whole[: len(whole) // 2], "", "[]", whole + " " * 10**5):
+        file.write_text(text)
+        assert f"{str(file)!r} is damaged" in refusal(damaged)
+    assert "expected at most 100000" in refusal(damaged)
+
+
 def test_weights_that_do_not_fit_or_are_not_finite(damaged):
     file = damaged / json.loads((damaged / INDEX).read_text())["weight_map"]["projector.fc1.bias"]
     tensors = safetensors.torch.load_file(file)

@@ -5,13 +5,12 @@ import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, words_of
 
 from vla_envs import report, rewards, runs
 
-ROOT = Path(__file__).parent.parent
 TINY = {
     "num_iterations": 2, "eval_every": 1, "eval_episodes": 2, "max_episode_steps": 24, "num_threads": 1,
     "num_groups": 1, "group_size": 2, "minibatch_size": 4,
@@ -26,10 +25,7 @@ def folder(tmp_path_factory):
 
     def run(script, name, **flags):
         flags = TINY | {"run_dir": folder / name, "reward": f"{folder / 'nearer.py'}:nearer"} | flags
-        words = [
-            word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))
-        ]
-        patch.setattr(sys, "argv", [script, *words])
+        patch.setattr(sys, "argv", [script, *words_of(flags)])
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -183,9 +179,8 @@ def test_damaged_runs(folder, tmp_path, monkeypatch, capsys, file, contents, wor
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, flags, words):
-    words_of = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
     with pytest.raises(SystemExit) as exit_:
-        write(monkeypatch, capsys, folder / "finished", *words_of)
+        write(monkeypatch, capsys, folder / "finished", *words_of(flags))
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith("error:") and error.count("\n") == 1 and words in error
 

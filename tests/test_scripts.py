@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT, words_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sft_vla
@@ -28,12 +30,20 @@ from vla_envs import demonstrations, evaluation, runs
 from vla_envs.policies import SHIPPED, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task
+from vla_envs.vector import LiberoVectorEnv
+from vla_envs.workers import LiberoWorkersEnv
 
-ROOT = Path(__file__).parent.parent
 ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla")
 SCRIPTS = (*ONLINE, "sft_vla")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_online_script = pytest.mark.parametrize("script", ONLINE)
+#: For what the scripts share line by line, or have from ``vla_envs.runs``: the others with ``-m slow``.
+one_script, one_online_script = (
+    pytest.mark.parametrize(
+        "script", [first, *(pytest.param(script, marks=pytest.mark.slow) for script in others)]
+    )
+    for first, *others in (SCRIPTS, ONLINE)
+)
 
 TINY = {
     "num_iterations": 2, "eval_episodes": 2, "eval_every": 0, "max_episode_steps": 24, "num_threads": 1,
@@ -92,30 +102,9 @@ def own(tmp_path_factory):
     }  # fmt: skip
 
 
-def words_of(flags):
-    """A command line; a flag that is None takes no value, a tuple several."""
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
-
-
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Run a script in this process, as ``__main__``, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def execute(script, **flags):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words_of(flags)])
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-
-    return execute
-
-
 @pytest.fixture
 def start(execute, own, tmp_path):
-    """The same with the flags of a tiny run; its folder."""
+    """Run a script in this process with the flags of a tiny run; its folder."""
 
     def start(script, name="run", **flags):
         execute(script, **(TINY | own[script] | {"run_dir": tmp_path / name} | flags))
@@ -153,19 +142,16 @@ def resume(execute):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, own):
-    """A function of the script: the folder of a whole run by a process of its own."""
-    folders = {}
-
-    def finished(script):
-        if script not in folders:
-            folder = tmp_path_factory.mktemp(script)
-            running = process(script, folder, own, **FULL)
-            _, error = running.communicate(timeout=300)
-            assert running.returncode == 0, error
-            folders[script] = folder / "run"
-        return folders[script]
-
-    return finished
+    """A function of the script: the folder of a whole run; all by one process, as its start takes seconds."""
+    folder = tmp_path_factory.mktemp("finished")
+    lines = [
+        [str(ROOT / f"{script}.py"), *words_of(TINY | FULL | own[script] | {"run_dir": folder / script})]
+        for script in SCRIPTS
+    ]
+    program = f"import runpy, sys\nfor sys.argv in {lines}: runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return lambda script: folder / script
 
 
 # ---- Reading what it left ----------------------------------------------------------------------------
@@ -231,6 +217,8 @@ def test_import_runs_nothing(script, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["pytest", "--no-such-flag"])
     module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")
     assert callable(module["evaluate"]) and capfd.readouterr() == ("", "")
+    text = (ROOT / f"{script}.py").read_text()
+    assert not re.search(rf"^ *(import|from) ({'|'.join(SCRIPTS)})\b", text, re.MULTILINE)  # copied alone
 
 
 @every_script
@@ -327,10 +315,24 @@ def test_what_sft_logs(finished):
 
 @every_script
 def test_the_seed_decides(script, start, finished):
-    """The same seed gives the same bits in another process; another seed is another run."""
-    assert_same_run(start(script, **FULL), finished(script))
+    """The same seed gives the same bits in another process, on more threads; another seed is another run."""
+    assert_same_run(start(script, **FULL, num_threads=2), finished(script))
     other = start(script, "other", seed=2, **FULL)
     assert not same(tensors(other, FINAL), tensors(finished(script), FINAL))
+
+
+def test_workers_change_nothing(start, finished, monkeypatch):
+    """Environments in two processes give the same bits as in one."""
+    made, make_vec = [], gym.make_vec
+
+    def make_with_workers(*args, reward, **settings):
+        made.append(make_vec(*args, reward=reward, workers=1 if reward == "binary" else 2, **settings))
+        return made[-1]  # those of the evaluation are not split: starting a process takes seconds
+
+    monkeypatch.setattr(gym, "make_vec", make_with_workers)
+    run = start("tgrpo_vla", **FULL)
+    assert [type(envs.unwrapped) for envs in made] == [LiberoVectorEnv, LiberoWorkersEnv]
+    assert_same_run(run, finished("tgrpo_vla"))
 
 
 # ---- Stopped and resumed -----------------------------------------------------------------------------
@@ -380,7 +382,7 @@ def stop(start, monkeypatch, script, moment, *details, **flags):
 
 
 @every_script
-@pytest.mark.parametrize("iteration", [1, 3])
+@pytest.mark.parametrize("iteration", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     script, iteration, start, resume, finished, monkeypatch
 ):
@@ -391,7 +393,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(run, finished(script))
 
 
-@every_script
+@one_script
 def test_stopped_while_saving(script, start, resume, finished, monkeypatch):
     run = stop(start, monkeypatch, script, stop_between_renames, 3, **FULL)
     left = {path.name for path in (run / "checkpoints").iterdir()} - {"best"}
@@ -401,7 +403,7 @@ def test_stopped_while_saving(script, start, resume, finished, monkeypatch):
     assert_same_run(run, finished(script))
 
 
-@every_script
+@one_script
 def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
     running = process(script, tmp_path, own, **FULL)
     counters = tmp_path / "run" / "checkpoints" / "latest" / "counters.json"
@@ -423,24 +425,41 @@ def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
     assert_same_run(tmp_path / "run", finished(script))
 
 
-@pytest.mark.parametrize(("script", "times"), [("sft_vla", 1), ("grpo_vla", 2)])
-def test_interrupted(script, times, tmp_path, own, resume, finished):
-    """Ctrl-C once: the iteration is finished and saved. Twice: the run ends at once."""
-    running = process(script, tmp_path, own, **FULL)
+def test_interrupted(start, resume, finished, monkeypatch, capsys):
+    """Ctrl-C once: the run ends when its state has been saved."""
+    make_writer = runs.make_writer
+
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        return make_writer(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "make_writer", interrupt)
+        with pytest.raises(SystemExit) as exit_:
+            start("sft_vla", **FULL)
+    run, error = Path("run").absolute(), capsys.readouterr().err
+    assert exit_.value.code == 130 and f"go on with --resume {run}" in error
+    assert not (run / "result.json").exists()
+    resume("sft_vla", run)
+    assert_same_run(run, finished("sft_vla"))
+
+
+def test_interrupted_twice(tmp_path, own, resume, finished):
+    """The run ends at once."""
+    running = process("grpo_vla", tmp_path, own, **FULL)
     while not list(tmp_path.glob("run/events.*")):  # the run's folder is complete
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.002)
     error = ""
-    for _ in range(times):
+    for _ in range(2):
         running.send_signal(signal.SIGINT)
         while "Ctrl-C: the run ends" not in error:
             error += running.stderr.readline()
     error += running.communicate(timeout=60)[1]
-    assert running.returncode == 130 and "Traceback" not in error, error
-    assert (f"go on with --resume {tmp_path / 'run'}" in error) == (times == 1)
+    assert running.returncode == 130 and "Traceback" not in error and "go on with" not in error, error
     assert not (tmp_path / "run" / "result.json").exists()
-    resume(script, tmp_path / "run")
-    assert_same_run(tmp_path / "run", finished(script))
+    resume("grpo_vla", tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished("grpo_vla"))
 
 
 @pytest.mark.parametrize("script", ["grpo_vla"])
@@ -521,23 +540,17 @@ def test_a_loss_that_is_not_finite(script, start, resume, capfd):
         start(script, **flags)
     expected = (
         f"error: iteration {failing}, last good state in {Path('run').absolute()}/checkpoints/latest:"
-        " the loss is nan; expected a finite number\n"
+        " the loss is nan; expected a finite number"
     )
-    assert exit_.value.code == 1 and expected in capfd.readouterr().err
+    error = capfd.readouterr().err
+    lines = [line for line in re.split(r"[\r\n]|\x1b\[A", error) if line.strip()]
+    others = [line for line in lines if not re.fullmatch(r"\w+: .*\| .*00:\d\d<.*", line) or "error" in line]
+    assert exit_.value.code == 1 and others == [expected], error  # beside the progress bar
     assert read_json(Path("run/checkpoints/latest/counters.json"))["iteration"] == failing - 1
     assert not Path("run/result.json").exists()
     with pytest.raises(SystemExit) as exit_:
         resume(script, Path("run").absolute())
     assert exit_.value.code == 1 and expected in capfd.readouterr().err  # it loads, and goes the same way
-
-
-def test_a_loss_that_is_not_finite_is_one_line_of_its_own(tmp_path, own):
-    running = process("tgrpo_vla", tmp_path, own, learning_rate=1e30)
-    _, error = running.communicate(timeout=300)
-    lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip()]
-    others = [line for line in lines if not re.fullmatch(r"TGRPO: .*\| 00:\d\d<.*", line) or "error" in line]
-    assert running.returncode == 1 and len(others) == 1, error
-    assert others[0].startswith("error: iteration 1, last good state in ")
 
 
 def test_weights_that_have_run_away(start, capfd):
@@ -592,10 +605,12 @@ def test_a_good_policy_against_a_spoilt_one(start, finished):
     assert compared["paired"]["only_first"] == won and compared["paired"]["difference"] == won / 4
 
 
-@every_script
 @pytest.mark.parametrize(
-    ("protocol", "episodes", "temperature", "limit", "size"),
-    [("lerobot", 10, 1.2, 280, 128), ("openvla", 50, 0.0, 280, 256)],
+    ("script", "protocol", "episodes", "temperature", "limit", "size"),
+    [
+        *((script, "lerobot", 10, 1.2, 280, 128) for script in SCRIPTS),
+        ("tgrpo_vla", "openvla", 50, 0.0, 280, 256),
+    ],
 )
 def test_a_protocol_sets_the_evaluation(
     script, protocol, episodes, temperature, limit, size, execute, own, monkeypatch
@@ -767,7 +782,7 @@ def test_several_tasks(script, start, capfd):
     assert "; task 7: 0; task 4: 0" in out and "  task 4: 0 -> 0/2" in out
 
 
-@every_online_script
+@one_online_script
 def test_one_adapter_above_those_of_the_tasks(script, start, tmp_path, capfd):
     """The tasks' adapters are left alone; what is trained lies above both, and merges with each."""
     folders = []

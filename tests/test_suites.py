@@ -27,27 +27,24 @@ ALL = [(suite, k) for suite in SUITES for k in range(num_tasks(suite))]
 def tasks(default):
     """All 130, of which those in ``default`` are not slow."""
     return [
-        pytest.param(*task, marks=[] if task[1] in default.get(task[0], ()) else [pytest.mark.slow])
+        pytest.param(task, marks=[] if task[1] in default.get(task[0], ()) else [pytest.mark.slow])
         for task in ALL
     ]
 
 
-@pytest.fixture
-def twins(libero):
-    """A function of suite and task id: LIBERO's own environment, just reset, and the scene of ours."""
+@pytest.fixture(scope="module")
+def twins(request, libero):
+    """Of a suite and task id: LIBERO's own environment and the scene of ours.
+
+    It takes seconds to build, so the tests of a task, which pytest runs one after the other, share it.
+    """
     from libero.libero.envs.env_wrapper import ControlEnv
 
-    made = []
-
-    def twins(suite, task_id):
-        bddl_file = str(get_task(suite, task_id).bddl_file)
-        made.append(ControlEnv(bddl_file_name=bddl_file, use_camera_obs=False, has_offscreen_renderer=False))
-        made[-1].env.reset()
-        return made[-1], load_scene(suite, task_id)
-
-    yield twins
-    for env in made:
-        env.close()
+    bddl_file = str(get_task(*request.param).bddl_file)
+    env = ControlEnv(bddl_file_name=bddl_file, use_camera_obs=False, has_offscreen_renderer=False)
+    env.env.reset()
+    yield env, load_scene(*request.param)
+    env.close()
 
 
 def put_fixtures(env, model, data):
@@ -65,13 +62,14 @@ def predicates(env):
     return [bool(env.env._eval_predicate(w)) for w in order + [w for w in words if w[0] == "close"]]
 
 
-@pytest.mark.parametrize(("suite", "task_id"), tasks(FEW))
-def test_parity(twins, suite, task_id):
+@pytest.mark.parametrize("twins", tasks(FEW), ids=str, indirect=True)
+def test_parity(twins):
     """Settling, then free motion: the arm to 1e-9 after one control step and to 1e-6 after twenty.
 
     What lies on something else is held looser: robosuite solves a landing's contacts thrice, we once.
     """
-    env, scene = twins(suite, task_id)
+    env, scene = twins
+    suite, task_id = scene.task.suite, scene.task.task_id
     state_id = 7 * task_id % 50
     envs = LiberoVectorEnv(1, suite, task_id, image_size=16, num_threads=1)
     envs.reset(options={"init_state_id": state_id})
@@ -115,11 +113,11 @@ def shuffle(scene, data, rng):
     mujoco.mj_forward(model, data)
 
 
-@pytest.mark.parametrize(("suite", "task_id"), tasks(FEW))
-def test_predicates(twins, suite, task_id):
+@pytest.mark.parametrize("twins", tasks(FEW), ids=str, indirect=True)
+def test_predicates(twins):
     """The same states, given to LIBERO's predicates and to ours; each predicate is both true and false."""
-    env, scene = twins(suite, task_id)
-    rng, simulation, results = np.random.default_rng(task_id), Simulation(scene), []
+    env, scene = twins
+    rng, simulation, results = np.random.default_rng(scene.task.task_id), Simulation(scene), []
     data = simulation.data
     for trial in range(150):
         if trial % 30 == 0:
@@ -160,10 +158,11 @@ def placed_by_libero(env, scene):
     return {model.body(name).id: pose for name, pose in poses.items()}, joints
 
 
-@pytest.mark.parametrize(("suite", "task_id"), tasks(ONE))
-def test_placements(twins, suite, task_id):
+@pytest.mark.parametrize("twins", tasks(ONE), ids=str, indirect=True)
+def test_placements(twins):
     """Poses of objects and fixtures and positions of drawers, beside LIBERO's own: the same distributions."""
-    env, scene = twins(suite, task_id)
+    env, scene = twins
+    env.env.reset()
     model, rng, count = scene.model, np.random.default_rng(1), 150
     np.random.seed(1)  # noqa: NPY002  (what LIBERO places objects with)
     ours = np.array([scene.sample_init_state(rng) for _ in range(count)])
@@ -184,10 +183,10 @@ def test_placements(twins, suite, task_id):
         assert pvalue > 1e-5, (column, ours[:3, column], theirs[:3])
 
 
-@pytest.mark.parametrize(("suite", "task_id"), tasks(ONE))
-def test_resets(suite, task_id):
+@pytest.mark.parametrize("task", tasks(ONE), ids=str)
+def test_resets(task):
     """A group shares the whole scene, fixtures included, to the pixel; each recorded state comes to rest."""
-    envs = LiberoVectorEnv(4, suite, task_id, image_size=64, wrist_camera=True)
+    envs = LiberoVectorEnv(4, *task, image_size=64, wrist_camera=True)
     obs, _ = envs.reset(seed=[5, 5, 6, 5])
     for array in obs.values():
         assert np.array_equal(array[0], array[1]) and np.array_equal(array[0], array[3])

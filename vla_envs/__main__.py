@@ -1,6 +1,6 @@
 """What works here, and what to do where something does not.
 
-python -m vla_envs doctor        # one line a check; exit status 1 when something is to be done
+python -m vla_envs doctor        # one line a check; exit status 1 when something is to be mended
 python -m vla_envs cache show    # compiled scenes on disk
 python -m vla_envs cache clear   # remove them: they are built anew when they are needed
 """
@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.vector import available_cores
 
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
 #: GiB, from the sizes of weights, adapters and caches, not measured: to act in 8 environments, and to train
@@ -29,7 +30,7 @@ NEEDS = {"nano": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0
 NEEDS_ON_CPU = {"nano": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
 INSTALL = "pip install -e . in the repository"
 
-OK, NOTE, TODO = "ok", "note", "TO DO"
+OK, NOTE, MEND = "ok", "note", "mend"
 
 
 def versions() -> tuple[str, str]:
@@ -37,7 +38,7 @@ def versions() -> tuple[str, str]:
     try:
         known = importlib.metadata.metadata("vla_envs")
     except importlib.metadata.PackageNotFoundError:
-        return TODO, f"vla_envs is not installed, so which versions it needs is unknown: {INSTALL}"
+        return MEND, f"vla_envs is not installed, so which versions it needs is unknown: {INSTALL}"
     python, wrong, found = platform.python_version(), [], {}
     if not SpecifierSet(known["Requires-Python"] or "").contains(python, prereleases=True):
         wrong.append(f"Python {python} instead of {known['Requires-Python']}")
@@ -51,7 +52,7 @@ def versions() -> tuple[str, str]:
         except importlib.metadata.PackageNotFoundError:
             wrong.append(f"{requirement.name} is missing")
     if wrong:
-        return TODO, f"{'; '.join(wrong)}: {INSTALL}"
+        return MEND, f"{'; '.join(wrong)}: {INSTALL}"
     shown = ("mujoco", "robosuite", "hf-libero", "torch", "gymnasium", "numpy", "numba")
     return OK, ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
 
@@ -76,7 +77,7 @@ def picture(cache: bool = True) -> tuple[str, str]:
     env.close()
     if obs["image"].std() < 10:
         return (
-            TODO,
+            MEND,
             "OpenGL draws nothing: try MUJOCO_GL=osmesa (apt-get install libosmesa6), or another driver",
         )
     checksum = hashlib.sha256(obs["image"].tobytes()).hexdigest()[:12]
@@ -106,7 +107,7 @@ def speed(cache: bool = True) -> tuple[str, str]:
 
 def threads() -> tuple[str, str]:
     """Cores, and what limits their use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     limits = [
         f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
     ]
@@ -121,7 +122,7 @@ def memory() -> tuple[str, str]:
     free, total = _memory()
     words = f"{free:.0f} of {total:.0f} GiB free; without a GPU: {_fits(free, NEEDS_ON_CPU)}"
     if free < NEEDS_ON_CPU["nano"][0]:
-        return TODO, f"{words}: close other programs"
+        return MEND, f"{words}: close other programs"
     return OK, words
 
 
@@ -212,7 +213,7 @@ class Cache:
 
 
 def doctor(use_cache: bool = True) -> int:
-    """Print one line a check; 1 when something is to be done, else 0."""
+    """Print one line a check; 1 when something is to be mended, else 0."""
     checks: dict[str, Callable[[], tuple[str, str]]] = {
         "versions": versions, "opengl": opengl, "picture": lambda: picture(use_cache),
         "speed": lambda: speed(use_cache), "threads": threads, "memory": memory, "gpu": gpu,
@@ -223,11 +224,11 @@ def doctor(use_cache: bool = True) -> int:
         try:
             state, words = check()
         except Exception as error:  # whatever it is, the other checks still run
-            state, words = TODO, " ".join(str(error).split()) or type(error).__name__
+            state, words = MEND, " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ModuleNotFoundError):
                 words += f": {INSTALL}"
-        worst = max(worst, int(state == TODO))
-        print(f"{state:5}  {name:8}  {words}", flush=True)
+        worst = max(worst, int(state == MEND))
+        print(f"{state:4}  {name:8}  {words}", flush=True)
     return worst
 
 

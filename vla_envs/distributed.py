@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vla_envs.vector import available_cores
+
 NumberT = TypeVar("NumberT", float, Tensor)
 BUCKET = 2**24  # numbers of a gradient that are exchanged at once (64 MiB)
 
@@ -62,8 +64,7 @@ def num_threads(given: int | None) -> int | None:
     if given is not None:
         return given
     processes = _variable("LOCAL_WORLD_SIZE", 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes) if processes > 1 else None
+    return max(1, available_cores() // processes) if processes > 1 else None
 
 
 def start(device: str) -> None:

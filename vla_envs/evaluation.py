@@ -8,7 +8,6 @@ from typing import Any
 import imageio.v2 as imageio
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from vla_envs.distributed import only_first
@@ -79,6 +78,12 @@ def seen(obs: dict[str, Any], protocol: str | None, policy: Any = None) -> dict[
 # ---- Figures -----------------------------------------------------------------------------------------
 
 
+def _binomtest(successes: int, trials: int) -> Any:
+    from scipy.stats import binomtest  # takes a second, so only where it is used
+
+    return binomtest(successes, trials)
+
+
 def success(outcomes: ArrayLike, task_ids: Sequence[int] = ()) -> dict[str, Any]:
     """The success rate of outcomes (E,) with its Wilson interval (95 %), as ``result.json`` has it.
 
@@ -86,7 +91,7 @@ def success(outcomes: ArrayLike, task_ids: Sequence[int] = ()) -> dict[str, Any]
     """
     won = np.asarray(outcomes, bool)
     successes, trials = int(won.sum()), len(won)
-    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    low, high = _binomtest(successes, trials).proportion_ci(method="wilson")
     result = {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
     if len(task_ids) > 1:
         parts = np.split(won, len(task_ids))
@@ -118,7 +123,7 @@ def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing, low, high, p_value = only_first + only_second, 0.0, 0.0, 1.0
     if differing:
-        test = binomtest(only_first, differing)
+        test = _binomtest(only_first, differing)
         low, high = ((2 * p - 1) * differing / len(first) for p in test.proportion_ci(method="wilson"))
         p_value = float(test.pvalue)
     return {

@@ -165,6 +165,27 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise a ValueError unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {in_short(value)}; expected an int of at least {least}")
+
+
+def check_tasks(suite: str, task_id: Any, num_envs: int) -> list[Any]:
+    """The task of every environment, of ``task_id`` as ``LiberoVectorEnv`` takes it.
+
+    Raises:
+        ValueError: When there is no such task, or not one for each of ``num_envs``.
+    """
+    several = isinstance(task_id, Sequence) or (isinstance(task_id, np.ndarray) and task_id.ndim > 0)
+    task_ids = list(task_id) if several else [task_id] * num_envs
+    for each in task_ids:
+        get_task(suite, each)
+    if len(task_ids) != num_envs:
+        raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
+    return task_ids
+
+
 def check_reset(
     seed: Any, options: Any, recorded: Sequence[int], learning: bool
 ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
@@ -246,7 +267,13 @@ def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> ND
 
 
 def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
-    """Observation and action space of one environment."""
+    """Observation and action space of one environment.
+
+    Raises:
+        ValueError: When a size, as ``LiberoVectorEnv`` takes it, does not fit.
+    """
+    check_int("image_size", image_size, 8)
+    check_int("action_chunk", action_chunk, 1)
     picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
     names = ["image", "wrist_image"] if wrist_camera else ["image"]
     observation = gym.spaces.Dict(
@@ -320,14 +347,11 @@ class LiberoVectorEnv(VectorEnv):
             num_threads = available_cores()
         for name, value, least in (
             ("num_envs", num_envs, 1),
-            ("image_size", image_size, 8),
-            ("action_chunk", action_chunk, 1),
             ("max_episode_steps", max_episode_steps, 1),
             ("num_threads", num_threads, 1),
             ("settle_steps", settle_steps, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} is {in_short(value)}; expected an int of at least {least}")
+            check_int(name, value, least)
         real = isinstance(settle_gripper, int | float | np.number) and not isinstance(settle_gripper, bool)
         if not real or not -1.0 <= settle_gripper <= 1.0:
             raise ValueError(f"settle_gripper is {in_short(settle_gripper)}; expected a number from -1 to 1")
@@ -338,19 +362,18 @@ class LiberoVectorEnv(VectorEnv):
             raise ValueError(f"render_mode is {in_short(render_mode)}; expected 'rgb_array' or None")
         if not isinstance(assets, str | os.PathLike):
             raise ValueError(f"assets is {in_short(assets)}; expected 'builtin', 'libero' or a folder")
-        several = isinstance(task_id, Sequence) or (isinstance(task_id, np.ndarray) and task_id.ndim > 0)
-        task_ids: list[Any] = list(task_id) if several else [task_id] * num_envs  # type: ignore[arg-type]
-        for each in task_ids:
-            get_task(suite, each)
-        if len(task_ids) != num_envs:
-            raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
-
+        task_ids = check_tasks(suite, task_id, num_envs)
         modes = [mode.value for mode in AutoresetMode]
         if not isinstance(autoreset_mode, AutoresetMode) and not (
             isinstance(autoreset_mode, str) and autoreset_mode in modes
         ):
             raise ValueError(f"autoreset_mode is {in_short(autoreset_mode)}; expected one of {modes}")
 
+        self.single_observation_space, self.single_action_space = spaces(
+            image_size, wrist_camera, action_chunk
+        )
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks for it
         self.image_size, self.action_chunk, self.max_episode_steps = (
@@ -383,12 +406,6 @@ class LiberoVectorEnv(VectorEnv):
         self.stages: Counter[str] = Counter()
         for scene in scenes.values():
             self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
-
-        self.single_observation_space, self.single_action_space = spaces(
-            image_size, wrist_camera, action_chunk
-        )
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
         self._obs = {

@@ -17,7 +17,15 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.rewards import Reward
-from vla_envs.vector import LiberoVectorEnv, available_cores, check_actions, check_reset, spaces
+from vla_envs.vector import (
+    LiberoVectorEnv,
+    available_cores,
+    check_actions,
+    check_int,
+    check_reset,
+    check_tasks,
+    spaces,
+)
 
 
 def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVectorEnv | LiberoWorkersEnv":
@@ -34,8 +42,7 @@ def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVector
     Raises:
         ValueError: For an argument that does not exist or does not fit; says what was expected.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int | np.integer) or workers < 1:
-        raise ValueError(f"workers is {workers!r}; expected an int of at least 1")
+    check_int("workers", workers, 1)
     if workers == 1:
         return LiberoVectorEnv(num_envs, **arguments)
     return LiberoWorkersEnv(num_envs, int(workers), **arguments)
@@ -57,6 +64,7 @@ class LiberoWorkersEnv(VectorEnv):
         num_envs: int,
         workers: int,
         *,
+        suite: str = "LiberoObject",
         task_id: int | Sequence[int] = 0,
         image_size: int = 128,
         action_chunk: int = 1,
@@ -65,16 +73,12 @@ class LiberoWorkersEnv(VectorEnv):
         reward: str | Reward = "binary",
         **arguments: Any,
     ) -> None:
-        if not isinstance(num_envs, int | np.integer) or num_envs < workers:
-            raise ValueError(f"num_envs is {num_envs!r}; expected at least one for each of {workers} workers")
-        task_ids = list(task_id) if isinstance(task_id, Sequence | np.ndarray) else [task_id] * num_envs
-        if len(task_ids) != num_envs:
-            raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
+        check_int("num_envs", num_envs, 1)
+        if num_envs < workers:
+            raise ValueError(f"num_envs is {num_envs}; expected at least one for each of {workers} workers")
+        task_ids = check_tasks(suite, task_id, num_envs)
         if num_threads is None:
             num_threads = max(1, available_cores() // workers)
-        for name, value in (("image_size", image_size), ("action_chunk", action_chunk)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
         self.num_envs = num_envs
         self.image_size, self.action_chunk = image_size, action_chunk
         self.single_observation_space, self.single_action_space = spaces(
@@ -99,9 +103,9 @@ class LiberoWorkersEnv(VectorEnv):
                     target=_work,
                     args=(theirs, memory, self.observation_space, part),
                     kwargs=arguments
-                    | {"num_envs": part.stop - part.start, "task_id": task_ids[part], "reward": reward}
+                    | {"num_envs": part.stop - part.start, "suite": suite, "task_id": task_ids[part]}
                     | {"image_size": image_size, "action_chunk": action_chunk}
-                    | {"wrist_camera": wrist_camera, "num_threads": num_threads},
+                    | {"wrist_camera": wrist_camera, "num_threads": num_threads, "reward": reward},
                     daemon=True,
                 )
                 try:

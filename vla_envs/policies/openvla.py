@@ -7,7 +7,6 @@ it). Torch and transformers' Llama only; modules have the names of the published
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vla_envs.policies import read_json, write_json
 from vla_envs.policies.nano import draw
 from vla_envs.policies.pictures import openvla_pixels
 
@@ -62,7 +62,7 @@ class OpenVLAConfig:
     @classmethod
     def read(cls, folder: Path) -> "OpenVLAConfig":
         """Of a checkpoint's ``config.json``; towers of other sizes have entries ``dino`` and ``siglip``."""
-        stored = json.loads((folder / "config.json").read_text())
+        stored = read_json(folder / "config.json")
         towers = {name: ViTConfig(**stored[name]) for name in ("dino", "siglip") if name in stored}
         return cls(**towers, llm=LlamaConfig(**stored["text_config"]))
 
@@ -306,7 +306,7 @@ def read_weights(model: OpenVLAModel, folder: Path) -> None:
         ValueError: When one is missing, has another shape or belongs to nothing known.
     """
     targets = dict(model.named_parameters())
-    files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(safetensors.safe_open(str(folder / file), "pt")) for file in files]
         holders = {name: shard for shard in shards for name in shard.keys()}
@@ -337,7 +337,7 @@ def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float =
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         safetensors.torch.save_file(shard, folder / file, metadata={"format": "pt"})
         index["weight_map"] |= dict.fromkeys(shard, file)
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
 
 
 # ---- The policy --------------------------------------------------------------------------------------
@@ -361,11 +361,11 @@ def action_statistics(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray
     """q01, q99 and mask (7,) of the one LIBERO suite that a checkpoint was trained on.
 
     Raises:
-        ValueError: When there is none, or more than one.
+        ValueError: When there is none, or more than one, or a file is damaged.
     """
     file = folder / "dataset_statistics.json"
-    stored = json.loads(file.read_text()) if file.is_file() else {}
-    stored = stored or json.loads((folder / "config.json").read_text()).get("norm_stats", {})
+    stored = read_json(file) if file.is_file() else {}
+    stored = stored or read_json(folder / "config.json").get("norm_stats", {})
     keys = [key for key in stored if key.startswith("libero")] if len(stored) > 1 else list(stored)
     if len(keys) != 1:
         raise ValueError(f"it has action statistics of {sorted(stored)}; expected one LIBERO suite")
