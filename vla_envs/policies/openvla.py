@@ -600,7 +600,9 @@ class OpenVLAPolicy(OpenVLAModel):
         scaled = 2.0 * (values - q01) / (q99 - q01) - 1.0
         return value_bins(torch.where(normalised, scaled, values)).flatten(1)
 
-    def imitation_loss(self, obs: dict[str, Any], instructions: list[str], actions: Tensor) -> Tensor:
+    def imitation_loss(
+        self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
+    ) -> Tensor:
         """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
         tokens = self.encode(actions).to(next(self.parameters()).device)
         return -self.evaluate(obs, instructions, tokens)[0].mean()
