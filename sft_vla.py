@@ -212,17 +212,19 @@ def update(
         inds = rng.integers(len(samples["actions"]), size=args.minibatch_size)[own]
         seeds = noise.integers(2**63, size=args.minibatch_size)[own]
         optimizer.zero_grad()
-        loss = torch.zeros(())
-        if len(inds):
-            loss = loss_of(policy, samples, inds, seeds) * (len(inds) / args.minibatch_size)
-            loss.backward()
+        share = len(inds) / args.minibatch_size
+        if not share:  # of a policy that is spread all processes have to make as many passes
+            inds, seeds = [0], [0]
+        loss = loss_of(policy, samples, inds, seeds) * share
+        loss.backward()
         loss = distributed.total(loss)
         distributed.add_up_gradients(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        grad_norm = distributed.clip_gradients(trained, args.max_grad_norm)
         runs.check_finite(loss=loss, gradient=grad_norm)
         optimizer.step()
         losses.append(loss.item())
         norms.append(float(grad_norm))
+    distributed.gather_parameters(policy)
     return {"nll": float(np.mean(losses)), "grad_norm": float(np.mean(norms))}
 
 
@@ -339,7 +341,7 @@ if __name__ == "__main__":
 
     if args.early_stop:
         print(f"held-out loss was lowest at {best['iteration']} of {state['iteration']} iterations")
-        distributed.only_first(runs.load_training_state)(run / "checkpoints" / "best", learner, optimizer)
+        runs.load_training_state(run / "checkpoints" / "best", learner, optimizer)
     if args.early_stop or state["evaluated"] != state["iteration"]:
         state["after"] = assess()
         state["wall_s"] = time.perf_counter() - started

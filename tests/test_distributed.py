@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from test_grpo_vla import NO
+from test_openvla import write_tiny
 from together import learn
 
 import grpo_vla
@@ -214,7 +215,9 @@ def tensors(run, file):
 
 
 def assert_same_learning(run, other):
-    for file in ("final/model.safetensors", "latest/trained.safetensors", "latest/optimizer.safetensors"):
+    final = [f"final/{path.name}" for path in (run / "checkpoints" / "final").glob("*.safetensors")]
+    assert final
+    for file in (*final, "latest/trained.safetensors", "latest/optimizer.safetensors"):
         a, b = tensors(run, file), tensors(other, file)
         assert a.keys() == b.keys()
         differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
@@ -237,6 +240,9 @@ def test_two_processes_learn_what_one_does(script, tmp_path, execute, reward):
     assert files[0] == files[1]  # one file of TensorBoard's too
     one, two = (runs.read_json(tmp_path / run / "result.json") for run in ("one", "two"))
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
+
+
+LARGE = {"policy": "openvla-oft", "train": "all", "max_episode_steps": 16, "device": "cpu"}
 
 
 @pytest.fixture
@@ -280,10 +286,29 @@ def test_two_processes_imitate_what_one_does(policy, minibatch_size, tmp_path, e
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["grpo_vla", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tgrpo_vla", "ppo_vla", "sft_vla"))],
+)
+def test_two_processes_that_share_a_policy_learn_what_one_does(script, tmp_path, execute, reward, demos):
+    """With numbers of micro-batches that differ; of behaviour cloning's minibatches one has no sample."""
+    online = TINY | OWN.get(script, {}) | {"reward": reward, "micro_batch_size": 1}
+    flags = IMITATION | {"demos": demos, "minibatch_size": 1} if script == "sft_vla" else online
+    flags |= LARGE | {"checkpoint": write_tiny(tmp_path / "tiny")}
+    execute(script, **flags, run_dir=tmp_path / "one")
+    done = torchrun(tmp_path, ROOT / f"{script}.py", *words_of(flags | {"run_dir": tmp_path / "two"}))
+    assert done.returncode == 0, done.stderr
+    assert_same_learning(tmp_path / "one", tmp_path / "two")
+    moments = tensors(tmp_path / "two", "latest/optimizer.safetensors")
+    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+
+
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_stopped(tmp_path, execute, reward, monkeypatch):
+@pytest.mark.parametrize("spread", [False, True])
+def test_two_processes_go_on_where_one_stopped(spread, tmp_path, execute, reward, monkeypatch):
     """TGRPO, as good as from the start."""
     flags = TINY | {"reward": reward}
+    flags |= LARGE | {"checkpoint": write_tiny(tmp_path / "tiny")} if spread else {}
     execute("tgrpo_vla", **flags, run_dir=tmp_path / "one")
     save = runs.save_training_state
 
