@@ -443,7 +443,7 @@ def save_training_state(
 
     A state that cannot be written, and Ctrl-C since the last one, end the program here.
     """
-    state = adapters.optimizer_state(optimizer).items()
+    state = sorted(adapters.optimizer_state(optimizer).items())  # in one order in all processes
     moments = {name: distributed.to_first(value) for name, value in state}
     distributed.by_first(_write_training_state, folder, policy, moments, counters)
 
