@@ -203,7 +203,6 @@ def update(
     rng = np.random.default_rng([args.seed, iteration])
     noise = np.random.default_rng([args.seed, iteration, 1])  # where the policy's loss draws some
     own = distributed.block(args.minibatch_size)  # of this process; none where there are more of them
-    trained = optimizer.param_groups[0]["params"]
     steps = args.num_iterations * args.iteration_steps
     losses, norms = [], []
     for step in range((iteration - 1) * args.iteration_steps, iteration * args.iteration_steps):
@@ -219,7 +218,7 @@ def update(
         loss.backward()
         loss = distributed.total(loss)
         distributed.add_up_gradients(optimizer)
-        grad_norm = distributed.clip_gradients(trained, args.max_grad_norm)
+        (grad_norm,) = distributed.clip_gradients(optimizer, args.max_grad_norm)
         runs.check_finite(loss=loss, gradient=grad_norm)
         optimizer.step()
         losses.append(loss.item())

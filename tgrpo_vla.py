@@ -406,10 +406,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         measured = distributed.add_up(measured)
         runs.check_finite(loss=measured.pop("loss"))
         distributed.add_up_gradients(optimizer)
-        norms = [
-            distributed.clip_gradients(group["params"], args.max_grad_norm)
-            for group in optimizer.param_groups
-        ]
+        norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         runs.check_finite(gradient=torch.stack(norms).max())
         measured["grad_norm"] = norms[0]
         for name, value in measured.items():

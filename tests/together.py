@@ -106,7 +106,7 @@ def spread(folder):
         learn(policy, inds)
     for parameter, other in zip(parameters, whole.parameters()):
         torch.testing.assert_close(parameter.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4)
-    norm = distributed.clip_gradients(parameters, 1.0)
+    (norm,) = distributed.clip_gradients(optimizer, 1.0)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0))
     optimizer.step()
     total = sum(parameter.numel() for parameter in parameters)

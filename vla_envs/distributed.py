@@ -188,9 +188,9 @@ def same_parameters(module: torch.nn.Module) -> None:
             dist.broadcast(parameter.data, 0)
 
 
-def clip_gradients(parameters: list[Tensor], most: float) -> Tensor:
-    """Scale gradients to a norm of at most ``most``, all together; the norm () that they had."""
-    return _whole(torch.nn.utils.clip_grad_norm_(parameters, most))
+def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> list[Tensor]:
+    """Scale the gradients of each of an optimiser's groups to a norm of at most ``most``; what it was."""
+    return [_whole(torch.nn.utils.clip_grad_norm_(group["params"], most)) for group in optimizer.param_groups]
 
 
 def cut(inds: Tensor, size: int | None) -> list[Tensor]:

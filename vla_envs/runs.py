@@ -441,7 +441,8 @@ def save_training_state(
 ) -> None:
     """Write all that a resumed run needs, whole or not at all; the old one stays until the new one stands.
 
-    A state that cannot be written, and Ctrl-C since the last one, end the program here.
+    All processes take part, the first writes. A state that cannot be written, and Ctrl-C since the last one,
+    end the program here.
     """
     state = sorted(adapters.optimizer_state(optimizer).items())  # in one order in all processes
     moments = {name: distributed.to_first(value) for name, value in state}
