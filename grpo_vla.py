@@ -354,7 +354,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
         mb_weight = distributed.total(b["weights"][mb_inds].sum())  # of all processes
-        for inds in (pieces := distributed.cut(mb_inds, args.micro_batch_size)):  # their gradients add up
+        distributed.keep_up(policy, b, pieces := distributed.cut(mb_inds, args.micro_batch_size))
+        for inds in pieces:  # their gradients add up
             newlogprob, entropy, _ = logprobs_of(policy, b, inds, args)  # (B, D), (B, D)
             old_logprob, weights = b["old_logprobs"][inds], b["weights"][inds]  # (B, D), (B,)
             pg_loss, parts = policy_loss(
@@ -377,10 +378,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         measured = distributed.add_up(measured)
         runs.check_finite(loss=measured.pop("loss"))
         distributed.add_up_gradients(optimizer)
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-            for group in optimizer.param_groups
-        ]
+        norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         runs.check_finite(gradient=torch.stack(norms).max())
         measured["grad_norm"] = norms[0]
         for name, value in measured.items():
@@ -388,6 +386,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+    distributed.gather_parameters(policy)
     with torch.no_grad():
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})

@@ -9,7 +9,8 @@ action tokens a decision.
 A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
 LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demonstrations.py``). Of every task --held-out
 further ones are never learnt from; their loss is logged and, with --early-stop, decides when training ends.
-An iteration is --iteration-steps optimiser steps; after each the run can be resumed.
+An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun every
+process has its share of each minibatch.
 
     python -m vla_envs.experts --out demos --episodes 12
     python sft_vla.py --demos demos --task-id 4
@@ -172,21 +173,27 @@ def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path)
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
-def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray) -> Tensor:
-    """The policy's own loss of imitating the actions (B, C, 7) of samples ``inds`` (B,)."""
+def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray, seeds: Any = ()) -> Tensor:
+    """The policy's own loss of imitating the actions (B, C, 7) of samples ``inds`` (B,).
+
+    A policy that draws noise for it draws each sample's by one of the ``seeds`` (B,), or from torch's.
+    """
     obs = {name: samples[name][inds] for name in ("image", "state")}
     instructions = [samples["instructions"][i] for i in inds]
-    return policy.imitation_loss(obs, instructions, torch.as_tensor(samples["actions"][inds]))
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds] or None
+    return policy.imitation_loss(obs, instructions, torch.as_tensor(samples["actions"][inds]), generators)
 
 
 @torch.no_grad()
 def held_out_loss(policy: Any, samples: dict[str, Any]) -> float:
-    """Mean of ``loss_of`` over all samples; a policy that draws noise for it draws the same every time."""
-    torch.manual_seed(0)
-    parts = np.array_split(np.arange(len(samples["actions"])), 1 + len(samples["actions"]) // 256)
-    loss = sum(loss_of(policy, samples, inds) * len(inds) for inds in parts) / len(samples["actions"])
+    """Mean of ``loss_of`` over all samples, of which each process has a share; always of the same noise."""
+    count = len(samples["actions"])
+    own = np.arange(count)[distributed.block(count)]
+    parts = [inds for inds in np.array_split(own, 1 + len(own) // 256) if len(inds)]
+    loss = sum(float(loss_of(policy, samples, inds, inds)) * len(inds) for inds in parts)
+    loss = distributed.total(loss) / count
     runs.check_finite(**{"held-out loss": loss})
-    return float(loss)
+    return loss
 
 
 def update(
@@ -194,21 +201,29 @@ def update(
 ) -> dict[str, float]:
     """The optimiser steps of one iteration; the means of what was measured on the way."""
     rng = np.random.default_rng([args.seed, iteration])
-    runs.seed_all(args.seed, iteration)  # of noise, where the policy's loss draws some
-    trained = optimizer.param_groups[0]["params"]
+    noise = np.random.default_rng([args.seed, iteration, 1])  # where the policy's loss draws some
+    own = distributed.block(args.minibatch_size)  # of this process; none where there are more of them
     steps = args.num_iterations * args.iteration_steps
     losses, norms = [], []
     for step in range((iteration - 1) * args.iteration_steps, iteration * args.iteration_steps):
         warm, left = (step + 1) / (args.warmup_frac * steps), 0.5 * (1.0 + np.cos(np.pi * step / steps))
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(warm, left)
-        loss = loss_of(policy, samples, rng.integers(len(samples["actions"]), size=args.minibatch_size))
+        inds = rng.integers(len(samples["actions"]), size=args.minibatch_size)[own]
+        seeds = noise.integers(2**63, size=args.minibatch_size)[own]
         optimizer.zero_grad()
+        share = len(inds) / args.minibatch_size
+        if not share:  # of a policy that is spread all processes have to make as many passes
+            inds, seeds = [0], [0]
+        loss = loss_of(policy, samples, inds, seeds) * share
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        loss = distributed.total(loss)
+        distributed.add_up_gradients(optimizer)
+        (grad_norm,) = distributed.clip_gradients(optimizer, args.max_grad_norm)
         runs.check_finite(loss=loss, gradient=grad_norm)
         optimizer.step()
         losses.append(loss.item())
         norms.append(float(grad_norm))
+    distributed.gather_parameters(policy)
     return {"nll": float(np.mean(losses)), "grad_norm": float(np.mean(norms))}
 
 
@@ -230,8 +245,6 @@ def check(args: Args) -> Args:
         )
     if args.early_stop and not args.held_out:
         raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
-    if distributed.world_size() > 1:
-        raise ValueError("sft_vla.py trains in one process; expected to be started without torchrun")
     runs.check_numbers(args, "seed held_out early_stop eval_every weight_decay", above=False)
     runs.check_numbers(
         args, "num_iterations iteration_steps minibatch_size learning_rate warmup_frac max_grad_norm"
@@ -245,6 +258,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         runs.check_suite(args.suite)
+        distributed.start(args.device)
         torch.manual_seed(args.seed)  # of the first weights
         new = args.checkpoint is None and not args.evaluate
         if new:
@@ -276,7 +290,7 @@ if __name__ == "__main__":
             weight_decay=args.weight_decay,
         )  # fmt: skip
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
-        eval_envs = make_envs(len(states), states, "binary", args, **protocol)
+        eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         eval_envs.reset(seed=0)
         run, state = runs.start(args, "sft_vla", learner, optimizer)
     writer = runs.make_writer(run, state["iteration"] * args.iteration_steps + 1 if args.resume else None)
@@ -288,13 +302,16 @@ if __name__ == "__main__":
     def assess() -> dict[str, Any]:
         iteration = state["evaluated"] = state["iteration"]
         video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = evaluate(eval_envs, policy, args.eval_temperature, args, video)  # (N,)
+        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
         return evaluation.log(writer, iteration, iteration * args.iteration_steps, outcomes, args.task_ids)
 
     print(f"{run}: {len(samples['actions']):,} samples; training {trainable:,} of {total:,} parameters")
     started = time.perf_counter() - state["wall_s"]
     best = state.setdefault("best", {"iteration": 0, "nll": None})
-    progress = tqdm(total=args.num_iterations, initial=state["iteration"], desc="SFT", unit="it")
+    progress = tqdm(
+        total=args.num_iterations, initial=state["iteration"], desc="SFT", unit="it",
+        disable=distributed.rank() > 0,
+    )  # fmt: skip
     while not ended(state, args):
         iteration = state["iteration"] = state["iteration"] + 1
         start = time.perf_counter()
@@ -330,6 +347,8 @@ if __name__ == "__main__":
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.save_policies(run, policy, args)
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": state["after"]}
-    runs.write_json(run / "result.json", result | {"best": best, "wall_s": state["wall_s"]})
+    result |= {"best": best, "wall_s": state["wall_s"]}
+    distributed.only_first(runs.write_json)(run / "result.json", result)
     print(f"{state['wall_s'] / 60:.1f} min; {run}")
     writer.close()
+    distributed.stop()

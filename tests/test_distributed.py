@@ -6,16 +6,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, words_of
 from test_grpo_vla import NO
+from test_openvla import write_tiny
 from together import learn
 
 import grpo_vla
-import sft_vla
 from vla_envs import distributed, runs
 from vla_envs.policies import new_policy
 from vla_envs.policies.openvla import choose
@@ -96,8 +97,6 @@ def test_groups_that_do_not_divide(process):
         grpo_vla.check(grpo_vla.Args())
     assert len(str(error.value).splitlines()) == 1
     assert grpo_vla.check(grpo_vla.Args(num_groups=6)).num_groups == 6
-    with pytest.raises(ValueError, match="one process"):
-        sft_vla.check(sft_vla.Args())
 
 
 def test_samples_have_the_numbers_that_one_process_gives_them(monkeypatch, process):
@@ -198,7 +197,9 @@ def tensors(run, file):
 
 
 def assert_same_learning(run, other):
-    for file in ("final/model.safetensors", "latest/trained.safetensors", "latest/optimizer.safetensors"):
+    final = [f"final/{path.name}" for path in (run / "checkpoints" / "final").glob("*.safetensors")]
+    assert final
+    for file in (*final, "latest/trained.safetensors", "latest/optimizer.safetensors"):
         a, b = tensors(run, file), tensors(other, file)
         assert a.keys() == b.keys()
         differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
@@ -223,10 +224,73 @@ def test_two_processes_learn_what_one_does(script, tmp_path, execute, reward):
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
 
 
+LARGE = {"policy": "openvla-oft", "train": "all", "max_episode_steps": 16, "device": "cpu"}
+
+
+@pytest.fixture
+def demos(tmp_path):
+    """Three demonstrations of random motion."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "demos").mkdir()
+    with h5py.File(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", "w") as file:
+        for k, length in enumerate((9, 6, 5)):
+            image = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
+            file[f"data/demo_{k}/obs/agentview_rgb"] = image
+            for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
+                file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (length, width))
+    return tmp_path / "demos"
+
+
+IMITATION = {
+    "num_iterations": 3, "iteration_steps": 2, "episodes": 2, "early_stop": 1, "eval_episodes": 1,
+    "eval_every": 2, "max_episode_steps": 16, "num_threads": 1, "learning_rate": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policy", "minibatch_size"),
+    [("nano", 5), *(pytest.param(*some, marks=pytest.mark.slow) for some in (("flow", 5), ("nano", 1)))],
+)
+def test_two_processes_imitate_what_one_does(policy, minibatch_size, tmp_path, execute, demos):
+    """Of a minibatch of 5 one has 2 samples; of one of 1 it has none."""
+    flags = IMITATION | {"policy": policy, "minibatch_size": minibatch_size, "demos": demos}
+    execute("sft_vla", **flags, run_dir=tmp_path / "one")
+    done = torchrun(tmp_path, ROOT / "sft_vla.py", *words_of(flags | {"run_dir": tmp_path / "two"}))
+    assert done.returncode == 0, done.stderr
+    assert_same_learning(tmp_path / "one", tmp_path / "two")
+    moments = tensors(tmp_path / "two", "latest/optimizer.safetensors")
+    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+    assert done.stdout.count("parameters") == 1 and done.stdout.count("held-out loss was lowest") == 1
+    files = [sorted(p.name.split(".")[0] for p in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert files[0] == files[1]  # one file of TensorBoard's too
+    one, two = (runs.read_json(tmp_path / run / "result.json") for run in ("one", "two"))
+    assert two["best"]["nll"] == pytest.approx(one["best"].pop("nll"), abs=1e-5) and two["best"].pop("nll")
+    assert one | {"wall_s": 0} == two | {"wall_s": 0}
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["grpo_vla", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tgrpo_vla", "ppo_vla", "sft_vla"))],
+)
+def test_two_processes_that_share_a_policy_learn_what_one_does(script, tmp_path, execute, reward, demos):
+    """With numbers of micro-batches that differ; of behaviour cloning's minibatches one has no sample."""
+    online = TINY | OWN.get(script, {}) | {"reward": reward, "micro_batch_size": 1}
+    flags = IMITATION | {"demos": demos, "minibatch_size": 1} if script == "sft_vla" else online
+    flags |= LARGE | {"checkpoint": write_tiny(tmp_path / "tiny")}
+    execute(script, **flags, run_dir=tmp_path / "one")
+    done = torchrun(tmp_path, ROOT / f"{script}.py", *words_of(flags | {"run_dir": tmp_path / "two"}))
+    assert done.returncode == 0, done.stderr
+    assert_same_learning(tmp_path / "one", tmp_path / "two")
+    moments = tensors(tmp_path / "two", "latest/optimizer.safetensors")
+    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+
+
 @pytest.mark.slow
-def test_two_processes_go_on_where_one_stopped(tmp_path, execute, reward, monkeypatch):
+@pytest.mark.parametrize("spread", [False, True])
+def test_two_processes_go_on_where_one_stopped(spread, tmp_path, execute, reward, monkeypatch):
     """TGRPO, as good as from the start."""
     flags = TINY | {"reward": reward}
+    flags |= LARGE | {"checkpoint": write_tiny(tmp_path / "tiny")} if spread else {}
     execute("tgrpo_vla", **flags, run_dir=tmp_path / "one")
     save = runs.save_training_state
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from test_grpo_vla import NO, RoundEnvs, gather
+from test_openvla import SENTENCES, write_tiny
 from test_shared import arguments, small_policy
 
 import grpo_vla
 from vla_envs import distributed, runs
+from vla_envs.policies import load_policy
+from vla_envs.policies.adapters import make_trainable
 
 
 class Envs(RoundEnvs):
@@ -77,9 +80,48 @@ def exchange():
     assert huge.grad.tolist() == (2 * torch.arange(9)).tolist()
 
 
+def spread(folder):
+    """A policy that is spread, of which the first process alone has samples, two: what each has of it."""
+    whole, policy = (load_policy("openvla", write_tiny(folder / part)) for part in ("whole", "spread"))
+    make_trainable(policy.train(), "all")
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    rng = np.random.default_rng(0)
+    b = {"image": torch.from_numpy(rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))}
+    b |= {"state": torch.zeros(2, 8), "tokens": torch.arange(14).view(2, 7)}
+
+    def learn(policy, inds):
+        obs = {name: b[name][inds] for name in ("image", "state")}
+        policy.evaluate(obs, SENTENCES[:1], b["tokens"][inds])[0].sum().backward()
+
+    for inds in torch.arange(2).split(1):
+        learn(whole.train(), inds)
+    distributed.gather_parameters(policy)
+    for _ in range(distributed.rank()):  # which no other process has to know of
+        policy.sample({name: array.numpy() for name, array in b.items()}, SENTENCES[:1] * 2)
+    pieces = [] if distributed.rank() else list(torch.arange(2).split(1))
+    none = {name: array[:0] for name, array in b.items()}
+    distributed.keep_up(policy, none if distributed.rank() else b, pieces)
+    for inds in pieces:
+        learn(policy, inds)
+    for parameter, other in zip(parameters, whole.parameters()):
+        torch.testing.assert_close(parameter.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4)
+    (norm,) = distributed.clip_gradients(optimizer, 1.0)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0))
+    optimizer.step()
+    total = sum(parameter.numel() for parameter in parameters)
+    moments = [optimizer.state[parameter]["exp_avg"] for parameter in parameters]
+    for tensors in (parameters, [parameter.grad for parameter in parameters], moments):
+        assert 0.49 < sum(tensor.to_local().numel() for tensor in tensors) / total < 0.51
+    distributed.gather_parameters(policy)
+    step = [p.detach() - w.detach() for p, w in zip(policy.parameters(), whole.parameters())]
+    assert 0.9e-6 < max(difference.abs().max() for difference in step) < 2e-6  # AdamW's first step
+
+
 if __name__ == "__main__":
     distributed.start("cpu")
     exchange()
+    spread(Path(sys.argv[1]).parent / str(distributed.rank()))
     rank = distributed.rank()
     # The first process keeps nothing, and plays alone what is missing; so the second has all samples.
     alone = learn(*([[1, NO]] if rank else [[1, 1], [NO, NO]]))

@@ -3,13 +3,15 @@
 Every process ("rank") holds the whole policy and plays whole groups of its own. What is decided, an early
 stop for instance, is decided on numbers that all have added up, so that none goes on alone. Gradients are
 added up by hand: unlike with torch's DDP wrapper, processes may then have different numbers of samples, or
-none. For one process everything here does nothing.
+none. A large policy of which everything is trained is spread over the processes (``shard``). For one process
+everything here does nothing.
 """
 
 import datetime
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -163,7 +165,7 @@ def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Give every process the sum of all gradients, in float32; where nobody has one there is none."""
     if not dist.is_initialized():
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if not _is_shared(p)]
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(has, dist.ReduceOp.MAX)
     buckets: list[list[Tensor]] = [[]]
@@ -183,8 +185,13 @@ def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
 def same_parameters(module: torch.nn.Module) -> None:
     """Give every process the trainable parameters of the first."""
     if dist.is_initialized():
-        for parameter in (p for p in module.parameters() if p.requires_grad):
+        for parameter in (p for p in module.parameters() if p.requires_grad and not _is_shared(p)):
             dist.broadcast(parameter.data, 0)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> list[Tensor]:
+    """Scale the gradients of each of an optimiser's groups to a norm of at most ``most``; what it was."""
+    return [_whole(torch.nn.utils.clip_grad_norm_(group["params"], most)) for group in optimizer.param_groups]
 
 
 def cut(inds: Tensor, size: int | None) -> list[Tensor]:
@@ -208,3 +215,82 @@ def positions(when: Tensor, who: Tensor, rounds: Tensor) -> Tensor:
         order = order[column[order].argsort(stable=True)]
     order = order - before
     return torch.where((order >= 0) & (order < len(own)), order, -1)
+
+
+# ---- A policy that is spread over the processes --------------------------------------------------------
+
+
+def shard(policy: Any) -> None:
+    """Spread parameters, and so their gradients and AdamW's state, over all processes by torch's FSDP2.
+
+    A pass that trains gathers the parameters, layer by layer; going backward it gives them back and adds up
+    their gradients. So all processes have to make as many of these: see ``keep_up``. From one update to the
+    next the parameters are whole, by ``gather_parameters``, and no pass exchanges anything.
+
+    Args:
+        policy: With ``blocks``; ``sample`` and ``evaluate`` are the passes that there are.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes long, so only here
+
+    # Its warning is of what nobody does here, changing a pass's results in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = dist.device_mesh.init_device_mesh(next(policy.parameters()).device.type, (world_size(),))
+    for module in [*policy.blocks, policy]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        module.set_gradient_divide_factor(1.0)  # gradients are added up, not averaged
+        module.set_force_sum_reduction_for_comms(True)
+    for name in ("sample", "evaluate"):
+        register_fsdp_forward_method(policy, name)
+
+
+def _is_shared(tensor: Any) -> bool:
+    """Whether this process has only its share of a tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if _is_shared(tensor) else tensor
+
+
+def to_first(tensor: Tensor) -> Tensor:
+    """A copy of the whole tensor on the CPU, in the first process; empty in the others."""
+    tensor = _whole(tensor).detach()
+    return torch.empty(0) if rank() else tensor.to("cpu", copy=True)
+
+
+def share_of(tensor: Tensor, like: Any) -> Tensor:
+    """This process's share of a whole ``tensor``, where it has only one of ``like``."""
+    if not _is_shared(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.dtype), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gather_parameters(policy: torch.nn.Module) -> None:
+    """Make the parameters of a policy that is spread whole in all processes, until the next backward pass."""
+    for module in policy.modules() if dist.is_initialized() else ():
+        if is_spread(module):
+            module.unshard()  # type: ignore[operator]
+
+
+def is_spread(policy: Any) -> bool:
+    """Whether the parameters of a policy are spread over the processes."""
+    return hasattr(policy, "unshard")
+
+
+def keep_up(policy: Any, b: dict[str, Tensor], pieces: list[Tensor]) -> None:
+    """Of a policy that is spread: make the passes, of no weight, that others have more than this process.
+
+    Args:
+        b: Samples (S, ...), of which only the shapes matter.
+        pieces: What this process is going to train on, each in a pass.
+    """
+    if not is_spread(policy):
+        return
+    image, state, tokens = (b[name].new_zeros(1, *b[name].shape[1:]) for name in ("image", "state", "tokens"))
+    for _ in range(max(_gather_objects(len(pieces))) - len(pieces)):
+        logprobs, _, _ = policy.evaluate({"image": image, "state": state}, [""], tokens)
+        (0.0 * logprobs.sum()).backward()

@@ -263,10 +263,12 @@ def start(
             if not _fits(value, float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
         distributed.same_parameters(learner)
+        distributed.gather_parameters(learner)
         return args.resume, loaded
     task_ids = "-".join(map(str, args.task_ids))
     run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
     distributed.same_parameters(learner)
+    distributed.gather_parameters(learner)
     distributed.only_first(write_json)(run / "args.json", dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
@@ -434,14 +436,22 @@ def _write_result(run: Path, policy: Any, state: dict[str, Any], args: Any) -> N
         print(f"  task {task_id}: {before['tasks'][task_id]['successes']} -> {evaluation.percent(its)}")
 
 
-@distributed.only_first
 def save_training_state(
     folder: Path, policy: Any, optimizer: torch.optim.Optimizer, counters: dict[str, Any]
 ) -> None:
     """Write all that a resumed run needs, whole or not at all; the old one stays until the new one stands.
 
-    A state that cannot be written, and Ctrl-C since the last one, end the program here.
+    All processes take part, the first writes. A state that cannot be written, and Ctrl-C since the last one,
+    end the program here.
     """
+    state = sorted(adapters.optimizer_state(optimizer).items())  # in one order in all processes
+    moments = {name: distributed.to_first(value) for name, value in state}
+    distributed.by_first(_write_training_state, folder, policy, moments, counters)
+
+
+def _write_training_state(
+    folder: Path, policy: Any, moments: dict[str, Tensor], counters: dict[str, Any]
+) -> None:
     partial = folder.with_name(folder.name + ".partial")
     with one_line_errors(f"the training state cannot be written, the last one in {folder} stays: "):
         shutil.rmtree(partial, ignore_errors=True)
@@ -449,10 +459,6 @@ def save_training_state(
             partial.mkdir(parents=True)
             tensors = {name: p.cpu().contiguous() for name, p in adapters.trainable_state(policy).items()}
             safetensors.torch.save_file(tensors, partial / "trained.safetensors")
-            moments = {
-                name: value.detach().cpu().clone()
-                for name, value in adapters.optimizer_state(optimizer).items()
-            }
             safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
             write_json(partial / "counters.json", counters)
             replace_folder(partial, folder)
@@ -485,7 +491,7 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
     counters = read_json(folder / "counters.json")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(trained[name])
+            parameter.copy_(distributed.share_of(trained[name], parameter))
     adapters.load_optimizer_state(optimizer, moments)
     return counters
 

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from vla_envs import distributed
 from vla_envs.tasks import nearest
 
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
@@ -22,7 +23,8 @@ def make_trainable(
 ) -> Any:
     """Freeze all of ``policy`` but what ``train`` names; adds a LoRA adapter where it is asked for.
 
-    What is trained is float32, whatever the rest is: bfloat16 would round small steps away.
+    What is trained is float32, whatever the rest is: bfloat16 would round small steps away. With ``all`` a
+    ``large`` policy is spread over the processes that there are.
 
     Args:
         policy: A policy with ``blocks``, ``norm``, ``head`` and ``lora_targets``.
@@ -65,6 +67,8 @@ def make_trainable(
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if train == "all" and getattr(policy, "large", False):
+        distributed.shard(policy)
     return Stacked(policy, {text: names[folder] for text, folder in below.items()}) if below else policy
 
 
@@ -205,7 +209,8 @@ def merged(policy: Any) -> dict[str, Tensor]:
     policy = policy.policy if isinstance(policy, Stacked) else policy
     layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
-    for name, value in policy.state_dict().items():
+    spread = distributed.is_spread(policy)  # state_dict would give its parameters back, and then only shares
+    for name, value in (dict(policy.named_parameters()) if spread else policy.state_dict()).items():
         if "lora_" in name:
             continue
         plain = name.replace(".base_layer", "")
@@ -255,8 +260,10 @@ def possible_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The reverse of ``optimizer_state``."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
+        like = None if key == "step" else parameters[int(number)]
+        state.setdefault(int(number), {})[key] = distributed.share_of(value, like)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -159,13 +159,20 @@ class FlowPolicy(Backbone):
         condition, hidden = self(self.prepare(obs, instructions))
         return *self._densities(tokens, condition, temperature), hidden[:, 0]
 
-    def imitation_loss(self, obs: dict[str, Any], instructions: list[str], actions: Tensor) -> Tensor:
+    def imitation_loss(
+        self,
+        obs: dict[str, Any],
+        instructions: list[str],
+        actions: Tensor,
+        generators: list[torch.Generator] | None = None,
+    ) -> Tensor:
         """Flow matching (arXiv 2210.02747): mean squared error of velocities to actions ``(B, C, 7)``.
 
-        Each sample has one time t, uniform in [0, 1], at which x = t noise + (1 - t) actions.
+        Each sample has one time t, uniform in [0, 1], at which x = t noise + (1 - t) actions;
+        it and the noise come from the sample's own of the ``generators``, or from torch's.
         """
         condition, _ = self(self.prepare(obs, instructions))
         target = actions.to(condition).flatten(1)
-        noise, t = torch.randn_like(target), torch.rand_like(target[:, :1])
+        noise, t = draw("normal_", target, generators), draw("uniform_", target[:, :1], generators)
         velocity = self.head(t * noise + (1.0 - t) * target, t, condition)
         return F.mse_loss(velocity, noise - target)

@@ -260,7 +260,9 @@ class NanoPolicy(Backbone):
         """Tokens ``(B, 56)`` of demonstrated actions ``(B, C, 7)``."""
         return action_tokens(actions).flatten(1)
 
-    def imitation_loss(self, obs: dict[str, Any], instructions: list[str], actions: Tensor) -> Tensor:
+    def imitation_loss(
+        self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
+    ) -> Tensor:
         """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
         tokens = self.encode(actions).to(next(self.parameters()).device)
         return -self.evaluate(obs, instructions, tokens)[0].mean()

@@ -392,6 +392,7 @@ class OpenVLAPolicy(OpenVLAModel):
     q01: NDArray[np.float64]  # (7,), what -1 and
     q99: NDArray[np.float64]  # (7,), what 1 stands for
     normalised: NDArray[np.bool_]  # (7,), whether they do
+    large = True  # with --train all it is spread over the processes that there are
     tokenizer: Any  # a tokenizers.Tokenizer
     files: dict[str, bytes]  # of the checkpoint but the weights
 
@@ -467,7 +468,9 @@ class OpenVLAPolicy(OpenVLAModel):
     def prepare(self, obs: dict[str, Any], instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pictures (B, 6, S, S), prompts (B, L) as BOS, padding, text, their mask (B, L) if one is padded."""
         device = self.head.weight.device
-        pixels = openvla_pixels(np.asarray(obs["image"]), self.config.dino.image_size, device)
+        pixels = openvla_pixels(
+            torch.as_tensor(obs["image"]).cpu().numpy(), self.config.dino.image_size, device
+        )
         prompts = [self.prompt(instruction) for instruction in instructions]
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
@@ -600,7 +603,9 @@ class OpenVLAPolicy(OpenVLAModel):
         scaled = 2.0 * (values - q01) / (q99 - q01) - 1.0
         return value_bins(torch.where(normalised, scaled, values)).flatten(1)
 
-    def imitation_loss(self, obs: dict[str, Any], instructions: list[str], actions: Tensor) -> Tensor:
+    def imitation_loss(
+        self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
+    ) -> Tensor:
         """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
         tokens = self.encode(actions).to(next(self.parameters()).device)
         return -self.evaluate(obs, instructions, tokens)[0].mean()
