@@ -3,9 +3,10 @@
     python benchmarks/soak.py                              # an hour or so
     python benchmarks/soak.py --episodes 300 --cycles 60   # minutes
 
-Every tenth of the way a line says what the process holds: memory, open files, threads, and OpenGL buffers (of
-its one context; one for each scene and picture size). The verdict compares the end with the end of the first
-fifth, in which caches fill: ``flat``, or what has grown, and then the exit status is 1.
+After the first hundred, in which caches fill, and every tenth of the way a line says what the process holds:
+memory, open files, threads, and OpenGL buffers (one for each scene and picture size), and how fast it has been
+since the last line. The verdict compares the end with the first hundred: ``flat``, or what has grown, and then
+the exit status is 1.
 """
 
 import gc
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import vla_envs  # noqa: F401
 from vla_envs.render import Renderer
 
+FIRST = 100  # episodes or cycles in which caches fill
 FLAT_MB = 20  # of growth, on which the allocator and the graphics driver have opinions of their own
 
 
@@ -77,18 +79,23 @@ def verdict(first: Held, last: Held) -> str:
 
 def soak(name: str, count: int, work: Iterator[int]) -> bool:
     """Draw ``count`` units from ``work``, saying what is held on the way; whether it stayed flat."""
-    seen, done, start = [], 0, time.perf_counter()
+    seen: list[Held] = []
+    first = min(FIRST, count // 5)
+    marks = [first, *(mark for tenth in range(1, 11) if (mark := count * tenth / 10) > first)]
+    done, last, start = 0, 0, time.perf_counter()
     with tqdm(total=count, desc=name, unit=name[:-1]) as bar:
         for units in work:
             done += units
             bar.update(units)
-            if done >= (len(seen) + 1) * count / 10:
+            if done >= marks[0]:
+                marks = [mark for mark in marks if mark > done]
                 seen.append(held())
-                rate = done / (time.perf_counter() - start)
+                rate = (done - last) / (time.perf_counter() - start)
                 bar.write(f"{name} {done:6}: {seen[-1]}, {rate:.2f}/s")
+                last, start = done, time.perf_counter()
             if done >= count:
                 break
-    words = verdict(seen[min(1, len(seen) - 1)], seen[-1])
+    words = verdict(seen[0], seen[-1])
     print(f"{name}: {words}", flush=True)
     return words == "flat"
 

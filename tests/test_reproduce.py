@@ -1,0 +1,83 @@
+"""benchmarks/reproduce.py: what it makes, keeps, and works out."""
+
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+reproduce = pytest.importorskip("reproduce", reason="needs the dev extra's rliable", exc_type=ImportError)
+
+
+def line(method, task_id, seed, after, before=10):
+    return {"method": method, "task_id": task_id, "seed": seed, "before": before, "after": after,
+            "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc"}  # fmt: skip
+
+
+def cells(text, method):
+    (row,) = [row for row in text.splitlines() if row.startswith(f"| {method} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_the_table():
+    lines = [line("GRPO", task_id, seed, after) for task_id, seed, after in
+             ((0, 1, 20), (0, 2, 30), (4, 1, 40), (4, 2, 50))]  # fmt: skip
+    lines += [line("PPO", 0, seed, 10) for seed in (1, 2)]
+    text = reproduce.table(lines, ["GRPO", "PPO"])
+    assert "| method | task 0 | task 4 | IQM |" in text and "over tasks [0], seeds [1, 2]" in text
+    start, grpo, ppo = (cells(text, name) for name in (reproduce.START, "GRPO", "PPO"))
+    assert [cell.partition(" ")[0] for cell in start[:2]] == ["20/100", "20/100"]
+    assert [cell.partition(" ")[0] for cell in grpo[:2]] == ["50/100", "90/100"]
+    assert ppo[1] == "" and grpo[2].startswith("50 %") and ppo[2] == "20 % (20 to 20 %)"
+    assert grpo[3] == "1.00 (1.00 to 1.00)" and ppo[3] == "0.50 (0.50 to 0.50)"  # ties count half
+
+
+def test_a_table_of_runs_that_do_not_overlap():
+    text = reproduce.table([line("GRPO", 0, 1, 20), line("PPO", 4, 1, 30)], ["GRPO", "PPO"])
+    assert cells(text, "GRPO")[2:] == ["", ""] and "no task and seed" in text
+
+
+def test_csv(tmp_path):
+    lines = [line("PPO", 4, 2, 7), line("GRPO", 4, 1, 8)]
+    reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, lines)
+    kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
+    assert reproduce.read_csv(tmp_path / "runs.csv", kinds) == lines[::-1]
+    assert reproduce.read_csv(tmp_path / "nothing.csv", kinds) == []
+
+
+def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
+    tiny = ("--num-groups 1 --group-size 2 --eval-episodes 2 --max-episode-steps 8 --num-iterations 1"
+            " --minibatch-size 2 --eval-every 0").split()  # fmt: skip
+    monkeypatch.setattr(reproduce, "METHODS", {"TGRPO": ["tgrpo_vla.py", *tiny]})
+    args = reproduce.Args(
+        results=tmp_path / "results", out=tmp_path / "runs", methods=("TGRPO",), task_ids=(4,), seeds=(3,),
+        total_env_steps=1, jobs=1,
+    )  # fmt: skip
+    reproduce.main(args)
+    assert "1 runs, 1 side by side" in capsys.readouterr().out
+    assert {path.name for path in args.results.iterdir()} == {
+        "runs.csv", "curves.csv", "table.md", "curves.png"}  # fmt: skip
+    tags = [p["tag"] for p in reproduce.read_csv(args.results / "curves.csv", {})]
+    assert set(tags) == set(reproduce.CURVES) and tags.count("charts/success_rate") == 2
+    before = (args.results / "runs.csv").read_bytes()
+    monkeypatch.setattr(reproduce, "play", lambda *_: pytest.fail("a run was made twice"))
+    reproduce.main(args)
+    assert (args.results / "runs.csv").read_bytes() == before
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "METHODS", {"TGRPO": ["tgrpo_vla.py", "--group-size", "1"]})
+    args = reproduce.Args(
+        results=tmp_path / "results", out=tmp_path / "runs", methods=("TGRPO",), task_ids=(4,), seeds=(3,)
+    )
+    with pytest.raises(RuntimeError, match=r"TGRPO, task 4, seed 3: error: group_size is 1; .* \(all of it"):
+        reproduce.main(args)
+    assert not (args.results / "runs.csv").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("methods", ("REINFORCE",)), ("task_ids", (4, 10))])
+def test_what_does_not_exist(name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name} \['?{value[-1]}'?\] are unknown; expected some of"):
+        reproduce.main(reproduce.Args(results=tmp_path / "results", **{name: value}))
+    assert not (tmp_path / "results").exists()
