@@ -3,10 +3,10 @@
     python benchmarks/soak.py                              # an hour or so
     python benchmarks/soak.py --episodes 300 --cycles 60   # minutes
 
-After the first hundred, in which caches fill, and every tenth of the way a line says what the process holds:
-memory, open files, threads, and OpenGL buffers (one for each scene and picture size), and how fast it has been
-since the last line. The verdict compares the end with the first hundred: ``flat``, or what has grown, and then
-the exit status is 1.
+After the first hundred, in which caches fill, and every tenth of the way a line says what the process
+holds: memory, open files, threads, and OpenGL buffers (one for each scene and picture size), and how fast it
+has been since the last line. The verdict compares the end with the first hundred: ``flat``, or what has
+grown, and then the exit status is 1.
 """
 
 import gc
