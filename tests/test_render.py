@@ -182,3 +182,34 @@ def test_no_opengl_is_reported(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "cgl")  # macOS only
     with pytest.raises(RuntimeError, match=r"no OpenGL to draw with; tried cgl \("):
         Renderer(load_scene("LiberoObject", 4).model, SIZE)
+
+
+MIRROR = """
+<mujoco>
+  <visual><quality offsamples="{samples}" shadowsize="0"/></visual>
+  <asset>
+    <material name="lamp" rgba="1 1 1 1" emission="1"/>
+    <material name="steel" rgba="0.2 0.2 0.2 1" reflectance="{reflectance}"/>
+  </asset>
+  <worldbody>
+    <light pos="0 0 2"/>
+    <geom type="box" size="0.5 0.5 0.1" material="steel" group="1"/>
+    <geom type="sphere" pos="0 1 1.1" size="0.4" material="lamp" group="1"/>
+    <camera name="above" pos="0 -1 1" xyaxes="1 0 0 0 1 1"/>
+  </worldbody>
+</mujoco>
+"""
+
+
+@pytest.mark.parametrize("samples", [0, 4])  # the scenes that we have made quick to draw, and LIBERO's
+def test_mirrors_show_what_the_camera_does_not(samples):
+    """The steel of LIBERO's stove is white by what it reflects."""
+    brightness = []
+    for reflectance in (0.0, 0.5):
+        model = mujoco.MjModel.from_xml_string(MIRROR.format(samples=samples, reflectance=reflectance))
+        data = mujoco.MjData(model)
+        mujoco.mj_forward(model, data)
+        renderer = Renderer(model, SIZE)
+        brightness.append(renderer.draw(data, "above")[SIZE // 2, SIZE // 2].mean())
+        renderer.close()
+    assert brightness[0] < 80 and brightness[1] > brightness[0] + 80

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 reproduce = pytest.importorskip("reproduce", reason="needs the dev extra's rliable", exc_type=ImportError)

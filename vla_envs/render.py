@@ -224,7 +224,6 @@ class _Canvas:
         exact = model.vis.quality.offsamples > 0  # else one of the scenes that we have made quick to draw
         if not exact:
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
