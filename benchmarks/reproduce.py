@@ -128,7 +128,7 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[dict[str
     }  # fmt: skip
     events = EventAccumulator(str(folder)).Reload()
     points = [
-        which | {"tag": tag, "env_steps": event.step, "value": f"{event.value:.4f}"}
+        which | {"tag": tag, "env_steps": event.step, "value": round(event.value, 4)}
         for tag in CURVES
         for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])
     ]

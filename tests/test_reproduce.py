@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+pytestmark = pytest.mark.filterwarnings("ignore:random_state is deprecated")  # rliable's way of seeding
 reproduce = pytest.importorskip("reproduce", reason="needs the dev extra's rliable", exc_type=ImportError)
 
 
@@ -58,7 +58,7 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     assert "1 runs, 1 side by side" in capsys.readouterr().out
     assert {path.name for path in args.results.iterdir()} == {
         "runs.csv", "curves.csv", "table.md", "curves.png"}  # fmt: skip
-    tags = [p["tag"] for p in reproduce.read_csv(args.results / "curves.csv", {})]
+    tags = [point["tag"] for point in reproduce.read_csv(args.results / "curves.csv", {})]
     assert set(tags) == set(reproduce.CURVES) and tags.count("charts/success_rate") == 2
     before = (args.results / "runs.csv").read_bytes()
     monkeypatch.setattr(reproduce, "play", lambda *_: pytest.fail("a run was made twice"))
