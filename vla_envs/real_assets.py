@@ -183,7 +183,7 @@ def _fault(path: Path) -> str:
 
 
 def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, qpos: NDArray[np.float64], scratch: Path) -> None:
-    """Make the scene quick to draw: fewer triangles, smaller textures, no multisampling; the same physics.
+    """Make the scene quick to draw: fewer triangles, smaller textures; the same physics.
 
     Args:
         spec: The scene; changed in place. Meshes that anything collides with stay.
@@ -191,7 +191,6 @@ def simplify(spec: mujoco.MjSpec, exact: mujoco.MjModel, qpos: NDArray[np.float6
         qpos: Joint positions after a reset (m, rad).
         scratch: A folder for the smaller textures, needed until ``spec`` is compiled.
     """
-    spec.visual.quality.offsamples = spec.visual.quality.shadowsize = 0
     meshes = exact.geom_type == mujoco.mjtGeom.mjGEOM_MESH
     touched = exact.geom_dataid[meshes & (exact.geom_group == 0)]
     pixels = _pixels_shown(exact, qpos)

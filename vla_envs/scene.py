@@ -378,10 +378,11 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
     for fixture in env.fixtures:
         spec.body(fixture.root_body).mocap = True
+    if assets == "builtin" or quality == "fast":
+        look = spec.visual.quality
+        look.offsamples = look.shadowsize = 0  # no shadow is drawn; a map of them takes 64 MB a renderer
+        look.numslices, look.numstacks, look.numquads = 12, 6, 1
     if assets == "builtin":
-        spec.visual.quality.offsamples = 0
-        spec.visual.quality.shadowsize = 0  # no shadow is drawn; a map of them takes 64 MB a renderer
-        spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 12, 6, 1
         spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
     elif quality == "fast":
         simplify(spec, env.sim.model._model, env.sim.data.qpos, scratch)
