@@ -398,8 +398,8 @@ def update(
             loss = v_loss if alone else loss + v_loss
             share = weights.sum() / mb_weight  # of the minibatch; 1 where it is not split
             (loss * share).backward()
-            parts |= {"loss": loss, "policy_loss": pg_loss, "value_loss": v_loss}
-            parts |= {"entropy": entropy.mean(), "logprob": newlogprob.mean()}
+            parts |= {"loss": loss, "policy_loss": pg_loss, "entropy": entropy.mean(), "value_loss": v_loss}
+            parts["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
             measured = {k: measured.get(k, 0.0) + share * value.detach() for k, value in parts.items()}
         measured = distributed.add_up(measured)
         runs.check_finite(loss=measured.pop("loss"))

@@ -396,8 +396,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
                 parts["kl"] = kl
             share = weights.sum() / mb_weight  # of the minibatch; 1 where it is not split
             (loss * share).backward()
-            parts |= {"loss": loss, "policy_loss": pg_loss}
-            parts |= {"entropy": entropy.mean(), "logprob": newlogprob.mean()}
+            parts |= {"loss": loss, "policy_loss": pg_loss, "entropy": entropy.mean()}
+            parts["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
             measured = {k: measured.get(k, 0.0) + share * value.detach() for k, value in parts.items()}
         measured = distributed.add_up(measured)
         runs.check_finite(loss=measured.pop("loss"))
