@@ -206,6 +206,18 @@ def assert_same_learning(run, other):
         assert differences.max() < 1e-6 and (differences < 3e-8).float().mean() > 0.99
 
 
+def assert_it_learnt(run):
+    moments = tensors(run, "latest/optimizer.safetensors")
+    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+
+
+def results_of_the_same_files(*folders):
+    """``result.json`` of runs that have left files of the same names, one of TensorBoard's each too."""
+    names = [sorted(path.name.split(".")[0] for path in folder.iterdir()) for folder in folders]
+    assert names == [names[0]] * len(names)
+    return [runs.read_json(folder / "result.json") for folder in folders]
+
+
 @pytest.mark.parametrize(
     "script", [pytest.param(k, marks=[pytest.mark.slow] if k == "ppo_vla" else []) for k in OWN]
 )
@@ -215,12 +227,9 @@ def test_two_processes_learn_what_one_does(script, tmp_path, execute, reward):
     done = torchrun(tmp_path, ROOT / f"{script}.py", *words_of(flags | {"run_dir": tmp_path / "two"}))
     assert done.returncode == 0, done.stderr
     assert_same_learning(tmp_path / "one", tmp_path / "two")
-    moments = tensors(tmp_path / "two", "latest/optimizer.safetensors")
-    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+    assert_it_learnt(tmp_path / "two")
     assert done.stdout.count("parameters") == 1 and done.stdout.count("iteration 2") == 1
-    files = [sorted(p.name.split(".")[0] for p in (tmp_path / run).iterdir()) for run in ("one", "two")]
-    assert files[0] == files[1]  # one file of TensorBoard's too
-    one, two = (runs.read_json(tmp_path / run / "result.json") for run in ("one", "two"))
+    one, two = results_of_the_same_files(tmp_path / "one", tmp_path / "two")
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
 
 
@@ -258,12 +267,9 @@ def test_two_processes_imitate_what_one_does(policy, minibatch_size, tmp_path, e
     done = torchrun(tmp_path, ROOT / "sft_vla.py", *words_of(flags | {"run_dir": tmp_path / "two"}))
     assert done.returncode == 0, done.stderr
     assert_same_learning(tmp_path / "one", tmp_path / "two")
-    moments = tensors(tmp_path / "two", "latest/optimizer.safetensors")
-    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+    assert_it_learnt(tmp_path / "two")
     assert done.stdout.count("parameters") == 1 and done.stdout.count("held-out loss was lowest") == 1
-    files = [sorted(p.name.split(".")[0] for p in (tmp_path / run).iterdir()) for run in ("one", "two")]
-    assert files[0] == files[1]  # one file of TensorBoard's too
-    one, two = (runs.read_json(tmp_path / run / "result.json") for run in ("one", "two"))
+    one, two = results_of_the_same_files(tmp_path / "one", tmp_path / "two")
     assert two["best"]["nll"] == pytest.approx(one["best"].pop("nll"), abs=1e-5) and two["best"].pop("nll")
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
 
@@ -281,8 +287,7 @@ def test_two_processes_that_share_a_policy_learn_what_one_does(script, tmp_path,
     done = torchrun(tmp_path, ROOT / f"{script}.py", *words_of(flags | {"run_dir": tmp_path / "two"}))
     assert done.returncode == 0, done.stderr
     assert_same_learning(tmp_path / "one", tmp_path / "two")
-    moments = tensors(tmp_path / "two", "latest/optimizer.safetensors")
-    assert max(value.abs().max() for name, value in moments.items() if name.endswith("exp_avg")) > 1e-3
+    assert_it_learnt(tmp_path / "two")
 
 
 @pytest.mark.slow
