@@ -47,6 +47,8 @@ from vla_envs.policies import adapters, count_parameters, load_policy
 # The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1); 0.3, 0.7 elsewhere.
 PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
                 (0.3, 0.7), (10.0, 1.0), (10.0, 1.0), (0.3, 0.7), (0.3, 0.7))  # fmt: skip
+FIT_START = [[1.0, 0.0, 0.3], [0.0, 1.0, 0.7]]  # of --alphas auto: 0.3, 0.7 with the weight of a trajectory
+FIT_MEMORY = 0.9  # of what earlier batches have shown, in every iteration
 
 
 @dataclass
@@ -116,10 +118,16 @@ class Args:
     # ---- Algorithm ----
     reward: str = "multi_stage"
     """multi_stage, binary, or path/to/file.py:function"""
+    alphas: Literal["given", "auto"] = "given"
+    """auto: weigh the two terms anew in every iteration, by how well they predict success"""
     alpha1: float | None = None
     """Weight of the step term [the paper's for this task; 0.3 elsewhere and for several tasks]"""
     alpha2: float | None = None
     """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere and for several tasks]"""
+    group_by: Literal["time", "stage"] = "time"
+    """The step term compares members at the same decision, or as far into the same stage of the task"""
+    preset: Literal["paper"] | None = None
+    """paper: its letter, as --stop group --no-clip --update-every step --return-mode sum"""
     return_mode: Literal["sum", "mean"] = "sum"
     """A trajectory's reward: the sum over its steps, or their mean"""
     stop: Literal["each", "group"] = "each"
@@ -203,11 +211,35 @@ def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
     return group_advantages(held, group_size, eps=0.0) * alive  # (T, N)
 
 
+def stage_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
+    """Equation 6 by stage, (T, N): the k-th decisions that members take in a stage are compared, for every k.
+
+    The stage in which a decision is taken is the reward of the decision before. A member that has left the
+    stage keeps the reward with which it left in the statistics; one that never was there is not in them.
+    """
+    stages = torch.cat([torch.full_like(rewards[:1], -torch.inf), rewards[:-1]])  # (T, N)
+    advantages = group_advantages(torch.zeros_like(rewards), group_size)  # (T, N)
+    for stage in stages[alive.bool()].unique():
+        inside = alive.bool() & (stages == stage)  # (T, N)
+        order = (~inside).byte().argsort(dim=0, stable=True)  # (T, N) decisions in the stage come first
+        for group in torch.arange(rewards.shape[1]).split(group_size):
+            members = group[inside[:, group].any(dim=0)]  # (K,) or fewer
+            if len(members) > 1:
+                when = order[:, members]  # (T, K)
+                its, taken = rewards[:, members].gather(0, when), inside[:, members].gather(0, when)  # (T, K)
+                scores = step_advantages(its, taken, len(members))  # (T, K)
+                advantages[:, members] += torch.zeros_like(scores).scatter(0, when, scores)
+    return advantages
+
+
 def tgrpo_advantages(
-    rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float, return_mode: str = "sum"
-) -> Tensor:
+    rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float,
+    return_mode: str = "sum", group_by: str = "time",
+) -> Tensor:  # fmt: skip
     """Equation 8, (T, N); 0 where not alive."""
-    step = step_advantages(rewards, alive, group_size)  # (T, N)
+    step = (stage_advantages if group_by == "stage" else step_advantages)(
+        rewards, alive, group_size
+    )  # (T, N)
     trajectory = trajectory_advantages(rewards, alive, group_size, return_mode)  # (N,)
     return (alpha1 * step + alpha2 * trajectory) * alive  # (T, N)
 
@@ -339,6 +371,33 @@ def stop_groups(batch: dict[str, Any], group_size: int) -> dict[str, Any]:
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
+def fit_alphas(fit: Any, batch: dict[str, Any], args: Args) -> tuple[list[list[float]], list[float]]:
+    """alpha1, alpha2 >= 0 with which the two terms predict success best, by least squares.
+
+    Success is standardised within groups as the terms are: where all members succeed or all fail it says
+    nothing, and what other groups have shown is used. Trajectories count alike, those of older batches less.
+
+    Args:
+        fit: (2, 3), sums of products until now: of the step and the trajectory term with both and success.
+
+    Returns:
+        ``fit`` with this batch, and the two weights.
+    """
+    alive, settings = batch["alive"], (args.return_mode, args.group_by)
+    terms = [
+        tgrpo_advantages(batch["rewards"], alive, args.group_size, *alphas, *settings)  # (T, N)
+        for alphas in ((1.0, 0.0), (0.0, 1.0))
+    ]
+    outcome = group_advantages(batch["success"].float(), args.group_size)  # (N,)
+    chosen = alive & (outcome != 0)  # (T, N)
+    samples = torch.stack([*terms, outcome.expand(alive.shape)])[:, chosen].double()  # (3, S)
+    weights = (1.0 / alive.sum(dim=0)).expand(alive.shape)[chosen]  # (S,)
+    products = (samples[:2] * weights) @ samples.T  # (2, 3)
+    sums = FIT_MEMORY * torch.tensor(fit, dtype=torch.float64)  # (2, 3)
+    sums = sums + distributed.gather(products.unsqueeze(0)).sum(dim=0)
+    return sums.tolist(), torch.linalg.solve(sums[:, :2], sums[:, 2]).clamp(min=0.0).tolist()
+
+
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
     obs = {name: b[name][inds] for name in ("image", "state")}
@@ -423,6 +482,10 @@ def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
+    if args.preset == "paper":
+        args = dataclasses.replace(args, stop="group", clip=False, update_every="step", return_mode="sum")
+    if args.alphas == "auto" and (args.alpha1 is not None or args.alpha2 is not None):
+        raise ValueError("--alphas auto finds alpha1 and alpha2; expected neither of them to be given")
     known = dict(enumerate(PAPER_ALPHAS)) if args.suite == "LiberoObject" else {}
     task_ids = args.task_ids or (args.task_id,)
     paper1, paper2 = known.get(task_ids[0], (0.3, 0.7)) if len(task_ids) == 1 else (0.3, 0.7)
@@ -432,7 +495,8 @@ def check(args: Args) -> Args:
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
     runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
-    args = dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
+    if args.alphas == "given":
+        args = dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
     return runs.fill_in_evaluation(runs.fill_in_length(args))
 
 
@@ -486,10 +550,12 @@ if __name__ == "__main__":
         rewards, alive, totals = batch["rewards"], batch["alive"], distributed.add_up(runs.totals(batch))
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
-        advantages = tgrpo_advantages(
-            rewards, alive, args.group_size, args.alpha1, args.alpha2, args.return_mode
-        )  # (T, N)
-        step = step_advantages(rewards, alive, args.group_size)  # (T, N)
+        alpha1, alpha2 = args.alpha1, args.alpha2
+        if args.alphas == "auto":
+            state["fit"], (alpha1, alpha2) = fit_alphas(state.get("fit", FIT_START), batch, args)
+        settings = args.return_mode, args.group_by
+        advantages = tgrpo_advantages(rewards, alive, args.group_size, alpha1, alpha2, *settings)  # (T, N)
+        step = tgrpo_advantages(rewards, alive, args.group_size, 1.0, 0.0, *settings)  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -517,8 +583,10 @@ if __name__ == "__main__":
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "group/kept_frac": distributed.mean(groups_std > 0),
             "group/zero_std_frac": distributed.mean(still[running]),
-            "advantage/step_abs": distributed.mean((args.alpha1 * step)[alive].abs()),
-            "advantage/trajectory_abs": distributed.mean((advantages - args.alpha1 * step)[alive].abs()),
+            "advantage/step_abs": distributed.mean((alpha1 * step)[alive].abs()),
+            "advantage/trajectory_abs": distributed.mean((advantages - alpha1 * step)[alive].abs()),
+            "advantage/alpha1": alpha1,
+            "advantage/alpha2": alpha2,
             **runs.stage_shares(envs),
             "time/rollout_s": rollout_s,
             "time/policy_s": totals["policy_s"],

@@ -2,10 +2,11 @@
 
 What is in --results is not run again, and an interrupted run goes on, so the whole can be done in pieces:
 
-    python benchmarks/reproduce.py --task-ids 4                # one task: about three hours on two cores
-    python benchmarks/reproduce.py                             # everything: more than a day
-    python benchmarks/reproduce.py --heat-map 4 --seeds 1      # alpha1 against alpha2 on task 4
-    python benchmarks/reproduce.py --no-run                    # only table and pictures of what there is
+    python benchmarks/reproduce.py --task-ids 4                      # one task: three hours on two cores
+    python benchmarks/reproduce.py                                   # everything: more than a day
+    python benchmarks/reproduce.py --heat-map 4 --seeds 1            # alpha1 against alpha2 on task 4
+    python benchmarks/reproduce.py --questions --task-ids 0 2 4 7    # what the paper leaves open, in pairs
+    python benchmarks/reproduce.py --no-run                          # tables and pictures of what there is
 """
 
 import csv
@@ -23,6 +24,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from rliable import library, metrics
+from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -36,6 +38,9 @@ import matplotlib.pyplot as plt
 warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)  # rliable's way of seeding
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tgrpo_vla import PAPER_ALPHAS  # noqa: E402
+
 METHODS = {
     "PPO": ["ppo_vla.py"],
     "GRPO": ["grpo_vla.py"],
@@ -43,6 +48,18 @@ METHODS = {
     "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
     "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
 }
+QUESTIONS = {
+    "TGRPO 0.3/0.7": ["tgrpo_vla.py", "--alpha1", "0.3", "--alpha2", "0.7"],
+    "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
+    "TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"],
+    "TGRPO --preset paper": ["tgrpo_vla.py", "--preset", "paper"],
+}
+PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alphas
+    ("TGRPO --alphas auto", "TGRPO"),
+    ("TGRPO --alphas auto", "TGRPO 0.3/0.7"),
+    ("TGRPO --group-by stage", "TGRPO"),
+    ("TGRPO --preset paper", "TGRPO"),
+)
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HEAT_MAP = {
     f"TGRPO {alpha1:g}/{alpha2:g}": ["tgrpo_vla.py", "--alpha1", f"{alpha1:g}", "--alpha2", f"{alpha2:g}"]
@@ -68,12 +85,14 @@ class Args:
     """Folder of runs.csv, curves.csv, table.md and the pictures"""
     out: Path = Path("runs/reproduce")
     """Folder of the runs themselves"""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Which of the methods"""
+    methods: tuple[str, ...] = ()
+    """Which of the methods [all of Table 1; with --questions those that the pairs need]"""
     task_ids: tuple[int, ...] = tuple(range(10))
     """Tasks of LIBERO-Object"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds"""
+    questions: bool = False
+    """Instead of Table 1: what the paper leaves open, each answer beside what it is compared with"""
     heat_map: int | None = None
     """Instead of all that: pairs of alphas on this task"""
     total_env_steps: int = 175_000
@@ -99,7 +118,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     if (folder / "result.json").is_file():
         return
     cores = max(1, available_cores() // args.jobs)
-    script, *flags = (METHODS | HEAT_MAP)[method]
+    script, *flags = (METHODS | QUESTIONS | HEAT_MAP)[method]
     words = ["--resume", folder] if (folder / "args.json").is_file() else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
         "--total-env-steps", args.total_env_steps, *flags,
@@ -209,6 +228,45 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
+def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines, and TGRPO's once more as those of 0.3/0.7 on tasks whose alphas these are: equal runs."""
+    return lines + [
+        line | {"method": "TGRPO 0.3/0.7"} for line in lines
+        if line["method"] == "TGRPO" and PAPER_ALPHAS[line["task_id"]] == (0.3, 0.7)
+    ]  # fmt: skip
+
+
+def pairs_table(lines: list[dict[str, Any]]) -> str:
+    """How much more often one method of each of ``PAIRS`` succeeds than the other, by task and altogether."""
+    task_ids = sorted({line["task_id"] for line in lines})
+    points = {(x["method"], x["task_id"], x["seed"]): 100 * x["after"] / x["trials"] for x in lines}
+    text = [
+        f"| pair | {' | '.join(f'task {t}' for t in task_ids)} | all |",
+        "| --- |" + " --- |" * (len(task_ids) + 1),
+    ]
+    for method, other in PAIRS:
+        gains: dict[int, list[float]] = {t: [] for t in task_ids}
+        for (name, task_id, seed), value in points.items():
+            if name == method and (other, task_id, seed) in points:
+                gains[task_id].append(value - points[other, task_id, seed])
+        cells = [f"{np.mean(g):+.0f} ({len(g)})" if g else "" for g in gains.values()]
+        every = np.concatenate([*gains.values(), []])
+        whole = f"{every.mean():+.1f} ({len(every)})" if len(every) else ""
+        if len(every) > 1 and np.ptp(every):
+            test = bootstrap(
+                (every,), np.mean, method="basic", n_resamples=5000, rng=np.random.default_rng(0)
+            )
+            low, high = test.confidence_interval
+            whole = f"{every.mean():+.1f} ({low:+.1f} to {high:+.1f}; {len(every)})"
+        text.append(f"| {method} against {other} | {' | '.join([*cells, whole])} |")
+    text += [
+        "",
+        "Points of success after training: means of the paired differences (same task, same seed), with the"
+        " number of pairs; of all tasks with bootstrap 95 % intervals over the pairs.",
+    ]
+    return "\n".join(text) + "\n"
+
+
 # ---- Pictures ----------------------------------------------------------------------------------------
 
 
@@ -261,6 +319,8 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     if methods:
         (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
+    if any(line["method"] in QUESTIONS for line in lines):
+        (args.results / "questions.md").write_text(pairs_table(with_twins(lines)))
     if points:
         draw_curves(points, methods, args.results / "curves.png")
     if any(line["method"] in HEAT_MAP for line in lines):
@@ -269,18 +329,21 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
 
 def main(args: Args) -> None:
     """Make what is missing, ``jobs`` at a time; results are written as they come."""
-    if unknown := set(args.methods) - set(METHODS):
-        raise ValueError(f"methods {sorted(unknown)} are unknown; expected some of {list(METHODS)}")
+    if unknown := set(args.methods) - set(METHODS | QUESTIONS):
+        raise ValueError(
+            f"methods {sorted(unknown)} are unknown; expected some of {list(METHODS | QUESTIONS)}"
+        )
     if unknown_tasks := set(args.task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
     args.results.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
-    methods, task_ids = args.methods, args.task_ids
+    methods = args.methods or (("TGRPO", *QUESTIONS) if args.questions else tuple(METHODS))
+    task_ids = args.task_ids
     if args.heat_map is not None:
         methods, task_ids = tuple(HEAT_MAP), (args.heat_map,)
-    known = {(line["method"], line["task_id"], line["seed"]) for line in lines}
+    known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known]  # fmt: skip
     if wanted and args.run:
@@ -301,8 +364,9 @@ def main(args: Args) -> None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     show(lines, points, args)
-    if (args.results / "table.md").is_file():
-        print((args.results / "table.md").read_text())
+    for name in ("table.md", "questions.md"):
+        if (args.results / name).is_file():
+            print((args.results / name).read_text())
 
 
 if __name__ == "__main__":
