@@ -63,7 +63,8 @@ ONLINE_TAGS = {
 }  # fmt: skip
 TAGS = {
     "tgrpo_vla": ONLINE_TAGS
-    | {"group/zero_std_frac", "group/kept_frac", "advantage/step_abs", "advantage/trajectory_abs"},
+    | {"group/zero_std_frac", "group/kept_frac"}
+    | {f"advantage/{name}" for name in ("step_abs", "trajectory_abs", "alpha1", "alpha2")},
     "grpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
     "ppo_vla": ONLINE_TAGS | {"losses/value_loss", "losses/explained_variance"},
     "sft_vla": {"charts/success_rate", "charts/learning_rate", "losses/nll", "losses/held_out_nll"},
@@ -93,7 +94,7 @@ def own(tmp_path_factory):
                     file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (length, width))
     online = {"num_groups": 1, "group_size": 2, "reward": f"{folder / 'nearer.py'}:nearer"}
     return {
-        "tgrpo_vla": online,
+        "tgrpo_vla": online | {"alphas": "auto"},
         "grpo_vla": online | {"keep_low": 0, "keep_high": 1},
         "ppo_vla": online | {"critic_warmup": 1},
         "sft_vla": {
@@ -673,7 +674,10 @@ def test_ppos_critic_learns_alone_at_first(start):
     ("script", "flags"),
     [
         ("tgrpo_vla", {"no_clip": None, "update_every": "step", "return_mode": "mean"}),
-        ("tgrpo_vla", {"ratio_level": "action", "stop": "group", "alpha1": 0.0, "alpha2": 1.5}),
+        (
+            "tgrpo_vla",
+            {"ratio_level": "action", "stop": "group", "group_by": "stage", "alphas": "given", "alpha1": 1.5},
+        ),
         ("grpo_vla", {"ratio_level": "action", "update_epochs": 2}),
         ("ppo_vla", {"ratio_level": "action", "critic_warmup": 0, "gamma": 1.0, "gae_lambda": 1.0}),
     ],
@@ -689,7 +693,7 @@ def test_flags_of_the_algorithm(script, flags, start):
 
 def test_tgrpos_weights_of_the_task(start):
     """The paper's alphas differ by task; another task is another run."""
-    run = start("tgrpo_vla", num_iterations=1, task_id=0)
+    run = start("tgrpo_vla", num_iterations=1, task_id=0, alphas="given")
     args = read_json(run / "args.json")
     assert (args["alpha1"], args["alpha2"]) == (10.0, 1.0) and read_json(run / "result.json")["task_id"] == 0
 

@@ -18,7 +18,14 @@ from test_shared import (
 )
 
 import tgrpo_vla
-from tgrpo_vla import step_advantages, stop_groups, tgrpo_advantages, trajectory_advantages
+from tgrpo_vla import (
+    fit_alphas,
+    stage_advantages,
+    step_advantages,
+    stop_groups,
+    tgrpo_advantages,
+    trajectory_advantages,
+)
 from vla_envs import runs
 
 
@@ -222,6 +229,142 @@ def test_groups_that_do_not_divide(members, size):
             function(rewards, alive, size, *extra)
 
 
+# ---- Members in the same stage -----------------------------------------------------------------------
+
+
+def slow_stage(rewards, alive, size):
+    """For every member its rewards by stage in order; the k-th is compared with the others' k-th, or last."""
+    steps, members = rewards.shape
+    visits = [{} for _ in range(members)]  # by stage: the decisions taken in it
+    for n in range(members):
+        for t in range(steps):
+            if alive[t, n]:
+                visits[n].setdefault(float(rewards[t - 1, n]) if t else None, []).append(t)
+    result = torch.zeros(steps, members)
+    for n in range(members):
+        for stage, times in visits[n].items():
+            others = [m for m in range(n // size * size, n // size * size + size) if stage in visits[m]]
+            for k, t in enumerate(times):
+                values = [
+                    float(rewards[visits[m][stage][min(k, len(visits[m][stage]) - 1)], m]) for m in others
+                ]
+                result[t, n] = score(values, others.index(n)) if len(others) > 1 else 0.0
+    return result
+
+
+def test_stage_advantages_by_hand():
+    """One grasps (4) a step later than the other; from there on both do the same."""
+    rewards, alive = full([[4, 2], [4, 4], [8, 4], [8, 8]])
+    half = math.sqrt(0.5)
+    assert step_advantages(rewards, alive, 2)[:, 1].tolist() == pytest.approx([-half, 0, -half, 0])
+    expected = torch.tensor([[half, -half], [0, 0], [0, 0], [0, 0]])
+    torch.testing.assert_close(stage_advantages(rewards, alive, 2), expected)
+
+
+def test_who_left_a_stage_keeps_what_it_left_with():
+    """In stage 2 the first member goes to 8 at once; the second stays for one more decision, then drops."""
+    rewards, alive = full([[2, 2], [8, 2], [8, -4]])
+    half = math.sqrt(0.5)
+    expected = torch.tensor([[0, 0], [half, -half], [0, -half]])  # the last: -4 against the 8 of the other
+    torch.testing.assert_close(stage_advantages(rewards, alive, 2), expected)
+
+
+def test_who_never_was_in_a_stage_is_not_compared():
+    rewards, alive = full([[2, 2, -2], [4, 2, -2]])
+    scores = stage_advantages(rewards, alive, 3)
+    assert scores[1].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5), 0.0])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 12])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_stages_of_random_rollouts(seed, size):
+    rewards, alive = random_rollout(seed, steps=9)
+    scores = stage_advantages(rewards, alive, size)
+    torch.testing.assert_close(scores, slow_stage(rewards, alive, size), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores[0], step_advantages(rewards, alive, size)[0])  # all begin together
+    scaled = stage_advantages(3 * rewards - 5, alive, size)
+    torch.testing.assert_close(scaled, scores, atol=1e-5, rtol=1e-5)
+    order = torch.arange(12).view(-1, size).flip(1).flatten()
+    torch.testing.assert_close(stage_advantages(rewards[:, order], alive[:, order], size), scores[:, order])
+    both = tgrpo_advantages(rewards, alive, size, 2.0, 0.0, "sum", "stage")
+    torch.testing.assert_close(both, 2 * scores)
+
+
+# ---- Alphas from what predicts success ---------------------------------------------------------------
+
+
+def rollout_of(rewards, alive, success):
+    return {"rewards": rewards, "alive": alive, "success": torch.tensor(success)}
+
+
+def auto(size, **more):
+    return arguments(tgrpo_vla, group_size=size, alphas="auto", **more)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("group_by", ["time", "stage"])
+def test_alphas_are_the_least_squares_fit(mode, group_by):
+    """NumPy's least squares, of the decisions of groups with both outcomes and the start's two samples."""
+    rewards, alive = random_rollout(3, groups=4)
+    success = [
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    args = auto(4, return_mode=mode, group_by=group_by)
+    _, alphas = fit_alphas(tgrpo_vla.FIT_START, rollout_of(rewards, alive, success), args)
+    step = (slow_stage if group_by == "stage" else slow_step)(rewards, alive, 4)
+    trajectory = slow_trajectory(rewards, alive, 4, sum if mode == "sum" else statistics.mean)
+    root = math.sqrt(tgrpo_vla.FIT_MEMORY)
+    rows = [[root, 0.0, 0.3 * root], [0.0, root, 0.7 * root]]
+    for n in (*range(4), *range(12, 16)):
+        outcome = score([float(x) for x in success[n // 4 * 4 :][:4]], n % 4)
+        root = math.sqrt(1.0 / int(alive[:, n].sum()))
+        rows += [[root * float(step[t, n]), root * float(trajectory[n]), root * outcome]
+                 for t in range(len(alive)) if alive[t, n]]  # fmt: skip
+    rows = np.array(rows)
+    expected = np.linalg.lstsq(rows[:, :2], rows[:, 2], rcond=None)[0]
+    assert alphas == pytest.approx(np.maximum(expected, 0.0).tolist(), abs=1e-5)
+
+
+def test_groups_of_one_outcome_leave_the_alphas():
+    rewards, alive = random_rollout(1)
+    batch = rollout_of(rewards, alive, [True] * 4 + [False] * 8)
+    fit, alphas = fit_alphas(tgrpo_vla.FIT_START, batch, auto(4))
+    assert alphas == pytest.approx([0.3, 0.7])
+    assert np.array(fit) == pytest.approx(tgrpo_vla.FIT_MEMORY * np.array(tgrpo_vla.FIT_START))
+
+
+def test_what_tells_success_gets_the_weight():
+    """Who succeeds has the larger total; the steps are the same for all but once, the wrong way round."""
+    rewards, alive = full([[0, 1, 0, 1], [9, 0, 9, 0]])
+    fit = tgrpo_vla.FIT_START
+    for _ in range(30):
+        fit, (alpha1, alpha2) = fit_alphas(fit, rollout_of(rewards, alive, [True, False] * 2), auto(2))
+    assert alpha1 == pytest.approx(0.0, abs=0.01) and alpha2 == pytest.approx(1.0, abs=0.02)
+
+
+def test_what_tells_the_contrary_gets_none():
+    rewards, alive = full([[1, 0, 1, 0]])
+    fit = tgrpo_vla.FIT_START
+    for _ in range(30):
+        fit, alphas = fit_alphas(fit, rollout_of(rewards, alive, [False, True] * 2), auto(2))
+    assert alphas == [0.0, 0.0]
+
+
 # ---- Groups that stop together -----------------------------------------------------------------------
 
 
@@ -333,6 +476,17 @@ def test_default_alphas_are_the_papers(task_id):
     assert (args.alpha1, args.alpha2) == (0.0, paper[task_id][1])
 
 
+def test_the_papers_letter():
+    args = tgrpo_vla.check(tgrpo_vla.Args(preset="paper", return_mode="mean"))
+    assert (args.stop, args.clip, args.update_every, args.return_mode) == ("group", False, "step", "sum")
+
+
+def test_alphas_are_found_or_given():
+    args = tgrpo_vla.check(tgrpo_vla.Args(alphas="auto"))
+    assert (args.alpha1, args.alpha2) == (None, None)
+    assert tgrpo_vla.check(args) == args  # as when it is resumed
+
+
 def test_default_alphas_elsewhere():
     args = tgrpo_vla.check(tgrpo_vla.Args(suite="LiberoGoal", task_id=0))
     assert (args.alpha1, args.alpha2) == (0.3, 0.7)
@@ -345,6 +499,8 @@ def test_default_alphas_elsewhere():
         ({"group_size": 0}, "group_size is 0"),
         ({"alpha1": float("nan")}, "alpha1.*nan"),
         ({"alpha2": float("inf")}, "alpha2.*inf"),
+        ({"alphas": "auto", "alpha1": 0.3}, "alphas auto finds alpha1"),
+        ({"alphas": "auto", "alpha2": 0.0}, "expected neither"),
         ({"clip_low": float("nan")}, "clip_low"),
         ({"clip_high": -0.1}, "clip_high"),
         ({"kl_coef": 0.1}, "lora"),

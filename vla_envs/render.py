@@ -1,5 +1,6 @@
 """Pictures of environments: OpenGL without a screen, from any thread."""
 
+import atexit
 import contextlib
 import importlib
 import importlib.util
@@ -7,7 +8,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import mujoco
@@ -16,12 +17,16 @@ from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, possible
 
+EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
+
 
 class OpenGL:
     """The process's OpenGL contexts, each used by one thread at a time.
 
-    With Mesa's software OpenGL each thread that draws has a context of its own and keeps to its own core, as
-    the simulator does; a GPU, and what is no EGL, has one context.
+    Mesa's software OpenGL has two contexts, so that two threads draw side by side; a GPU, and what is no EGL,
+    has one. Mesa's are on displays of their own, of which there are two: contexts on one display draw in turn
+    for part of the way, and look into each other's lists without a lock (in 22.3, its
+    lp_setup_is_resource_referenced), which ends the process once in some ten thousand pictures.
 
     Args:
         backend: ``"egl"``, ``"osmesa"``, ``"glfw"`` or ``"cgl"``.
@@ -32,17 +37,12 @@ class OpenGL:
             _choose_gpu()
         os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws on the thread that asks
         self.backend = backend
-        self._module = importlib.import_module(f"mujoco.{backend}")
-        self._module.GLContext._context = None  # else one that fails complains when it is collected
         self._lock = threading.Lock()
-        self._contexts = [_Context(self._module.GLContext(256, 256), self._release)]
-        with self.current():
-            from OpenGL import GL
-
-            self.device = GL.glGetString(GL.GL_RENDERER).decode()  # type: ignore[attr-defined]
+        self._contexts = [_Context(backend, importlib.import_module(f"mujoco.{backend}"))]
+        self.device = self._contexts[0].device
         #: Whether the processor draws (Mesa's llvmpipe or softpipe), not a GPU.
         self.software = "pipe" in self.device
-        self._most = os.cpu_count() or 1 if self.software and backend == "egl" else 1
+        self._may_have_another = self.software and backend == "egl"
 
     @contextlib.contextmanager
     def current(self) -> Iterator["_Context"]:
@@ -54,7 +54,7 @@ class OpenGL:
             yield context
             context.free_dropped()
         finally:
-            self._release()
+            context.release()
             context.lock.release()
 
     def _take(self) -> "_Context":
@@ -62,35 +62,58 @@ class OpenGL:
             if context.lock.acquire(blocking=False):
                 return context
         with self._lock:
-            if len(self._contexts) < self._most:
-                context = _Context(self._module.GLContext(256, 256), self._release)
-                context.lock.acquire()
-                self._contexts.append(context)
-                return context
+            if self._may_have_another:
+                self._may_have_another = False
+                with contextlib.suppress(Exception):  # where it cannot be made, all threads share the first
+                    another = _Context("egl", _surfaceless_egl())
+                    if another.device == self.device:  # on a machine with a GPU it would be that
+                        another.lock.acquire()
+                        self._contexts.append(another)
+                        return another
         context = self._contexts[threading.get_ident() % len(self._contexts)]
         context.lock.acquire()
         return context
 
-    def _release(self) -> None:
-        """Let no context be current in this thread."""
-        if self.backend == "egl":
-            egl = self._module.EGL
-            egl.eglMakeCurrent(
-                self._module.EGL_DISPLAY, egl.EGL_NO_SURFACE, egl.EGL_NO_SURFACE, egl.EGL_NO_CONTEXT
-            )
-        elif self.backend == "osmesa":
-            self._module.osmesa.OSMesaMakeCurrent(None, None, self._module.GL.GL_FLOAT, 0, 0)
-        elif self.backend == "glfw":
-            self._module.glfw.make_context_current(None)
+
+def _surfaceless_egl() -> Any:
+    """MuJoCo's module for EGL once more, with Mesa's surfaceless display in place of a device's."""
+    spec: Any = importlib.util.find_spec("mujoco.egl")
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    display = module.EGL.eglGetPlatformDisplayEXT(EGL_PLATFORM_SURFACELESS_MESA, None, None)
+    module.EGL.eglInitialize(display, None, None)
+    atexit.register(module.EGL.eglTerminate, display)
+    module.EGL_DISPLAY = display
+    return module
 
 
 class _Context:
     """One OpenGL context, and what waits to be freed in it."""
 
-    def __init__(self, gl: Any, release: Callable[[], None]) -> None:
-        self.gl, self._release = gl, release
+    def __init__(self, backend: str, module: Any) -> None:
+        module.GLContext._context = None  # else one that fails complains when it is collected
+        self._backend, self._module = backend, module
+        self.gl = module.GLContext(256, 256)
         self.lock = threading.Lock()
         self._dropped: list[mujoco.MjrContext] = []
+        self.gl.make_current()
+        try:
+            from OpenGL import GL
+
+            self.device = GL.glGetString(GL.GL_RENDERER).decode()  # type: ignore[attr-defined]
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let no context be current in this thread."""
+        module = self._module
+        if self._backend == "egl":
+            none = module.EGL.EGL_NO_SURFACE, module.EGL.EGL_NO_SURFACE, module.EGL.EGL_NO_CONTEXT
+            module.EGL.eglMakeCurrent(module.EGL_DISPLAY, *none)
+        elif self._backend == "osmesa":
+            module.osmesa.OSMesaMakeCurrent(None, None, module.GL.GL_FLOAT, 0, 0)
+        elif self._backend == "glfw":
+            module.glfw.make_context_current(None)
 
     def drop(self, buffers: mujoco.MjrContext) -> None:
         """Free ``buffers``, which live in this context, now or, while a thread draws, after its picture."""
@@ -99,7 +122,7 @@ class _Context:
             try:
                 self.gl.make_current()
                 self.free_dropped()
-                self._release()
+                self.release()
             finally:
                 self.lock.release()
 
