@@ -12,12 +12,13 @@ them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finis
     equation 8   Adv_it = alpha1 * S_it + alpha2 * T_i        tgrpo_advantages
     equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)            policy_loss, update
 
-Where we depart from the paper, or it is silent (a flag restores the paper's letter):
+Where we depart from the paper, or it is silent (flags restore its letter; --preset paper: 1, 2, 3 and 5):
  1. Every environment runs to its own end (--stop group: what follows a member's success is masked).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
     (--ratio-level action: one a decision).
  3. One epoch of minibatches over the whole batch (--update-every step: Algorithm 1's update a decision step).
  4. A step at which all members get the same reward has advantage 0; the share of such steps is logged.
+    --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2.
  5. A trajectory's total reward is the sum over its steps (--return-mode mean: their mean).
  6. The policy decides a chunk of C control steps at once; the step reward is that of the chunk's last one.
  7. Several groups a batch, each on its own scene, drawn from LIBERO's regions; evaluation is on the 50
@@ -237,9 +238,8 @@ def tgrpo_advantages(
     return_mode: str = "sum", group_by: str = "time",
 ) -> Tensor:  # fmt: skip
     """Equation 8, (T, N); 0 where not alive."""
-    step = (stage_advantages if group_by == "stage" else step_advantages)(
-        rewards, alive, group_size
-    )  # (T, N)
+    compare = stage_advantages if group_by == "stage" else step_advantages
+    step = compare(rewards, alive, group_size)  # (T, N)
     trajectory = trajectory_advantages(rewards, alive, group_size, return_mode)  # (N,)
     return (alpha1 * step + alpha2 * trajectory) * alive  # (T, N)
 
@@ -383,18 +383,16 @@ def fit_alphas(fit: Any, batch: dict[str, Any], args: Args) -> tuple[list[list[f
     Returns:
         ``fit`` with this batch, and the two weights.
     """
-    alive, settings = batch["alive"], (args.return_mode, args.group_by)
-    terms = [
-        tgrpo_advantages(batch["rewards"], alive, args.group_size, *alphas, *settings)  # (T, N)
-        for alphas in ((1.0, 0.0), (0.0, 1.0))
-    ]
-    outcome = group_advantages(batch["success"].float(), args.group_size)  # (N,)
-    chosen = alive & (outcome != 0)  # (T, N)
-    samples = torch.stack([*terms, outcome.expand(alive.shape)])[:, chosen].double()  # (3, S)
-    weights = (1.0 / alive.sum(dim=0)).expand(alive.shape)[chosen]  # (S,)
+    rewards, alive, settings = batch["rewards"], batch["alive"], (args.return_mode, args.group_by)
+    step, trajectory = (
+        tgrpo_advantages(rewards, alive, args.group_size, *alphas, *settings) for alphas in ((1, 0), (0, 1))
+    )  # (T, N), (T, N)
+    outcome = group_advantages(batch["success"].float(), args.group_size).expand(alive.shape)  # (T, N)
+    told = alive & (outcome != 0)  # (T, N)
+    samples = torch.stack([step, trajectory, outcome])[:, told].double()  # (3, S)
+    weights = (1.0 / alive.sum(dim=0)).expand(alive.shape)[told]  # (S,)
     products = (samples[:2] * weights) @ samples.T  # (2, 3)
-    sums = FIT_MEMORY * torch.tensor(fit, dtype=torch.float64)  # (2, 3)
-    sums = sums + distributed.gather(products.unsqueeze(0)).sum(dim=0)
+    sums = FIT_MEMORY * torch.tensor(fit, dtype=torch.float64) + distributed.gather(products[None]).sum(dim=0)
     return sums.tolist(), torch.linalg.solve(sums[:, :2], sums[:, 2]).clamp(min=0.0).tolist()
 
 

@@ -74,6 +74,7 @@ CURVES = {
 }
 RUN = ["method", "task_id", "seed", "before", "after", "trials", "env_steps", "episodes", "wall_s", "commit"]
 POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
+DRAWS = 5000  # of a bootstrap
 MINUTES = 12.0  # of a run, as long as nothing was measured
 
 
@@ -206,7 +207,7 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
         if seeds:
             draws = np.random.RandomState(0)
             point, interval = library.get_interval_estimates(
-                {method: scores[method]}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000,
+                {method: scores[method]}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=DRAWS,
                 random_state=draws,
             )  # fmt: skip
             low, high = interval[method][:, 0]
@@ -214,7 +215,7 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
             if method != START:
                 pair = {method: (scores[method], scores[START])}
                 point, interval = library.get_interval_estimates(
-                    pair, metrics.probability_of_improvement, reps=5000, random_state=draws
+                    pair, metrics.probability_of_improvement, reps=DRAWS, random_state=draws
                 )
                 low, high = np.ravel(interval[method])
                 row[-1] = f"{np.ravel(point[method])[0]:.2f} ({low:.2f} to {high:.2f})"
@@ -254,7 +255,7 @@ def pairs_table(lines: list[dict[str, Any]]) -> str:
         whole = f"{every.mean():+.1f} ({len(every)})" if len(every) else ""
         if len(every) > 1 and np.ptp(every):
             test = bootstrap(
-                (every,), np.mean, method="basic", n_resamples=5000, rng=np.random.default_rng(0)
+                (every,), np.mean, method="basic", n_resamples=DRAWS, rng=np.random.default_rng(0)
             )
             low, high = test.confidence_interval
             whole = f"{every.mean():+.1f} ({low:+.1f} to {high:+.1f}; {len(every)})"

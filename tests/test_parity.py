@@ -145,6 +145,7 @@ def test_builtin_physics_are_liberos(real_env, make_vec, task_id):
         assert gap(env, envs) < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_id", [4])
 def test_pictures_of_real_assets_are_liberos(real_env, real_assets, make_vec, task_id):
     env = real_env(task_id)

@@ -20,6 +20,12 @@ def cells(text, method):
     return [cell.strip() for cell in row.strip("|").split("|")][1:]
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Intervals of few bootstrap draws, which is enough where all runs are equal."""
+    monkeypatch.setattr(reproduce, "DRAWS", 100)
+
+
 def test_the_table():
     lines = [line("GRPO", task_id, seed, after) for task_id, seed, after in
              ((0, 1, 20), (0, 2, 30), (4, 1, 40), (4, 2, 50))]  # fmt: skip
@@ -36,6 +42,36 @@ def test_the_table():
 def test_a_table_of_runs_that_do_not_overlap():
     text = reproduce.table([line("GRPO", 0, 1, 20), line("PPO", 4, 1, 30)], ["GRPO", "PPO"])
     assert cells(text, "GRPO")[2:] == ["", ""] and "no task and seed" in text
+
+
+def test_the_pairs():
+    """On the same task and seed; the seed that only one of them has does not count."""
+    auto, plain = "TGRPO --alphas auto", "TGRPO 0.3/0.7"
+    lines = [line(auto, 0, 1, 30), line(auto, 0, 2, 40), line(auto, 7, 1, 20), line(auto, 7, 2, 5)]
+    lines += [line("TGRPO", 0, 1, 25), line("TGRPO", 0, 2, 45), line("TGRPO", 7, 1, 10), line(plain, 7, 2, 0)]
+    text = reproduce.pairs_table(lines)
+    assert "| pair | task 0 | task 7 | all |" in text
+    row = cells(text, f"{auto} against TGRPO")
+    assert row[:2] == ["+0 (2)", "+20 (1)"] and row[2].startswith("+6.7 (") and row[2].endswith("; 3)")
+    assert cells(text, f"{auto} against {plain}") == ["", "+10 (1)", "+10.0 (1)"]
+    assert cells(text, "TGRPO --preset paper against TGRPO") == ["", "", ""]
+
+
+def test_the_papers_alphas_are_the_plain_ones_on_some_tasks():
+    lines = reproduce.with_twins([line("TGRPO", 4, 1, 30), line("TGRPO", 0, 1, 20), line("GRPO", 4, 1, 9)])
+    assert [(x["method"], x["task_id"]) for x in lines[3:]] == [("TGRPO 0.3/0.7", 4)]
+
+
+def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
+    known = [line(method, 4, 1, 30) for method in ("TGRPO", "TGRPO --alphas auto", "TGRPO --group-by stage")]
+    reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, known)
+    played = []
+    monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
+    monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
+    reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
+    assert played == [("TGRPO --preset paper", 4, 1)]
+    assert "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 (1) |" in capsys.readouterr().out
+    assert "paper against TGRPO" in (tmp_path / "questions.md").read_text()
 
 
 def test_csv(tmp_path):

@@ -167,7 +167,7 @@ def test_a_missing_file_is_rebuilt_for_good(cached, reload, capfd, request):
     reload("LiberoObject", 0)
 
 
-@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("existing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_build_leaves_liberos_configuration_alone(tmp_path, existing):
     """No prompt, no new file in the home folder, and an existing one is neither changed nor believed."""
     home, config = tmp_path / "home", tmp_path / "home" / ".libero" / "config.yaml"

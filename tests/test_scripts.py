@@ -997,7 +997,7 @@ def test_a_damaged_state(script, execute, finished, tmp_path, capfd):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="EGL and OSMesa are Linux's")
-@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+@pytest.mark.parametrize("backend", ["egl", pytest.param("osmesa", marks=pytest.mark.slow)])
 def test_without_opengl(tmp_path, own, backend):
     """EGL that finds no driver, and OSMesa that is not installed."""
     if backend == "osmesa" and ctypes.util.find_library("OSMesa"):
