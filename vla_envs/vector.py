@@ -568,7 +568,7 @@ class LiberoVectorEnv(VectorEnv):
             self._terminated[i], self._truncated[i] = False, bool(settled.reason)
             self._ready[i] = True
             self._observe(i)
-        while len(self._settled) > max(256, self.num_envs):
+        while len(self._settled) > max(64, self.num_envs):
             self._settled.popitem(last=False)
         self._stage[indices] = evaluate_reward(self._reward, self._facts)[1][indices]
 

@@ -35,7 +35,7 @@ def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVector
 
     Args:
         num_envs: Number of environments.
-        workers: Processes. Threads of one process share Python's interpreter and Mesa's rasteriser.
+        workers: Processes. Threads of one process share Python's interpreter, and two of them draw at a time.
         arguments: Those of ``LiberoVectorEnv``; ``num_threads`` is for each process, by default its share of
             the cores.
 
