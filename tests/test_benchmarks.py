@@ -31,3 +31,16 @@ def test_gpu_without_one(monkeypatch, capsys):
         run(monkeypatch)
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out and err.count("\n") == 1 and "--tiny" in err
+
+
+@pytest.mark.slow
+def test_what_could_weigh_the_terms(monkeypatch, capsys):
+    """The trajectory term tells success better than the step term, and gets the larger weight."""
+    monkeypatch.setattr(sys, "argv", ["alphas.py", "--task-ids", "4", "--batches", "1"])
+    runpy.run_path(str(ROOT / "benchmarks" / "alphas.py"), run_name="__main__")
+    *_, row = capsys.readouterr().out.splitlines()
+    _, task, correlations, alphas, *shares, _ = [cell.strip() for cell in row.split("|")]
+    for pair in (correlations, alphas):
+        step, trajectory = map(float, pair.split(", "))
+        assert 0.0 <= step < trajectory <= 1.0
+    assert task == "4" and len(shares) == 4 and all(abs(float(x.rstrip("%"))) < 100.0 for x in shares)

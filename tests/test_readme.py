@@ -35,6 +35,7 @@ ELSEWHERE = {
     "vla_envs.experts": "tests/test_experts.py",
     "vla_envs.report": "tests/test_report.py",
     "vla_envs.rewards": "tests/test_rewards_cli.py",
+    "benchmarks/alphas.py": "tests/test_benchmarks.py",
     "benchmarks/gpu.py": "tests/test_benchmarks.py",
     "benchmarks/pictures.py": "tests/test_benchmarks.py",
     "benchmarks/reproduce.py": "tests/test_reproduce.py",

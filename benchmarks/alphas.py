@@ -1,0 +1,104 @@
+"""What could weigh TGRPO's two terms: how each agrees with success, by its advantages and by its gradients.
+
+    python benchmarks/alphas.py --task-ids 0 4
+
+Rolls out the starting policy, without learning, and prints for the step term S and the trajectory term T
+
+- their correlation with success (standardised within groups, as they are), over decisions;
+- alpha1 and alpha2 of the least-squares fit of success, which is what ``--alphas auto`` starts from;
+- the inner product of two groups' gradients, mean over all pairs, as a share of a group's squared gradient:
+  of a term with itself (how much of its gradient is the same in every group, not noise), and with success.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from vla_envs import runs
+from vla_envs.policies import load_policy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tgrpo_vla as tgrpo
+
+
+@dataclass
+class Args:
+    task_ids: tuple[int, ...] = (0, 4)
+    """LIBERO-Object tasks"""
+    batches: int = 4
+    """Batches of 8 groups of 8 a task"""
+    checkpoint: Path | None = None
+    """Policy to roll out [the shipped one]"""
+    seed: int = 77
+    """Seed of the scenes and the draws"""
+
+
+def gradients(policy: Any, batch: dict[str, Any], signals: list[Tensor], args: Any) -> list[list[Tensor]]:
+    """Of every signal (T, N) every group's policy gradient (P,)."""
+    found: list[list[Tensor]] = [[] for _ in signals]
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
+    b = {name: batch[name][when, who] for name in ("image", "state", "tokens")}  # (S, ...)
+    b |= {"who": who, "instructions": batch["instructions"]}
+    weights = (1.0 / batch["alive"].sum(dim=0))[who]  # (S,)
+    for inds in (torch.nonzero(who // args.group_size == g).flatten() for g in range(args.num_groups)):
+        parts = [tgrpo.logprobs_of(policy, b, part, args)[0].mean(dim=1) for part in inds.split(128)]
+        logprobs = torch.cat(parts) * weights[inds]  # (B,)
+        for of_signal, signal in zip(found, signals):
+            gain = (logprobs * signal[when, who][inds]).sum()
+            grads = torch.autograd.grad(gain, parameters, retain_graph=True, allow_unused=True)
+            of_signal.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+    return found
+
+
+def measure(task_id: int, args: Args) -> list[str]:
+    """A line of the table."""
+    settings = tgrpo.check(tgrpo.Args(task_id=task_id, seed=args.seed, alphas="auto", num_threads=1))
+    policy = load_policy("nano", args.checkpoint, "cpu").eval()
+    settings = runs.fill_in_chunk(settings, policy)
+    played = runs.shared_out(settings)
+    envs = tgrpo.make_envs(len(played), played, settings.reward, settings, image_size=policy.image_size)
+    fit: Any = tgrpo.FIT_START
+    told: list[Tensor] = []
+    of: list[list[Tensor]] = [[], [], []]
+    for number in tqdm(range(1, args.batches + 1), desc=f"task {task_id}", unit="batch"):
+        scenes, generators = runs.deal(settings, number, 1, settings.num_groups)
+        batch = tgrpo.rollout(envs, policy, scenes, settings.temperature, generators)
+        fit, alphas = tgrpo.fit_alphas(fit, batch, settings)
+        rewards, alive = batch["rewards"], batch["alive"]
+        signals = [
+            tgrpo.step_advantages(rewards, alive, settings.group_size),
+            tgrpo.trajectory_advantages(rewards, alive, settings.group_size) * alive,
+            tgrpo.group_advantages(batch["success"].float(), settings.group_size) * alive,
+        ]  # (T, N) each
+        told.append(torch.stack(signals)[:, alive & (signals[2] != 0)])  # (3, S)
+        for all_groups, groups in zip(of, gradients(policy, batch, signals, settings)):
+            all_groups += groups
+    envs.close()
+    correlation = np.corrcoef(torch.cat(told, dim=1).numpy())  # (3, 3)
+    g = torch.stack([torch.stack(groups) for groups in of]).double()  # (3, groups, P)
+    size = (g**2).sum(dim=2).mean(dim=1).sqrt()  # (3,) of one group's gradient
+    total = g.sum(dim=1)  # (3, P)
+    pairs = g.shape[1] * (g.shape[1] - 1)
+    agreement = (total @ total.T - torch.einsum("inp,jnp->ij", g, g)) / pairs / torch.outer(size, size)
+    shares = [agreement[0, 0], agreement[1, 1], agreement[0, 2], agreement[1, 2]]
+    pairs_of_two = (correlation[0, 2], correlation[1, 2]), alphas
+    return [str(task_id), *(f"{s:.2f}, {t:.2f}" for s, t in pairs_of_two), *(f"{x:+.2%}" for x in shares)]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    rows = [measure(task_id, args) for task_id in args.task_ids]
+    print(
+        "| task | correlation of S, T with success | alpha1, alpha2 | S, S | T, T | S, success | T, success |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
