@@ -911,8 +911,9 @@ def test_mistakes_in_an_evaluation(script, flags, words, start, capfd):
     ("script", "flags", "words"),
     [
         ("tgrpo_vla", {"alpha1": "abc"}, "alpha1"),
-        ("tgrpo_vla", {"alpha1": "nan"}, "nan"),
-        ("tgrpo_vla", {"alpha2": "inf"}, "inf"),
+        ("tgrpo_vla", {"alphas": "given", "alpha1": "nan"}, "nan"),
+        ("tgrpo_vla", {"alphas": "given", "alpha2": "inf"}, "inf"),
+        ("tgrpo_vla", {"alpha2": 0.7}, "alphas auto finds"),
         ("tgrpo_vla", {"stop": "never"}, "never"),
         ("tgrpo_vla", {"group_size": 1}, "1"),
         ("tgrpo_vla", {"num_groups": 0}, "num_groups"),
