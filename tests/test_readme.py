@@ -39,6 +39,7 @@ ELSEWHERE = {
     "benchmarks/gpu.py": "tests/test_benchmarks.py",
     "benchmarks/pictures.py": "tests/test_benchmarks.py",
     "benchmarks/reproduce.py": "tests/test_reproduce.py",
+    "benchmarks/soak.py": "tests/test_soak.py",
     "benchmarks/throughput.py": "tests/test_benchmarks.py",
 }
 
