@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from benchmarks.soak import Args, Held, held, open_and_close, play, soak, verdict
+from benchmarks.soak import Args, Held, held, play, soak, verdict
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 SMALL = Args(num_envs=2, cycles=24, max_episode_steps=3, task_ids=(4,))
