@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 
@@ -38,6 +39,26 @@ def words_of(flags):
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
+
+
+def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
+    """Demonstrations of random motion, a file as LIBERO's data sets have it; what is in each."""
+    rng, demos = np.random.default_rng(seed), []
+    with h5py.File(path, "w") as file:
+        file.create_group("data")
+        for k, length in enumerate(lengths):
+            demo = {
+                "actions": rng.uniform(-1, 1, (length, 7)),
+                "obs/agentview_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
+                "obs/ee_states": rng.standard_normal((length, 6)),
+                "obs/gripper_states": rng.standard_normal((length, 2)),
+            }
+            if labels:
+                demo["expert_actions"] = rng.uniform(-1, 1, (length, 7))
+            for name, array in demo.items():
+                file[f"data/demo_{k}/{name}"] = array
+            demos.append(demo)
+    return demos
 
 
 @pytest.fixture

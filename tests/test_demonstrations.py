@@ -6,32 +6,13 @@ import json
 import h5py
 import numpy as np
 import pytest
+from conftest import write_demos
 
 from vla_envs.demonstrations import load_demonstrations, samples
 from vla_envs.tasks import get_task
 
 KETCHUP, MILK = get_task("LiberoObject", 4), get_task("LiberoObject", 7)
 OURS, LIBEROS = "LiberoObject_4_demo.hdf5", "pick_up_the_ketchup_and_place_it_in_the_basket_demo.hdf5"
-
-
-def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
-    """A file as LIBERO's data sets have it; what is in each demonstration."""
-    rng, demos = np.random.default_rng(seed), []
-    with h5py.File(path, "w") as file:
-        file.create_group("data")
-        for k, length in enumerate(lengths):
-            demo = {
-                "actions": rng.uniform(-1, 1, (length, 7)),
-                "obs/agentview_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
-                "obs/ee_states": rng.standard_normal((length, 6)),
-                "obs/gripper_states": rng.standard_normal((length, 2)),
-            }
-            if labels:
-                demo["expert_actions"] = rng.uniform(-1, 1, (length, 7))
-            for name, array in demo.items():
-                file[f"data/demo_{k}/{name}"] = array
-            demos.append(demo)
-    return demos
 
 
 # ---- HDF5 --------------------------------------------------------------------------------------------

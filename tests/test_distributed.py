@@ -6,12 +6,11 @@ import sys
 import time
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, words_of
+from conftest import ROOT, words_of, write_demos
 from test_grpo_vla import NO
 from test_openvla import write_tiny
 from together import learn
@@ -239,14 +238,8 @@ LARGE = {"policy": "openvla-oft", "train": "all", "max_episode_steps": 16, "devi
 @pytest.fixture
 def demos(tmp_path):
     """Three demonstrations of random motion."""
-    rng = np.random.default_rng(0)
     (tmp_path / "demos").mkdir()
-    with h5py.File(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", "w") as file:
-        for k, length in enumerate((9, 6, 5)):
-            image = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
-            file[f"data/demo_{k}/obs/agentview_rgb"] = image
-            for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
-                file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (length, width))
+    write_demos(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", (9, 6, 5))
     return tmp_path / "demos"
 
 

@@ -3,11 +3,11 @@
 import json
 import math
 
-import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vla_envs.policies import SHIPPED, load_policy, new_policy, save_policy
@@ -274,12 +274,7 @@ def test_online_rl(script, start):
 
 def test_imitation(start, tmp_path):
     (tmp_path / "demos").mkdir()
-    rng = np.random.default_rng(0)
-    with h5py.File(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", "w") as file:
-        for k in range(2):
-            file[f"data/demo_{k}/obs/agentview_rgb"] = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
-            for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
-                file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (6, width))
+    write_demos(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", (6, 6))
     run, logged = start("sft_vla", demos="demos", episodes=1, iteration_steps=3, minibatch_size=4)
     assert_learnt(run)
     assert 0 < logged["losses/held_out_nll"] < 10

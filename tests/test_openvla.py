@@ -12,12 +12,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import tokenizers
 import torch
+from conftest import write_demos
 from PIL import Image
 from torch import nn
 
@@ -725,13 +725,7 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     (folder / "nearer.py").write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n")
     (folder / "demos").mkdir()
-    rng = np.random.default_rng(0)
-    with h5py.File(folder / "demos" / "LiberoObject_4_demo.hdf5", "w") as file:
-        for k in range(2):
-            image = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-            file[f"data/demo_{k}/obs/agentview_rgb"] = image
-            for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
-                file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (5, width))
+    write_demos(folder / "demos" / "LiberoObject_4_demo.hdf5", (5, 5), size=64)
     online = ["--num-groups", "1", "--group-size", "2", "--reward", f"{folder / 'nearer.py'}:nearer"]
     return {
         "grpo_vla": [*online, "--keep-low", "0", "--keep-high", "1"],

@@ -7,12 +7,10 @@ import runpy
 import shlex
 import sys
 
-import h5py
-import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, words_of
+from conftest import ROOT, words_of, write_demos
 from test_openvla import write_tiny
 
 from vla_envs.policies import adapters, load_policy
@@ -124,15 +122,9 @@ def material(tmp_path, monkeypatch):
     policy = adapters.make_trainable(load_policy("nano"), "lora", rank=2)
     for name in "ab":
         adapters.save_adapter(policy, tmp_path / "runs" / name / "checkpoints" / "adapter")
-    rng = np.random.default_rng(0)
     (tmp_path / "demos").mkdir()
     for task_id in range(10):
-        with h5py.File(tmp_path / "demos" / f"LiberoObject_{task_id}_demo.hdf5", "w") as file:
-            for k in range(3):
-                image = rng.integers(0, 256, (5, 128, 128, 3), dtype=np.uint8)
-                file[f"data/demo_{k}/obs/agentview_rgb"] = image
-                for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
-                    file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (5, width))
+        write_demos(tmp_path / "demos" / f"LiberoObject_{task_id}_demo.hdf5", (5, 5, 5), size=128)
     return {"openvla/openvla-7b-finetuned-libero-object": str(write_tiny(tmp_path / "tiny"))}
 
 
@@ -147,13 +139,8 @@ def test_the_scripts_commands_run(material, tmp_path, monkeypatch, capfd):
         flags = dict(TINY)
         if program == "sft_vla.py":
             flags = {k: flags[k] for k in ("eval_episodes", "eval_every", "max_episode_steps", "num_threads")}
-            flags |= {
-                "num_iterations": 1,
-                "iteration_steps": 1,
-                "episodes": (2,) * its_words.count("--episodes"),
-            }
-            flags = {k: v for k, v in flags.items() if v != ()}
-            flags |= {"episodes": (2,) * 10} if "--episodes" in its_words else {"episodes": 2}
+            several = "--episodes" in its_words  # tasks, each with its own number
+            flags |= {"num_iterations": 1, "iteration_steps": 1, "episodes": (2,) * 10 if several else 2}
         if "--evaluate" in its_words:
             flags = {"eval_episodes": 1, "num_threads": 1, "max_episode_steps": 16}
         if "openvla" in its_words:

@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
-import h5py
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, words_of
+from conftest import ROOT, words_of, write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sft_vla
@@ -85,13 +84,7 @@ def own(tmp_path_factory):
     (folder / "nearer.py").write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n")
     (folder / "demos").mkdir()
     for task_id, lengths in LENGTHS.items():
-        rng = np.random.default_rng(task_id)
-        with h5py.File(folder / "demos" / f"LiberoObject_{task_id}_demo.hdf5", "w") as file:
-            for k, length in enumerate(lengths):
-                image = rng.integers(0, 256, (length, 128, 128, 3), dtype=np.uint8)
-                file[f"data/demo_{k}/obs/agentview_rgb"] = image
-                for name, width in {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}.items():
-                    file[f"data/demo_{k}/{name}"] = rng.uniform(-1, 1, (length, width))
+        write_demos(folder / "demos" / f"LiberoObject_{task_id}_demo.hdf5", lengths, size=128, seed=task_id)
     online = {"num_groups": 1, "group_size": 2, "reward": f"{folder / 'nearer.py'}:nearer"}
     return {
         "tgrpo_vla": online | {"alphas": "auto"},

@@ -306,24 +306,7 @@ def auto(size, **more):
 def test_alphas_are_the_least_squares_fit(mode, group_by):
     """NumPy's least squares, of the decisions of groups with both outcomes and the start's two samples."""
     rewards, alive = random_rollout(3, groups=4)
-    success = [
-        True,
-        False,
-        True,
-        True,
-        False,
-        False,
-        False,
-        False,
-        True,
-        True,
-        True,
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]
+    success = [letter == "1" for letter in "1011000011110100"]  # of four groups
     args = auto(4, return_mode=mode, group_by=group_by)
     _, alphas = fit_alphas(tgrpo_vla.FIT_START, rollout_of(rewards, alive, success), args)
     step = (slow_stage if group_by == "stage" else slow_step)(rewards, alive, 4)

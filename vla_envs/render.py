@@ -26,7 +26,7 @@ class OpenGL:
     Mesa's software OpenGL has two contexts, so that two threads draw side by side; a GPU, and what is no EGL,
     has one. Mesa's are on displays of their own, of which there are two: contexts on one display draw in turn
     for part of the way, and look into each other's lists without a lock (in 22.3, its
-    lp_setup_is_resource_referenced), which ends the process once in some ten thousand pictures.
+    lp_setup_is_resource_referenced), which ends the process once in some 75,000 pictures.
 
     Args:
         backend: ``"egl"``, ``"osmesa"``, ``"glfw"`` or ``"cgl"``.
