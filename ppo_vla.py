@@ -104,6 +104,8 @@ class Args:
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
+    cudagraphs: bool = False
+    """Replay openvla's decoding as CUDA graphs, one a token, instead of launching its kernels one by one"""
     temperature: float = 1.2
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
@@ -438,7 +440,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
-        policy = load_policy(args.policy, args.checkpoint, args.device)
+        policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them

@@ -113,6 +113,8 @@ class Args:
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
+    cudagraphs: bool = False
+    """Replay openvla's decoding as CUDA graphs, one a token, instead of launching its kernels one by one"""
     temperature: float = 1.2
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
@@ -472,8 +474,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    means |= {"logprob_gap": b["logprob_gap"]}
-    return means | {"ratio_first_minibatch": logs["ratio"][0]}
+    return means | {"logprob_gap": b["logprob_gap"], "ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:
@@ -503,7 +504,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
-        policy = load_policy(args.policy, args.checkpoint, args.device)
+        policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them

@@ -20,9 +20,9 @@ def test_gpu_on_the_cpu(monkeypatch, capsys):
     machine, _, _, *lines = capsys.readouterr().out.splitlines()
     assert torch.__version__ in machine and "commit" in machine
     rows = [line.strip("|").split("|") for line in lines]
-    assert len(rows) == 14 and {len(row) for row in rows} == {5}
+    assert len(rows) == 17 and {len(row) for row in rows} == {5}
     shares = [float(share.strip(" %")) for _, _, _, share, _ in rows[4:] if share.strip()]
-    assert len(shares) == 7 and all(0.0 < share < 100.0 for share in shares)
+    assert len(shares) == 9 and all(0.0 < share < 100.0 for share in shares)
 
 
 def test_gpu_without_one(monkeypatch, capsys):

@@ -26,6 +26,7 @@ from vla_envs.policies import count_parameters, load_policy, new_policy, save_po
 from vla_envs.policies.adapters import TRAINABLE_SETS, adapter_off, make_trainable, merged, save_adapter
 from vla_envs.policies.openvla import (
     INDEX,
+    Decoder,
     LlamaConfig,
     OpenVLAConfig,
     OpenVLAModel,
@@ -526,27 +527,62 @@ def test_adapter_off_is_the_policy_without_it(tiny, kind):
         assert torch.equal(loss_of(policy), plain)
 
 
-def test_following_tokens_copy_no_cache(tiny, monkeypatch):
-    """Each layer's keys and values stay where the prompt's were put, and are transformers' own."""
-    import vla_envs.policies.openvla as openvla
+def test_what_a_rollout_holds_stays_in_place(tiny):
+    """As CUDA graphs need it, on any device: rooms of a power of two, kept while they are large enough."""
+    policy, plain = load_policy("openvla", tiny), load_policy("openvla", tiny)
+    policy.cudagraphs = True
+    places = []
+    for sentences in (SENTENCES, SENTENCES[:1] * 2, SENTENCES, SENTENCES * 2, SENTENCES[1:2]):
+        obs = observations(len(sentences))
+        _, tokens, logprobs = policy.sample(obs, sentences, 0.0)
+        _, expected, of_them = plain.sample(obs, sentences, 0.0)
+        assert torch.equal(tokens, expected)
+        close(logprobs, of_them)
+        decoder = policy._decoder
+        held = (*decoder.rooms, decoder.present, decoder.tokens, decoder.where, decoder.logits)
+        places.append([len(decoder.present), *(x.data_ptr() for x in held)])
+    assert places[0] == places[1] == places[2] and places[3] == places[4]
+    assert [place[0] for place in places] == [4, 4, 4, 8, 8]
+    policy.train()
+    assert policy._decoder is None and plain._decoder is None
 
-    caches, cache_type = [], openvla.Cache
 
-    def make(layers):
-        caches.append(cache_type(layers=layers))
-        return caches[-1]
+@torch.no_grad()
+def test_keys_and_values_are_transformers_own(tiny):
+    from transformers import DynamicCache  # once vla_envs has hidden a torchvision that does not load
 
-    monkeypatch.setattr(openvla, "Cache", make)
     policy = load_policy("openvla", tiny)
-    inputs = policy.prepare(observations(3), SENTENCES)
-    with torch.no_grad():
-        tokens, logprobs = policy._decode(*policy.embed(*inputs), 0.0)
-        monkeypatch.setattr(openvla, "RoomyLayer", openvla.DynamicLayer)
-        assert torch.equal(policy._decode(*policy.embed(*inputs), 0.0)[0], tokens)
-    assert tokens.shape == logprobs.shape == (3, 7)
-    for mine, theirs in zip(*(cache.layers for cache in caches)):
-        assert mine.keys.data_ptr() == mine.room[0].data_ptr() and mine.keys.shape == mine.room[0].shape
-        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    x, mask = policy.embed(*policy.prepare(observations(2), SENTENCES[:1] * 2))
+    decoder, theirs = Decoder(policy, 2, x.shape[1] + 1), DynamicCache()
+    policy.attend(x, mask, cache=theirs)
+    first = decoder.prompt(x, mask).argmax(-1)
+    policy.attend(policy.language_model.model.embed_tokens(first + policy.first)[:, None], None, cache=theirs)
+    decoder.following(first)
+    for room, layer in zip(decoder.rooms, theirs.layers):
+        close(room[0], layer.keys)
+        close(room[1], layer.values)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_replay_what_python_launches(tiny):
+    plain, replayed = load_policy("openvla", tiny, "cuda"), load_policy("openvla", tiny, "cuda", True)
+    for sentences in (SENTENCES + SENTENCES[:1], SENTENCES[:2], SENTENCES + SENTENCES[:1]):
+        obs = observations(len(sentences))
+        _, tokens, logprobs = plain.sample(obs, sentences, 0.0)
+        _, again, its = replayed.sample(obs, sentences, 0.0)
+        assert torch.equal(again, tokens) and torch.equal(its, logprobs)
+    assert sorted(replayed._decoder.graphs) == [2, 4]
+
+
+def test_cuda_graphs_are_refused(tiny, monkeypatch):
+    for name, checkpoint, device in (("nano", None, "cuda"), ("openvla", tiny, "cpu")):
+        with pytest.raises(ValueError, match=f"got {name} on '{device}'"):
+            load_policy(name, checkpoint, device, cudagraphs=True)
+    policy = load_policy("openvla", tiny)
+    policy.cudagraphs = True
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="expected no --train all of several processes"):
+        make_trainable(policy, "all")
 
 
 @pytest.mark.parametrize("train", TRAINABLE_SETS)

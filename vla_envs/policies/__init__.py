@@ -68,7 +68,9 @@ def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
     return POLICIES[name](config or {})
 
 
-def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Any:
+def load_policy(
+    name: str, checkpoint: str | Path | None = None, device: str = "cpu", cudagraphs: bool = False
+) -> Any:
     """A policy with the weights of ``checkpoint``, or those shipped.
 
     Args:
@@ -76,13 +78,18 @@ def load_policy(name: str, checkpoint: str | Path | None = None, device: str = "
         checkpoint: Folder with ``config.json`` and ``model.safetensors``; ``openvla``: a folder in the
             published format, or a repository of the Hugging Face hub.
         device: Where its parameters go; on ``"meta"`` the checkpoint is checked and nothing kept.
+        cudagraphs: Whether a rollout of ``openvla`` replays CUDA graphs, one a token; on a GPU only.
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
     _check_name(name)
+    if cudagraphs and (name != "openvla" or not device.startswith("cuda")):
+        raise ValueError(f"cudagraphs are of openvla on a GPU, token by token; got {name} on {device!r}")
     if name not in SHIPPED:
-        return _load_openvla(name, checkpoint, device)
+        policy = _load_openvla(name, checkpoint, device)
+        policy.cudagraphs = cudagraphs
+        return policy
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
     missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
     if missing:

@@ -119,21 +119,27 @@ class ViT(nn.Module):
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one of Llama's layers with room for a control step's tokens.
+    """Keys and values of one of Llama's layers, with room for a control step's tokens, which stays in place.
 
     transformers' own layer copies all it holds, for every token.
     """
 
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, room: Tensor, where: Tensor) -> None:
+        """The room (2, B, heads, S, head width), and ``where`` (1,) in it a single token goes."""
+        super().__init__()
+        self.room, self.where = room, where
+        self.keys, self.values = room
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, heads, S, head width) so far, those given the last of them."""
-        held = self.get_seq_length()
-        if not held:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [F.pad(x, (0, 0, 0, ACTION_DIM - 1)) for x in (key_states, value_states)]
-        end = held + key_states.shape[2]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, held:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        """What is attended to: by a prompt itself, by a token the whole room."""
+        if (prompt := key_states.shape[2]) > 1:
+            self.keys[:, :, :prompt], self.values[:, :, :prompt] = key_states, value_states
+            return key_states, value_states
+        new = torch.stack([key_states, value_states]).to(self.room.dtype)
+        self.room.index_copy_(3, self.where, new)
         return self.keys, self.values
 
 
@@ -220,24 +226,22 @@ class OpenVLAModel(nn.Module):
         return x, mask
 
     def attend(self, x: Tensor, mask: Tensor | None, both_ways: bool = False, cache: Any = None) -> Tensor:
-        """Llama's last hidden states (B, Q, width) of the last Q of S positions.
+        """Llama's last hidden states (B, S, width).
 
         Args:
-            x: (B, Q, width); the positions before them are in ``cache``.
+            x: (B, S, width).
             mask: (B, S) bool, False where there is padding; None: there is none.
             both_ways: Whether every position sees every other one, or only those before it.
+            cache: Where keys and values go.
         """
-        queries = x.shape[1]
-        keys = queries + (cache.get_seq_length() if cache is not None else 0)
         sees: Any = None
         positions = None
         if both_ways or mask is not None:
-            allowed = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
-            allowed = allowed if both_ways else allowed.tril(keys - queries)
-            sees = allowed.expand(len(x), 1, -1, -1)  # (B, 1, Q, S)
+            allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+            sees = (allowed if both_ways else allowed.tril()).expand(len(x), 1, -1, -1)  # (B, 1, S, S)
         if mask is not None:
             sees = sees & mask[:, None, None, :]
-            positions = (mask.cumsum(1) - 1)[:, -queries:]
+            positions = mask.cumsum(1) - 1
         return self.language_model.model(
             inputs_embeds=x, attention_mask=sees, position_ids=positions, past_key_values=cache,
             use_cache=cache is not None,
@@ -400,6 +404,8 @@ class OpenVLAPolicy(OpenVLAModel):
         super().__init__(config)
         self.parallel = parallel
         self.first = config.llm.vocab_size - 64 - BINS  # id of token 0; 64 ids at the end are padding
+        self.cudagraphs = False  # whether a rollout's tokens are replayed, see Decoder
+        self._decoder: Decoder | None = None
         self._prompts: dict[str, list[int]] = {}
 
     @classmethod
@@ -482,12 +488,20 @@ class OpenVLAPolicy(OpenVLAModel):
         return pixels.to(self.dtype), torch.tensor(rows, device=device), mask
 
     @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        """On a GPU what is trained is float32, the rest bfloat16; all is computed in bfloat16."""
-        with torch.autocast(
-            self.head.weight.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        ):
+    def _precision(self, keep: bool = True) -> Iterator[None]:
+        """On a GPU what is trained is float32, the rest bfloat16; all is computed in bfloat16.
+
+        Args:
+            keep: Whether weights are converted once, or for every use of them.
+        """
+        device, half = self.head.weight.device.type, self.dtype == torch.bfloat16
+        with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=keep):
             yield
+
+    def train(self, mode: bool = True) -> "OpenVLAPolicy":
+        """Training mode or not; what rollouts hold is given back."""
+        self._decoder = None
+        return super().train(mode)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., 256) float32 of the action tokens."""
@@ -518,12 +532,15 @@ class OpenVLAPolicy(OpenVLAModel):
         generators: list[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 7) and log-probabilities (B, 7) one by one; nothing waits for the device."""
-        cache, drawn = Cache(layers=[RoomyLayer() for _ in self.blocks]), []
-        for _ in range(ACTION_DIM):
-            logits = self._logits(self.attend(x, mask, cache=cache)[:, -1])
-            drawn.append(choose(logits, temperature, generators))
-            following = self.language_model.model.embed_tokens(drawn[-1][0] + self.first).unsqueeze(1)
-            x, mask = self._append(x[:, :0], mask, following)
+        rows, positions = x.shape[0], x.shape[1] + ACTION_DIM - 1
+        decoder = self._decoder
+        if decoder is None or not decoder.holds(rows, positions):
+            decoder = Decoder(self, rows, positions)
+        if self.cudagraphs:
+            self._decoder = decoder
+        drawn = [choose(decoder.prompt(x, mask), temperature, generators)]
+        while len(drawn) < ACTION_DIM:
+            drawn.append(choose(decoder.following(drawn[-1][0]), temperature, generators))
         tokens, logprobs = zip(*drawn)
         return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
 
@@ -609,6 +626,93 @@ class OpenVLAPolicy(OpenVLAModel):
         """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
         tokens = self.encode(actions).to(next(self.parameters()).device)
         return -self.evaluate(obs, instructions, tokens)[0].mean()
+
+
+class Decoder:
+    """Logits of one action token after the other, all that is read and written at fixed places.
+
+    So a GPU can repeat by itself what Python has had it do once for a token (a CUDA graph): one launch in
+    place of some thousands, for which it would otherwise wait longer than it computes.
+
+    Args:
+        policy: Whose logits; while this is used, its weights stay where they are.
+        batch: Sequences at most; for CUDA graphs the next power of two, so that few numbers of them differ.
+        positions: Of the prompt with pictures and all tokens but the last.
+    """
+
+    def __init__(self, policy: OpenVLAPolicy, batch: int, positions: int) -> None:
+        self.policy = policy
+        c: Any = policy.config.llm
+        batch = _power_of_two(batch) if policy.cudagraphs else batch
+        room = (batch, c.num_key_value_heads, positions, c.hidden_size // c.num_attention_heads)
+        with policy.head.weight.device:
+            self.rooms = [torch.zeros(2, *room, dtype=policy.dtype) for _ in policy.blocks]
+            self.present = torch.zeros(batch, positions, dtype=torch.bool)  # of each sequence, until now
+            self.tokens = torch.zeros(batch, dtype=torch.int64)  # the last
+            self.where = torch.zeros(1, dtype=torch.int64)  # it goes
+            self.logits = torch.zeros(batch, BINS)  # of what follows it
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def holds(self, batch: int, positions: int) -> bool:
+        """Whether there is room."""
+        return batch <= self.present.shape[0] and positions <= self.present.shape[1]
+
+    def prompt(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits (B, 256) of the first token after embeddings (B, S, width) with their mask (B, S)."""
+        self.rows, positions = x.shape[:2]
+        self.batch = _power_of_two(self.rows) if self.policy.cudagraphs else self.rows
+        if self.policy.cudagraphs and x.is_cuda and self.batch not in self.graphs:
+            self.graphs[self.batch] = self._capture()
+        self.present.zero_()
+        self.present[:, :positions] = True
+        if mask is not None:
+            self.present[: self.rows, :positions] = mask
+        self.where.fill_(positions)
+        hidden = self.policy.attend(x, mask, cache=self._cache(self.rows))
+        return self.policy._logits(hidden[:, -1])
+
+    def following(self, tokens: Tensor) -> Tensor:
+        """Logits (B, 256) of what follows ``tokens`` (B,)."""
+        self.tokens[: self.rows] = tokens
+        if self.graphs:
+            self.graphs[self.batch].replay()
+        else:
+            self._step()
+        return self.logits[: self.rows]
+
+    def _cache(self, rows: int) -> Cache:
+        return Cache(layers=[RoomyLayer(room[:, :rows], self.where) for room in self.rooms])
+
+    def _step(self) -> None:
+        """From ``tokens`` to ``logits``, and one position on."""
+        llama = self.policy.language_model.model
+        self.present.index_fill_(1, self.where, True)
+        present = self.present[: self.batch]
+        hidden = llama(
+            inputs_embeds=llama.embed_tokens(self.tokens[: self.batch, None] + self.policy.first),
+            attention_mask=present[:, None, None], position_ids=present.sum(1, keepdim=True) - 1,
+            past_key_values=self._cache(self.batch), use_cache=True,
+        ).last_hidden_state  # fmt: skip
+        self.logits[: self.batch] = self.policy._logits(hidden[:, -1])
+        self.where += 1
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a CUDA graph; what it writes on the way is written again by ``prompt``."""
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.where.zero_()
+        with self.policy._precision(keep=False):  # a weight converted before would be gone at the next replay
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self._step()  # libraries set themselves up
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread goes on
+                self._step()
+        return graph
+
+
+def _power_of_two(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
 
 
 def choose(
