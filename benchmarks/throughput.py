@@ -4,6 +4,7 @@
     LIBERO_ASSETS=/path/to/libero_assets python benchmarks/throughput.py   # and both on LIBERO's own assets
 
 LIBERO's side is its ``SubprocVectorEnv`` of ``OffScreenRenderEnv``, at the best of several worker counts.
+TorchRL's (``pip install torchrl``) is its ``ParallelEnv`` of ``LiberoEnv``, likewise.
 Machines are noisy: every figure is the best of ``--repeats`` measurements, both sides in the same run.
 """
 
@@ -16,6 +17,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +64,6 @@ def _make_libero(bddl_file: str, assets: str, cameras: tuple[str, ...]) -> Any:
 
 def libero_speed(assets: str, cameras: tuple[str, ...], args: Args) -> tuple[float, float, int]:
     """LIBERO's env-steps/s and seconds a reset, at the best worker count, and that count."""
-    from functools import partial
-
     from libero.libero.envs import SubprocVectorEnv
 
     bddl_file = str(get_task("LiberoObject", args.task_id).bddl_file)
@@ -83,6 +84,36 @@ def libero_speed(assets: str, cameras: tuple[str, ...], args: Args) -> tuple[flo
         envs.close()
         best = max(best, (speed, reset_s, workers))
     return best
+
+
+# ---- TorchRL's side ----------------------------------------------------------------------------------
+
+
+def _make_torchrl(task_id: int, assets: str) -> Any:
+    import libero.libero
+    from torchrl.envs import LiberoEnv
+
+    libero.libero._assets_path_cache = assets
+    return LiberoEnv("libero_object", task_id, camera_height=128, camera_width=128)
+
+
+def torchrl_speed(assets: str, args: Args) -> float:
+    """Env-steps/s of TorchRL's ``ParallelEnv`` of ``LiberoEnv``, one camera, at the best worker count."""
+    import torch
+    from torchrl.envs import ParallelEnv
+
+    speed = 0.0
+    for workers in args.workers:
+        envs = ParallelEnv(workers, [partial(_make_torchrl, args.task_id, assets)] * workers)
+        state = envs.reset()
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            for _ in range(args.steps // workers):
+                state["action"] = torch.rand(workers, 7) - 0.5
+                state = envs.step_and_maybe_reset(state)[1]
+            speed = max(speed, args.steps // workers * workers / (time.perf_counter() - start))
+        envs.close()
+    return speed
 
 
 # ---- Our side ----------------------------------------------------------------------------------------
@@ -205,6 +236,7 @@ def main(args: Args) -> None:
         ("env-steps/s, one camera, an image every control step", every, 0),
         ("the same, ours in chunks of 8", chunked, 0),
         ("as the scripts run / LIBERO as it comes, two cameras", chunked, 1),
+        ("an image every control step / TorchRL's `LiberoEnv`", every, 2),
     ]
     if "real" in columns:
         for quality in ("fast", "exact"):
@@ -219,7 +251,8 @@ def main(args: Args) -> None:
     for name, assets in columns.items():
         one = libero_speed(assets, ("agentview",), args)
         two = libero_speed(assets, ("agentview", "robot0_eye_in_hand"), args)
-        measured[name] = one, two
+        other = (torchrl_speed(assets, args),) if find_spec("torchrl") else (float("nan"),)
+        measured[name] = one, two, other
         print(f"LIBERO on {name} assets: {one[0]:.0f} env-steps/s with one camera ({one[2]} workers), "
               f"{two[0]:.0f} with two ({two[2]} workers)")  # fmt: skip
     print(f"\n{platform.machine()}, {os.cpu_count()} cores, MuJoCo {mujoco.__version__}\n")
