@@ -230,7 +230,7 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
 
 
 def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines, and TGRPO's once more as those of 0.3/0.7 on tasks whose alphas these are: equal runs."""
+    """Lines of a table, and TGRPO's once more as 0.3/0.7's on tasks whose alphas these are: equal runs."""
     return lines + [
         line | {"method": "TGRPO 0.3/0.7"} for line in lines
         if line["method"] == "TGRPO" and PAPER_ALPHAS[line["task_id"]] == (0.3, 0.7)
@@ -272,16 +272,17 @@ def pairs_table(lines: list[dict[str, Any]]) -> str:
 
 
 def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) -> None:
-    """Mean and range over the runs of every method, against environment steps."""
+    """Mean and range over the runs that all methods have, against environment steps."""
+    made = {m: {(p["task_id"], p["seed"]) for p in points if p["method"] == m} for m in methods}
+    methods = [method for method in methods if made[method]]  # the others have no curves
+    common = set.intersection(*(made[method] for method in methods))
     figure, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.2), layout="constrained")
     for axis, (tag, name) in zip(axes, CURVES.items()):
-        for method in methods:
-            runs: dict[tuple[int, int], list[tuple[int, float]]] = {}
+        for method in methods if common else ():
+            runs: dict[tuple[int, int], list[tuple[int, float]]] = {run: [] for run in common}
             for p in points:
-                if p["method"] == method and p["tag"] == tag:
-                    runs.setdefault((p["task_id"], p["seed"]), []).append((p["env_steps"], p["value"]))
-            if not runs:
-                continue
+                if p["method"] == method and p["tag"] == tag and (p["task_id"], p["seed"]) in common:
+                    runs[p["task_id"], p["seed"]].append((p["env_steps"], p["value"]))
             grid = np.linspace(0, min(curve[-1][0] for curve in runs.values()), 50)
             values = [np.interp(grid, *np.array(curve).T) for curve in runs.values()]
             (line,) = axis.plot(grid / 1000, np.mean(values, axis=0), linewidth=2, label=method)
@@ -291,6 +292,8 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     axes[0].legend(loc="lower right", fontsize=8)
+    tasks, seeds = (sorted({run[i] for run in common}) for i in (0, 1))
+    figure.suptitle(f"mean and range of {len(common)} runs each: tasks {tasks}, seeds {seeds}")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -322,8 +325,10 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
         (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
     if any(line["method"] in QUESTIONS for line in lines):
         (args.results / "questions.md").write_text(pairs_table(with_twins(lines)))
-    if points:
-        draw_curves(points, methods, args.results / "curves.png")
+    if any(point["method"] in METHODS for point in points):
+        draw_curves(points, list(METHODS), args.results / "curves.png")
+    if any(point["method"] in QUESTIONS for point in points):
+        draw_curves(with_twins(points), ["TGRPO", *QUESTIONS], args.results / "questions.png")
     if any(line["method"] in HEAT_MAP for line in lines):
         draw_heat_map(lines, args.results / "heat_map.png")
 

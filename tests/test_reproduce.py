@@ -74,6 +74,23 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     assert "paper against TGRPO" in (tmp_path / "questions.md").read_text()
 
 
+def test_curves_are_of_the_runs_that_all_methods_have(tmp_path, monkeypatch):
+    def curve(method, task_id, seed, value):
+        which = {"method": method, "task_id": task_id, "seed": seed}
+        return [which | {"tag": tag, "env_steps": step, "value": value}
+                for tag in reproduce.CURVES for step in (0, 100)]  # fmt: skip
+
+    monkeypatch.setattr(reproduce.plt, "close", lambda figure: figures.append(figure))
+    figures: list = []
+    points = curve("GRPO", 0, 1, 0.9) + curve("GRPO", 4, 1, 0.5) + curve("PPO", 4, 1, 0.4)
+    reproduce.draw_curves(points, ["PPO", "GRPO", "TGRPO"], tmp_path / "curves.png")
+    (figure,) = figures
+    assert "1 runs each: tasks [4], seeds [1]" in figure.get_suptitle()
+    assert [(line.get_label(), *line.get_ydata()[:1]) for line in figure.axes[0].lines] == [
+        ("PPO", 0.4), ("GRPO", 0.5)]  # fmt: skip
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_csv(tmp_path):
     lines = [line("PPO", 4, 2, 7), line("GRPO", 4, 1, 8)]
     reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, lines)
