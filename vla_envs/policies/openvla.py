@@ -492,7 +492,7 @@ class OpenVLAPolicy(OpenVLAModel):
         """On a GPU what is trained is float32, the rest bfloat16; all is computed in bfloat16.
 
         Args:
-            keep: Whether weights are converted once, or for every use of them.
+            keep: Whether a weight is converted once, or for every use: what a graph replays must not be gone.
         """
         device, half = self.head.weight.device.type, self.dtype == torch.bfloat16
         with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=keep):
@@ -698,9 +698,9 @@ class Decoder:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; what it writes on the way is written again by ``prompt``."""
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         self.where.zero_()
-        with self.policy._precision(keep=False):  # a weight converted before would be gone at the next replay
+        with torch.cuda.device(self.where.device), self.policy._precision(keep=False):
+            graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 self._step()  # libraries set themselves up
