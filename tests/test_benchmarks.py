@@ -1,13 +1,18 @@
 """The benchmarks that run everywhere."""
 
+import os
+import re
 import runpy
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
-ROOT = Path(__file__).parent.parent
+from vla_envs.policies import SHIPPED
 
 
 def run(monkeypatch, *flags):
@@ -44,3 +49,35 @@ def test_what_could_weigh_the_terms(monkeypatch, capsys):
         step, trajectory = map(float, pair.split(", "))
         assert 0.0 <= step < trajectory <= 1.0
     assert task == "4" and len(shares) == 4 and all(abs(float(x.rstrip("%"))) < 100.0 for x in shares)
+
+
+@pytest.mark.slow
+def test_throughput():
+    """Its table, from few steps: LIBERO and TorchRL are there, and slower."""
+    words = ["--repeats", "1", "--steps", "4", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "throughput.py", *words], capture_output=True, text=True,
+        env={name: value for name, value in os.environ.items() if name != "LIBERO_ASSETS"}, check=True,
+    )  # fmt: skip
+    ratios = re.findall(r"^\| (.*) \| .* / .* = (.*) x \|$", done.stdout, re.MULTILINE)
+    assert len(ratios) == 6 and all(float(ratio) > 1 for _, ratio in ratios), done.stdout
+    assert "LIBERO_ASSETS is not set" in done.stdout and "TorchRL" in done.stdout
+
+
+@pytest.mark.slow
+def test_pictures(tmp_path, monkeypatch):
+    def draw(*words):
+        monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, words)])
+        runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"), run_name="__main__")
+        return Image.open(tmp_path / words[-1])
+
+    monkeypatch.chdir(tmp_path)
+    assert draw("gallery", "--out", "gallery.jpg").width == 1200
+    clip = draw("clip", "--after", SHIPPED["nano"], "--episodes", 1, "--out", "clip.webp")
+    assert clip.n_frames > 10
+    events = SummaryWriter(str(tmp_path / "run"))
+    for step, value in ((0, 0.2), (100, 0.6)):
+        events.add_scalar("charts/success_rate", value, step)
+    events.close()
+    (tmp_path / "run" / "args.json").write_text('{"seed": 1}')
+    assert draw("curves", "--runs", tmp_path / "run", "--out", "curves.png").width > 400
