@@ -156,6 +156,9 @@ def test_no_such_suite(suite):
             check(suite)
 
 
+GRAPHS = {"cudagraphs": True, "policy": "openvla", "device": "cuda", "train": "lora"}
+
+
 @dataclasses.dataclass
 class Evaluation:
     task_id: int = 4
@@ -168,6 +171,9 @@ class Evaluation:
     device: str | None = None
     compare: Path | None = None
     evaluate: bool = False
+    train: str = "all"
+    cudagraphs: bool = False
+    shared_adapter: tuple[Path, ...] = ()
 
 
 @pytest.mark.parametrize(
@@ -194,6 +200,14 @@ def test_what_evaluations_are_like(given, episodes, temperature):
 
 
 @pytest.mark.parametrize(
+    ("given", "train"), [("all", "head"), ("lora", "lora"), ("lora+last-k", "lora+last-k")]
+)
+def test_an_evaluation_does_not_make_all_weights_float32(given, train):
+    assert runs.fill_in_evaluation(Evaluation(train=given, evaluate=True)).train == train
+    assert runs.fill_in_evaluation(Evaluation(train=given)).train == given
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"eval_episodes": 0}, "eval_episodes is 0"),
@@ -202,6 +216,10 @@ def test_what_evaluations_are_like(given, episodes, temperature):
         ({"eval_temperature": float("nan")}, "eval_temperature is nan"),
         ({"compare": Path("x")}, "--evaluate"),
         ({"task_ids": (4, 7, 4)}, "each task once"),
+        (GRAPHS | {"policy": "openvla-oft"}, "got openvla-oft on cuda"),
+        (GRAPHS | {"device": "cpu"}, "got openvla on cpu"),
+        (GRAPHS | {"train": "all"}, "expected --train lora"),
+        (GRAPHS | {"shared_adapter": (Path("a"),)}, "expected --train lora"),
     ],
     ids=str,
 )

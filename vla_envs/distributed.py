@@ -232,10 +232,6 @@ def shard(policy: Any) -> None:
     """
     if not dist.is_initialized():
         return
-    if policy.cudagraphs:
-        raise ValueError(
-            "cudagraphs replay a policy that is whole; expected no --train all of several processes"
-        )
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes long, so only here
 
     # Its warning is of what nobody does here, changing a pass's results in place.

@@ -116,7 +116,7 @@ def fill_in_length(args: ArgsT) -> ArgsT:
 
 
 def fill_in_evaluation(args: ArgsT) -> ArgsT:
-    """``args`` with the device, and the tasks, number of episodes and temperature that evaluations have.
+    """``args`` with the device, what is trained, and the tasks, episodes and temperature of evaluations.
 
     Raises:
         ValueError: When they do not fit.
@@ -141,9 +141,14 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     if len(set(task_ids)) < len(task_ids):
         raise ValueError(f"task_ids are {task_ids}; expected each task once")
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
+    train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
+    if given.cudagraphs and (given.policy != "openvla" or not device.startswith("cuda")):
+        raise ValueError(f"cudagraphs is for --policy openvla on a GPU; got {given.policy} on {device}")
+    if given.cudagraphs and (train == "all" or given.shared_adapter):
+        raise ValueError("cudagraphs does not go with --train all or --shared-adapter; expected --train lora")
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
-        device=distributed.device(device),
+        train=train, device=distributed.device(device),
     )  # fmt: skip
 
 

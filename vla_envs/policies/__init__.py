@@ -78,14 +78,12 @@ def load_policy(
         checkpoint: Folder with ``config.json`` and ``model.safetensors``; ``openvla``: a folder in the
             published format, or a repository of the Hugging Face hub.
         device: Where its parameters go; on ``"meta"`` the checkpoint is checked and nothing kept.
-        cudagraphs: Whether a rollout of ``openvla`` replays CUDA graphs, one a token; on a GPU only.
+        cudagraphs: Whether rollouts of ``openvla`` on a GPU replay CUDA graphs, one a token.
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
     _check_name(name)
-    if cudagraphs and (name != "openvla" or not device.startswith("cuda")):
-        raise ValueError(f"cudagraphs are of openvla on a GPU, token by token; got {name} on {device!r}")
     if name not in SHIPPED:
         policy = _load_openvla(name, checkpoint, device)
         policy.cudagraphs = cudagraphs

@@ -492,7 +492,7 @@ class OpenVLAPolicy(OpenVLAModel):
         """On a GPU what is trained is float32, the rest bfloat16; all is computed in bfloat16.
 
         Args:
-            keep: Whether a weight is converted once, or for every use: what a graph replays must not be gone.
+            keep: Whether converted weights are kept; a graph, which outlasts them, converts its own.
         """
         device, half = self.head.weight.device.type, self.dtype == torch.bfloat16
         with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=keep):
@@ -533,9 +533,11 @@ class OpenVLAPolicy(OpenVLAModel):
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 7) and log-probabilities (B, 7) one by one; nothing waits for the device."""
         rows, positions = x.shape[0], x.shape[1] + ACTION_DIM - 1
-        decoder = self._decoder
+        decoder, self._decoder = self._decoder, None
         if decoder is None or not decoder.holds(rows, positions):
-            decoder = Decoder(self, rows, positions)
+            batch, length = decoder.present.shape if decoder else (0, 0)
+            decoder = None  # gives its room back first
+            decoder = Decoder(self, max(rows, batch), max(positions, length))
         if self.cudagraphs:
             self._decoder = decoder
         drawn = [choose(decoder.prompt(x, mask), temperature, generators)]
@@ -636,14 +638,14 @@ class Decoder:
 
     Args:
         policy: Whose logits; while this is used, its weights stay where they are.
-        batch: Sequences at most; for CUDA graphs the next power of two, so that few numbers of them differ.
+        batch: Sequences at most; for CUDA graphs the next power of two, so that few graphs are needed.
         positions: Of the prompt with pictures and all tokens but the last.
     """
 
     def __init__(self, policy: OpenVLAPolicy, batch: int, positions: int) -> None:
-        self.policy = policy
+        self.policy, self.cudagraphs = policy, policy.cudagraphs
         c: Any = policy.config.llm
-        batch = _power_of_two(batch) if policy.cudagraphs else batch
+        batch = self._rounded(batch)
         room = (batch, c.num_key_value_heads, positions, c.hidden_size // c.num_attention_heads)
         with policy.head.weight.device:
             self.rooms = [torch.zeros(2, *room, dtype=policy.dtype) for _ in policy.blocks]
@@ -660,8 +662,8 @@ class Decoder:
     def prompt(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Logits (B, 256) of the first token after embeddings (B, S, width) with their mask (B, S)."""
         self.rows, positions = x.shape[:2]
-        self.batch = _power_of_two(self.rows) if self.policy.cudagraphs else self.rows
-        if self.policy.cudagraphs and x.is_cuda and self.batch not in self.graphs:
+        self.batch = self._rounded(self.rows)
+        if self.cudagraphs and x.is_cuda and self.batch not in self.graphs:
             self.graphs[self.batch] = self._capture()
         self.present.zero_()
         self.present[:, :positions] = True
@@ -679,6 +681,9 @@ class Decoder:
         else:
             self._step()
         return self.logits[: self.rows]
+
+    def _rounded(self, batch: int) -> int:
+        return 1 << (batch - 1).bit_length() if self.cudagraphs else batch
 
     def _cache(self, rows: int) -> Cache:
         return Cache(layers=[RoomyLayer(room[:, :rows], self.where) for room in self.rooms])
@@ -700,19 +705,14 @@ class Decoder:
         """The step as a CUDA graph; what it writes on the way is written again by ``prompt``."""
         self.where.zero_()
         with torch.cuda.device(self.where.device), self.policy._precision(keep=False):
-            graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            graph = torch.cuda.CUDAGraph()
+            capture: Any = torch.cuda.graph(graph, capture_error_mode="thread_local")  # NCCL's thread goes on
+            capture.capture_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(capture.capture_stream):
                 self._step()  # libraries set themselves up
-            torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread goes on
+            with capture:
                 self._step()
         return graph
-
-
-def _power_of_two(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()
 
 
 def choose(
