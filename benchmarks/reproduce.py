@@ -272,28 +272,26 @@ def pairs_table(lines: list[dict[str, Any]]) -> str:
 
 
 def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) -> None:
-    """Mean and range over the runs that all methods have, against environment steps."""
-    made = {m: {(p["task_id"], p["seed"]) for p in points if p["method"] == m} for m in methods}
-    methods = [method for method in methods if made[method]]  # the others have no curves
-    common = set.intersection(*(made[method] for method in methods))
+    """Mean and range over the runs that all methods with curves have, against environment steps."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.2), layout="constrained")
     for axis, (tag, name) in zip(axes, CURVES.items()):
-        for method in methods if common else ():
-            runs: dict[tuple[int, int], list[tuple[int, float]]] = {run: [] for run in common}
-            for p in points:
-                if p["method"] == method and p["tag"] == tag and (p["task_id"], p["seed"]) in common:
-                    runs[p["task_id"], p["seed"]].append((p["env_steps"], p["value"]))
-            grid = np.linspace(0, min(curve[-1][0] for curve in runs.values()), 50)
-            values = [np.interp(grid, *np.array(curve).T) for curve in runs.values()]
+        made: dict[str, dict[tuple[int, int], list[tuple[int, float]]]] = {}
+        for p in (p for p in points if p["tag"] == tag and p["method"] in methods):
+            runs = made.setdefault(p["method"], {})
+            runs.setdefault((p["task_id"], p["seed"]), []).append((p["env_steps"], p["value"]))
+        common = sorted(set.intersection(*map(set, made.values()))) if made else []
+        for method in (method for method in methods if method in made and common):
+            curves = [np.array(made[method][run]) for run in common]
+            grid = np.linspace(0, min(curve[-1, 0] for curve in curves), 50)
+            values = [np.interp(grid, *curve.T) for curve in curves]
             (line,) = axis.plot(grid / 1000, np.mean(values, axis=0), linewidth=2, label=method)
             low, high = np.min(values, axis=0), np.max(values, axis=0)
             axis.fill_between(grid / 1000, low, high, alpha=0.12, color=line.get_color())
-        axis.set(xlabel="thousand environment steps", title=name)
+        of = ", ".join(f"{task_id}/{seed}" for task_id, seed in common)
+        axis.set(xlabel="thousand environment steps", title=f"{name}\ntask/seed {of}")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     axes[0].legend(loc="lower right", fontsize=8)
-    tasks, seeds = (sorted({run[i] for run in common}) for i in (0, 1))
-    figure.suptitle(f"mean and range of {len(common)} runs each: tasks {tasks}, seeds {seeds}")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
