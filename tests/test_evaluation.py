@@ -345,7 +345,7 @@ def evaluate_once(tmp_path):
     policy, envs, run = object(), object(), tmp_path / "run"
     run.mkdir()
     chosen = {"policy": "nano", "compare": None, "device": "cpu", "suite": "LiberoObject", "task_id": 4}
-    chosen |= {"task_ids": (4,)}
+    chosen |= {"task_ids": (4,), "cudagraphs": False}
     chosen |= {"seed": 7, "protocol": None, "eval_temperature": 0.5}
 
     def evaluate_once(**changes):
