@@ -297,7 +297,7 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
 
 
 def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
-    """Success after training by alpha1 and alpha2, the mean over seeds."""
+    """One task's success after training by alpha1 and alpha2, the mean over seeds."""
     grid = np.full((len(ALPHAS), len(ALPHAS)), np.nan)
     for (row, alpha1), (column, alpha2) in itertools.product(enumerate(ALPHAS), enumerate(ALPHAS)):
         name = f"TGRPO {alpha1:g}/{alpha2:g}"
@@ -327,8 +327,10 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
         draw_curves(points, list(METHODS), args.results / "curves.png")
     if any(point["method"] in QUESTIONS for point in points):
         draw_curves(with_twins(points), ["TGRPO", *QUESTIONS], args.results / "questions.png")
-    if any(line["method"] in HEAT_MAP for line in lines):
-        draw_heat_map(lines, args.results / "heat_map.png")
+    mapped = [line for line in lines if line["method"] in HEAT_MAP]
+    for task_id in sorted({line["task_id"] for line in mapped}):
+        its_lines = [line for line in mapped if line["task_id"] == task_id]
+        draw_heat_map(its_lines, args.results / f"heat_map_{task_id}.png")
 
 
 def main(args: Args) -> None:

@@ -91,6 +91,15 @@ def test_curves_are_of_the_runs_that_all_methods_have(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.plt, "close", lambda figure: figures.append(figure))
+    figures: list = []
+    lines = [line("TGRPO 0.3/1", 4, 1, 30), line("TGRPO 0.3/1", 4, 2, 40), line("TGRPO 0.3/1", 7, 1, 5)]
+    reproduce.show(lines, [], reproduce.Args(results=tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"heat_map_4.png", "heat_map_7.png"}
+    assert [[text.get_text() for text in figure.axes[0].texts] for figure in figures] == [["70 %"], ["10 %"]]
+
+
 def test_csv(tmp_path):
     lines = [line("PPO", 4, 2, 7), line("GRPO", 4, 1, 8)]
     reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, lines)
