@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -288,7 +289,8 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
             low, high = np.min(values, axis=0), np.max(values, axis=0)
             axis.fill_between(grid / 1000, low, high, alpha=0.12, color=line.get_color())
         of = ", ".join(f"{task_id}/{seed}" for task_id, seed in common)
-        axis.set(xlabel="thousand environment steps", title=f"{name}\ntask/seed {of}")
+        axis.set_title(f"{name}\n{textwrap.fill(f'task/seed {of}', 50)}", fontsize="medium")
+        axis.set_xlabel("thousand environment steps")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     axes[0].legend(loc="lower right", fontsize=8)
