@@ -53,13 +53,16 @@ QUESTIONS = {
     "TGRPO 0.3/0.7": ["tgrpo_vla.py", "--alpha1", "0.3", "--alpha2", "0.7"],
     "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
     "TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"],
-    "TGRPO --preset paper": ["tgrpo_vla.py", "--preset", "paper"],
+}
+LETTER = {  # the paper's choices, all at once and one by one
+    f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
+    for flags in ("--preset paper", "--stop group", "--no-clip", "--update-every step")
 }
 PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alphas
     ("TGRPO --alphas auto", "TGRPO"),
     ("TGRPO --alphas auto", "TGRPO 0.3/0.7"),
     ("TGRPO --group-by stage", "TGRPO"),
-    ("TGRPO --preset paper", "TGRPO"),
+    *((method, "TGRPO") for method in LETTER),
 )
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HEAT_MAP = {
@@ -120,7 +123,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     if (folder / "result.json").is_file():
         return
     cores = max(1, available_cores() // args.jobs)
-    script, *flags = (METHODS | QUESTIONS | HEAT_MAP)[method]
+    script, *flags = (METHODS | QUESTIONS | LETTER | HEAT_MAP)[method]
     words = ["--resume", folder] if (folder / "args.json").is_file() else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
         "--total-env-steps", args.total_env_steps, *flags,
@@ -323,12 +326,13 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     if methods:
         (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
-    if any(line["method"] in QUESTIONS for line in lines):
+    if any(line["method"] in QUESTIONS | LETTER for line in lines):
         (args.results / "questions.md").write_text(pairs_table(with_twins(lines)))
     if any(point["method"] in METHODS for point in points):
         draw_curves(points, list(METHODS), args.results / "curves.png")
-    if any(point["method"] in QUESTIONS for point in points):
-        draw_curves(with_twins(points), ["TGRPO", *QUESTIONS], args.results / "questions.png")
+    for name, asked in (("questions", QUESTIONS), ("letter", LETTER)):
+        if any(point["method"] in asked for point in points):
+            draw_curves(with_twins(points), ["TGRPO", *asked], args.results / f"{name}.png")
     mapped = [line for line in lines if line["method"] in HEAT_MAP]
     for task_id in sorted({line["task_id"] for line in mapped}):
         its_lines = [line for line in mapped if line["task_id"] == task_id]
@@ -337,17 +341,16 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
 
 def main(args: Args) -> None:
     """Make what is missing, ``jobs`` at a time; results are written as they come."""
-    if unknown := set(args.methods) - set(METHODS | QUESTIONS):
-        raise ValueError(
-            f"methods {sorted(unknown)} are unknown; expected some of {list(METHODS | QUESTIONS)}"
-        )
+    names = list(METHODS | QUESTIONS | LETTER)
+    if unknown := set(args.methods) - set(names):
+        raise ValueError(f"methods {sorted(unknown)} are unknown; expected some of {names}")
     if unknown_tasks := set(args.task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
     args.results.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
-    methods = args.methods or (("TGRPO", *QUESTIONS) if args.questions else tuple(METHODS))
+    methods = args.methods or (("TGRPO", *QUESTIONS, *LETTER) if args.questions else tuple(METHODS))
     task_ids = args.task_ids
     if args.heat_map is not None:
         methods, task_ids = tuple(HEAT_MAP), (args.heat_map,)

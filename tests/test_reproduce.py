@@ -63,13 +63,14 @@ def test_the_papers_alphas_are_the_plain_ones_on_some_tasks():
 
 
 def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
+    letter = ["TGRPO --preset paper", "TGRPO --stop group", "TGRPO --no-clip", "TGRPO --update-every step"]
     known = [line(method, 4, 1, 30) for method in ("TGRPO", "TGRPO --alphas auto", "TGRPO --group-by stage")]
     reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, known)
     played = []
     monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
     monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
-    assert played == [("TGRPO --preset paper", 4, 1)]
+    assert played == [(method, 4, 1) for method in letter]
     assert "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 (1) |" in capsys.readouterr().out
     assert "paper against TGRPO" in (tmp_path / "questions.md").read_text()
 
