@@ -49,20 +49,23 @@ METHODS = {
     "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
     "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
 }
-QUESTIONS = {
-    "TGRPO 0.3/0.7": ["tgrpo_vla.py", "--alpha1", "0.3", "--alpha2", "0.7"],
-    "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
-    "TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"],
+QUESTIONS = {  # a picture each
+    "alphas": {
+        "TGRPO 0.3/0.7": ["tgrpo_vla.py", "--alpha1", "0.3", "--alpha2", "0.7"],
+        "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
+    },
+    "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
+    "letter": {  # the paper's choices, all at once and one by one
+        f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
+        for flags in ("--preset paper", "--stop group", "--no-clip", "--update-every step")
+    },
 }
-LETTER = {  # the paper's choices, all at once and one by one
-    f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
-    for flags in ("--preset paper", "--stop group", "--no-clip", "--update-every step")
-}
+ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
 PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alphas
     ("TGRPO --alphas auto", "TGRPO"),
     ("TGRPO --alphas auto", "TGRPO 0.3/0.7"),
     ("TGRPO --group-by stage", "TGRPO"),
-    *((method, "TGRPO") for method in LETTER),
+    *((method, "TGRPO") for method in QUESTIONS["letter"]),
 )
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HEAT_MAP = {
@@ -123,7 +126,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     if (folder / "result.json").is_file():
         return
     cores = max(1, available_cores() // args.jobs)
-    script, *flags = (METHODS | QUESTIONS | LETTER | HEAT_MAP)[method]
+    script, *flags = (METHODS | ASKED | HEAT_MAP)[method]
     words = ["--resume", folder] if (folder / "args.json").is_file() else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
         "--total-env-steps", args.total_env_steps, *flags,
@@ -326,13 +329,13 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     if methods:
         (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
-    if any(line["method"] in QUESTIONS | LETTER for line in lines):
+    if any(line["method"] in ASKED for line in lines):
         (args.results / "questions.md").write_text(pairs_table(with_twins(lines)))
     if any(point["method"] in METHODS for point in points):
         draw_curves(points, list(METHODS), args.results / "curves.png")
-    for name, asked in (("questions", QUESTIONS), ("letter", LETTER)):
+    for question, asked in QUESTIONS.items():
         if any(point["method"] in asked for point in points):
-            draw_curves(with_twins(points), ["TGRPO", *asked], args.results / f"{name}.png")
+            draw_curves(with_twins(points), ["TGRPO", *asked], args.results / f"{question}.png")
     mapped = [line for line in lines if line["method"] in HEAT_MAP]
     for task_id in sorted({line["task_id"] for line in mapped}):
         its_lines = [line for line in mapped if line["task_id"] == task_id]
@@ -341,7 +344,7 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
 
 def main(args: Args) -> None:
     """Make what is missing, ``jobs`` at a time; results are written as they come."""
-    names = list(METHODS | QUESTIONS | LETTER)
+    names = list(METHODS | ASKED)
     if unknown := set(args.methods) - set(names):
         raise ValueError(f"methods {sorted(unknown)} are unknown; expected some of {names}")
     if unknown_tasks := set(args.task_ids) - set(range(10)):
@@ -350,7 +353,7 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
-    methods = args.methods or (("TGRPO", *QUESTIONS, *LETTER) if args.questions else tuple(METHODS))
+    methods = args.methods or (("TGRPO", *ASKED) if args.questions else tuple(METHODS))
     task_ids = args.task_ids
     if args.heat_map is not None:
         methods, task_ids = tuple(HEAT_MAP), (args.heat_map,)
