@@ -516,7 +516,7 @@ if __name__ == "__main__":
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         success, kl = scalars["charts/rollout_success"], losses["approx_kl"]
         progress.set_postfix(iteration=iteration, success=f"{success:.2f}", kl=f"{kl:.4f}", refresh=False)
-        progress.update(100.0 * (runs.done(state, args) - done))
+        progress.update(100.0 * runs.done(state, args) - progress.n)
     progress.close()
 
     if state["evaluated"] != state["iteration"]:

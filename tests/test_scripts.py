@@ -642,6 +642,14 @@ def test_control_steps_end_a_run(script, start):
     assert values(logged, "charts/learning_rate") == pytest.approx([0.01 * f for f in left])
 
 
+@every_online_script
+@pytest.mark.filterwarnings("error:clamping frac")
+def test_the_progress_bar_ends_at_100_percent(script, start):
+    """Of 49 control steps four iterations are, summed up, 100 and a rounding error: beyond the bar's end."""
+    run = start(script, max_episode_steps=8, num_iterations=20, total_env_steps=49)
+    assert read_json(run / "result.json")["env_steps"] == 4 * 16
+
+
 def test_grpo_with_nothing_to_learn_from(start, capfd):
     run = start("grpo_vla", reward="binary", keep_low=0.1, keep_high=0.9, num_iterations=5, max_rounds=3)
     out, error = capfd.readouterr()
