@@ -55,9 +55,15 @@ QUESTIONS = {  # a picture each
         "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
     },
     "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
-    "letter": {  # the paper's choices, all at once and one by one
+    "letter": {  # the paper's choices, one by one and all at once, also with smaller steps
         f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
-        for flags in ("--preset paper", "--stop group", "--no-clip", "--update-every step")
+        for flags in (
+            "--stop group",
+            "--no-clip",
+            "--update-every step",
+            "--preset paper",
+            "--preset paper --learning-rate 1e-4",
+        )
     },
 }
 ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
