@@ -130,7 +130,7 @@ class Args:
     group_by: Literal["time", "stage"] = "time"
     """The step term compares members at the same decision, or as far into the same stage of the task"""
     preset: Literal["paper"] | None = None
-    """paper: its letter, as --stop group --no-clip --update-every step --return-mode sum"""
+    """paper: --stop group --no-clip --update-every step --return-mode sum; nano: --learning-rate 1e-4"""
     return_mode: Literal["sum", "mean"] = "sum"
     """A trajectory's reward: the sum over its steps, or their mean"""
     stop: Literal["each", "group"] = "each"
