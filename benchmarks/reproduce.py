@@ -55,14 +55,15 @@ QUESTIONS = {  # a picture each
         "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
     },
     "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
-    "letter": {  # the paper's choices, one by one and all at once, also with smaller steps
+    "letter": {  # the paper's choices all at once, also with smaller steps, and one by one
         f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
         for flags in (
+            "--preset paper --learning-rate 1e-4",
+            "--learning-rate 1e-4",
+            "--preset paper",
             "--stop group",
             "--no-clip",
             "--update-every step",
-            "--preset paper",
-            "--preset paper --learning-rate 1e-4",
         )
     },
 }
@@ -72,6 +73,7 @@ PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alph
     ("TGRPO --alphas auto", "TGRPO 0.3/0.7"),
     ("TGRPO --group-by stage", "TGRPO"),
     *((method, "TGRPO") for method in QUESTIONS["letter"]),
+    ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HEAT_MAP = {
@@ -367,7 +369,7 @@ def main(args: Args) -> None:
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known]  # fmt: skip
     if wanted and args.run:
-        minutes = np.mean([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
+        minutes = np.median([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60
         print(f"{len(wanted)} runs, {args.jobs} side by side: about {hours:.1f} h at {minutes:.0f} min each")
         with ThreadPoolExecutor(args.jobs) as pool:

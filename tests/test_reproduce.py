@@ -64,8 +64,8 @@ def test_the_papers_alphas_are_the_plain_ones_on_some_tasks():
 
 def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     letter = [
+        "TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4", "TGRPO --preset paper",
         "TGRPO --stop group", "TGRPO --no-clip", "TGRPO --update-every step",
-        "TGRPO --preset paper", "TGRPO --preset paper --learning-rate 1e-4",
     ]  # fmt: skip
     known = [line(method, 4, 1, 30) for method in ("TGRPO", "TGRPO --alphas auto", "TGRPO --group-by stage")]
     reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, known)
