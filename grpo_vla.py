@@ -59,7 +59,7 @@ class Args:
     protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
     """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
     eval_every: int = 5
-    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    """Iterations between evaluations; 0: only the last and, of RL, the first, before training"""
     eval_episodes: int | None = None
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
@@ -309,8 +309,7 @@ def collect(envs: Any, policy: Any, iteration: int, args: Args) -> dict[str, Any
             useful.append(~equal[-1] & (rate >= args.keep_low) & (rate <= args.keep_high))  # (G,)
         missing = args.num_groups - distributed.total(int(torch.cat(useful).sum()))
     batch = runs.join_batches(batches, [each.repeat_interleave(args.group_size) for each in useful])
-    totals = [runs.totals(each, may_be_empty=True) for each in batches]
-    batch["totals"] = distributed.add_up({name: sum(each[name] for each in totals) for name in totals[0]})
+    batch["totals"] = runs.totals(batches)
     kept, zero_std = (distributed.gather(torch.cat(flags)) for flags in (useful, equal))  # (rounds * G,)
     return batch | {"kept": kept, "zero_std": zero_std}
 
@@ -352,6 +351,7 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
 def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
     """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
     logs: dict[str, list[float]] = {}
+    steps = 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
@@ -388,12 +388,14 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+        steps += 1
     distributed.gather_parameters(policy)
     with torch.no_grad():
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    return means | {"logprob_gap": b["logprob_gap"], "ratio_first_minibatch": logs["ratio"][0]}
+    means |= {"logprob_gap": b["logprob_gap"], "optimizer_steps": steps}
+    return means | {"ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:
@@ -460,8 +462,9 @@ if __name__ == "__main__":
         if not batch["kept"].any():
             won = f"{totals['successes']} of {totals['episodes']} episodes succeed"
             tqdm.write(
-                f"iteration {iteration}: {won}, in no group both some and not all; nothing to learn from, so"
-                " training ends (where all fail, start from a better --checkpoint)"
+                f"iteration {iteration}: {won}, and in no group between {args.keep_low:g} and"
+                f" {args.keep_high:g} of its members; nothing to learn from, so training ends (where all"
+                " fail, start from a better --checkpoint)"
             )
             break
         advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)

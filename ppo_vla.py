@@ -59,7 +59,7 @@ class Args:
     protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
     """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
     eval_every: int = 5
-    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    """Iterations between evaluations; 0: only the last and, of RL, the first, before training"""
     eval_episodes: int | None = None
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
@@ -340,14 +340,15 @@ def samples_of(policy: Any, critic: nn.Module, batch: dict[str, Any], args: Args
     with torch.no_grad():
         parts = [
             logprobs_of(policy, b, inds, args)
-            for inds in torch.arange(len(who)).split(args.micro_batch_size or args.minibatch_size)
+            for inds in distributed.cut(torch.arange(len(who)), args.micro_batch_size or args.minibatch_size)
         ]
-        b["old_values"] = critic(torch.cat([hidden for _, _, hidden in parts]).float()).squeeze(1)  # (S,)
+        values_of = [critic(hidden.float()).squeeze(1) for _, _, hidden in parts]
+        b["old_values"] = torch.cat(values_of) if parts else b["weights"]  # (S,); none: S is 0
         last, tokens = batch["last"], batch["tokens"][0].to(args.device)  # any tokens: the first sees none
         _, _, hidden = policy.evaluate(last, batch["instructions"], tokens, args.temperature)  # (N, H)
         last_values = critic(hidden.float()).squeeze(1).cpu()  # (N,)
-    b["old_logprobs"] = torch.cat([logprobs for logprobs, _, _ in parts])  # (S, D)
     rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
+    b["old_logprobs"] = torch.cat([x for x, _, _ in parts]) if parts else rolled_out.to(args.device)  # (S, D)
     b["logprob_gap"] = float(distributed.gather((b["old_logprobs"].cpu() - rolled_out).abs()).max())
     ends = batch["alive"] & ~torch.cat([batch["alive"][1:], torch.zeros_like(batch["alive"][:1])])  # (T, N)
     values = torch.zeros_like(batch["rewards"]).index_put((when, who), b["old_values"].cpu())  # (T, N)
@@ -374,6 +375,7 @@ def update(
     ``alone``: only the critic learns.
     """
     logs: dict[str, list[float]] = {}
+    steps = 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
@@ -414,13 +416,14 @@ def update(
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+        steps += 1
     distributed.gather_parameters(policy)
     with torch.no_grad():
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {name: b[name] for name in ("logprob_gap", "explained_variance")}
-    return means | {"ratio_first_minibatch": logs["ratio"][0]}
+    return means | {"ratio_first_minibatch": logs["ratio"][0], "optimizer_steps": steps}
 
 
 def check(args: Args) -> Args:
@@ -483,7 +486,7 @@ if __name__ == "__main__":
         policy.eval()
         scenes, generators = runs.deal(args, iteration, 1, args.num_groups)  # (N,), (N,)
         batch = rollout(envs, policy, scenes, args.temperature, generators)
-        totals = distributed.add_up(runs.totals(batch))
+        totals = runs.totals([batch])
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
         rollout_s = time.perf_counter() - start

@@ -52,7 +52,7 @@ class Args:
     protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
     """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
     eval_every: int = 5
-    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    """Iterations between evaluations; 0: only the last and, of RL, the first, before training"""
     eval_episodes: int | None = None
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
@@ -245,6 +245,8 @@ def check(args: Args) -> Args:
         raise ValueError(
             f"episodes are {args.episodes}; expected one number above 0, or one for each of {task_ids}"
         )
+    if args.train.startswith(("lora", "head")) and args.checkpoint is None and not args.evaluate:
+        raise ValueError(f"train is {args.train}: the rest would stay random; expected all, or --checkpoint")
     if args.early_stop and not args.held_out:
         raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
     runs.check_numbers(args, "seed held_out early_stop eval_every weight_decay", above=False)

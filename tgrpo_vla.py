@@ -12,7 +12,7 @@ them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finis
     equation 8   Adv_it = alpha1 * S_it + alpha2 * T_i        tgrpo_advantages
     equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)            policy_loss, update
 
-Where we depart from the paper, or it is silent (flags restore its letter; --preset paper: 1, 2, 3 and 5):
+Where we depart from the paper, or it is silent (flags restore its letter; --preset paper: 1, 2, 3, 8):
  1. Every environment runs to its own end (--stop group: what follows a member's success is masked).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
     (--ratio-level action: one a decision).
@@ -24,7 +24,7 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
  7. Several groups a batch, each on its own scene, drawn from LIBERO's regions; evaluation is on the 50
     recorded init states, which training never sees.
  8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
-    falls linearly to 0.
+    falls linearly to 0 (--target-kl 1e9: it never stops).
 
     python tgrpo_vla.py --task-id 4 --alpha1 0.3 --alpha2 0.7
     python tgrpo_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
@@ -68,7 +68,7 @@ class Args:
     protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
     """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
     eval_every: int = 5
-    """Iterations between evaluations; the first comes before training, 0 leaves only first and last"""
+    """Iterations between evaluations; 0: only the last and, of RL, the first, before training"""
     eval_episodes: int | None = None
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
@@ -128,9 +128,9 @@ class Args:
     alpha2: float | None = None
     """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere and for several tasks]"""
     group_by: Literal["time", "stage"] = "time"
-    """The step term compares members at the same decision, or as far into the same stage of the task"""
+    """The step term compares members at the same decision, or as far into the same stage: the same reward"""
     preset: Literal["paper"] | None = None
-    """paper: --stop group --no-clip --update-every step --return-mode sum; nano: --learning-rate 1e-4"""
+    """paper: --stop group --no-clip --update-every step --target-kl 1e9; nano needs --learning-rate 1e-4"""
     return_mode: Literal["sum", "mean"] = "sum"
     """A trajectory's reward: the sum over its steps, or their mean"""
     stop: Literal["each", "group"] = "each"
@@ -165,8 +165,8 @@ class Args:
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the policy with its adapter off (beta)"""
-    target_kl: float = 0.05
-    """An update stops when its approximate KL a ratio exceeds this"""
+    target_kl: float | None = None
+    """An update stops when its approximate KL a ratio exceeds this [0.05; --preset paper: never]"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
 
@@ -374,7 +374,7 @@ def stop_groups(batch: dict[str, Any], group_size: int) -> dict[str, Any]:
 
 
 def fit_alphas(fit: Any, batch: dict[str, Any], args: Args) -> tuple[list[list[float]], list[float]]:
-    """alpha1, alpha2 >= 0 with which the two terms predict success best, by least squares.
+    """alpha1, alpha2 with which the two terms predict success best, by least squares; a negative one is 0.
 
     Success is standardised within groups as the terms are: where all members succeed or all fail it says
     nothing, and what other groups have shown is used. Trajectories count alike, those of older batches less.
@@ -433,6 +433,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
     """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
     logs: dict[str, list[float]] = {}
+    steps = 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
@@ -469,20 +470,24 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+        steps += 1
     distributed.gather_parameters(policy)
     with torch.no_grad():
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    return means | {"logprob_gap": b["logprob_gap"], "ratio_first_minibatch": logs["ratio"][0]}
+    means |= {"logprob_gap": b["logprob_gap"], "optimizer_steps": steps}
+    return means | {"ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
+    if args.target_kl is None:
+        args = dataclasses.replace(args, target_kl=0.05 if args.preset is None else 1e9)
     if args.preset == "paper":
-        args = dataclasses.replace(args, stop="group", clip=False, update_every="step", return_mode="sum")
+        args = dataclasses.replace(args, stop="group", clip=False, update_every="step")
     if args.alphas == "auto" and (args.alpha1 is not None or args.alpha2 is not None):
         raise ValueError("--alphas auto finds alpha1 and alpha2; expected neither of them to be given")
     known = dict(enumerate(PAPER_ALPHAS)) if args.suite == "LiberoObject" else {}
@@ -490,8 +495,8 @@ def check(args: Args) -> Args:
     paper1, paper2 = known.get(task_ids[0], (0.3, 0.7)) if len(task_ids) == 1 else (0.3, 0.7)
     alpha1 = paper1 if args.alpha1 is None else args.alpha1
     alpha2 = paper2 if args.alpha2 is None else args.alpha2
-    if not np.isfinite([alpha1, alpha2]).all():
-        raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers")
+    if not np.isfinite([alpha1, alpha2]).all() or alpha1 == alpha2 == 0:
+        raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers, not both 0")
     runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
     if args.alphas == "given":
@@ -546,7 +551,7 @@ if __name__ == "__main__":
         batch = rollout(envs, policy, scenes, args.temperature, generators)
         if args.stop == "group":
             batch = stop_groups(batch, args.group_size)
-        rewards, alive, totals = batch["rewards"], batch["alive"], distributed.add_up(runs.totals(batch))
+        rewards, alive, totals = batch["rewards"], batch["alive"], runs.totals([batch])
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
         alpha1, alpha2 = args.alpha1, args.alpha2

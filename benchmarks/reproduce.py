@@ -2,8 +2,8 @@
 
 What is in --results is not run again, and an interrupted run goes on, so the whole can be done in pieces:
 
-    python benchmarks/reproduce.py --task-ids 4                      # one task: three hours on two cores
-    python benchmarks/reproduce.py                                   # everything: more than a day
+    python benchmarks/reproduce.py --task-ids 4                      # one task: two hours on two cores
+    python benchmarks/reproduce.py                                   # everything: nearly a day
     python benchmarks/reproduce.py --heat-map 4 --seeds 1            # alpha1 against alpha2 on task 4
     python benchmarks/reproduce.py --questions --task-ids 0 2 4 7    # what the paper leaves open, in pairs
     python benchmarks/reproduce.py --no-run                          # tables and pictures of what there is
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from vla_envs import evaluation
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.tasks import nearest
 from vla_envs.vector import available_cores
 
 matplotlib.use("Agg")
@@ -73,6 +74,7 @@ PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alph
     ("TGRPO --alphas auto", "TGRPO 0.3/0.7"),
     ("TGRPO --group-by stage", "TGRPO"),
     *((method, "TGRPO") for method in QUESTIONS["letter"]),
+    *((f"TGRPO --preset paper{rate} --target-kl 0.05", "TGRPO") for rate in ("", " --learning-rate 1e-4")),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
@@ -89,6 +91,7 @@ CURVES = {
 }
 RUN = ["method", "task_id", "seed", "before", "after", "trials", "env_steps", "episodes", "wall_s", "commit"]
 POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
+TOTAL_ENV_STEPS = 175_000  # control steps of training, the same for all
 DRAWS = 5000  # of a bootstrap
 MINUTES = 12.0  # of a run, as long as nothing was measured
 
@@ -98,7 +101,7 @@ class Args:
     """Run every method on every task and seed, from the shipped checkpoint, and compare them."""
 
     results: Path = ROOT / "benchmarks" / "results"
-    """Folder of runs.csv, curves.csv, table.md and the pictures"""
+    """Folder of runs.csv, curves.csv, table.md and the pictures; a new one makes every run anew"""
     out: Path = Path("runs/reproduce")
     """Folder of the runs themselves"""
     methods: tuple[str, ...] = ()
@@ -111,8 +114,6 @@ class Args:
     """Instead of Table 1: what the paper leaves open, each answer beside what it is compared with"""
     heat_map: int | None = None
     """Instead of all that: pairs of alphas on this task"""
-    total_env_steps: int = 175_000
-    """Control steps of training, the same for all"""
     jobs: int = available_cores()
     """Runs side by side; each gets its share of the cores"""
     run: bool = True
@@ -128,6 +129,14 @@ def folder_of(method: str, task_id: int, seed: int, args: Args) -> Path:
     return args.out / f"{name}__{task_id}__{seed}"
 
 
+def commit() -> str:
+    """The checkout's commit, with a ``+`` where files have been changed since."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "HEAD", "--quiet", "--", "*.py"], capture_output=True)
+    return head.stdout.strip() + "+" * (changed.returncode == 1)
+
+
 def play(method: str, task_id: int, seed: int, args: Args) -> None:
     """Make a run, or go on with one that was interrupted."""
     folder = folder_of(method, task_id, seed, args)
@@ -137,8 +146,10 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     script, *flags = (METHODS | ASKED | HEAT_MAP)[method]
     words = ["--resume", folder] if (folder / "args.json").is_file() else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
-        "--total-env-steps", args.total_env_steps, *flags,
+        "--total-env-steps", TOTAL_ENV_STEPS, *flags,
     ]  # fmt: skip
+    if "--resume" not in words:
+        folder.with_suffix(".commit").write_text(commit())
     log = folder.with_suffix(".log")
     with open(log, "a") as file:
         done = subprocess.run(
@@ -154,12 +165,12 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[dict[str
     """A finished run's line of ``runs.csv`` and its lines of ``curves.csv``."""
     folder = folder_of(method, task_id, seed, args)
     result = json.loads((folder / "result.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     which = {"method": method, "task_id": task_id, "seed": seed}
     line = which | {
         "before": result["success_before"]["successes"], "after": result["success_after"]["successes"],
         "trials": result["success_after"]["trials"], "env_steps": result["env_steps"],
-        "episodes": result["episodes"], "wall_s": round(result["wall_s"]), "commit": commit.stdout.strip(),
+        "episodes": result["episodes"], "wall_s": round(result["wall_s"]),
+        "commit": folder.with_suffix(".commit").read_text(),
     }  # fmt: skip
     events = EventAccumulator(str(folder)).Reload()
     points = [
@@ -244,11 +255,16 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
+def is_twin(method: str, task_id: int) -> bool:
+    """Whether these runs are TGRPO's with the paper's alphas for the task, under another name."""
+    return method == "TGRPO 0.3/0.7" and PAPER_ALPHAS[task_id] == (0.3, 0.7)
+
+
 def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of a table, and TGRPO's once more as 0.3/0.7's on tasks whose alphas these are: equal runs."""
     return lines + [
         line | {"method": "TGRPO 0.3/0.7"} for line in lines
-        if line["method"] == "TGRPO" and PAPER_ALPHAS[line["task_id"]] == (0.3, 0.7)
+        if line["method"] == "TGRPO" and is_twin("TGRPO 0.3/0.7", line["task_id"])
     ]  # fmt: skip
 
 
@@ -353,8 +369,12 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
 def main(args: Args) -> None:
     """Make what is missing, ``jobs`` at a time; results are written as they come."""
     names = list(METHODS | ASKED)
-    if unknown := set(args.methods) - set(names):
-        raise ValueError(f"methods {sorted(unknown)} are unknown; expected some of {names}")
+    if unknown := sorted(set(args.methods) - set(names)):
+        raise ValueError(
+            f"methods {unknown} are unknown; expected some of {names}{nearest(unknown[0], names)}"
+        )
+    if args.jobs < 1:
+        raise ValueError(f"jobs is {args.jobs}; expected at least 1")
     if unknown_tasks := set(args.task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
     args.results.mkdir(parents=True, exist_ok=True)
@@ -367,7 +387,8 @@ def main(args: Args) -> None:
         methods, task_ids = tuple(HEAT_MAP), (args.heat_map,)
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
-              if (each := (method, task_id, seed)) not in known]  # fmt: skip
+              if (each := (method, task_id, seed)) not in known
+              and not ("TGRPO" in methods and is_twin(method, task_id))]  # fmt: skip
     if wanted and args.run:
         minutes = np.median([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60

@@ -267,7 +267,7 @@ def test_a_rollout_leaves_the_groups_of_the_diverged_out(make_vec):
     assert not batch["alive"][:, 2:4].any() and batch["alive"][:, [0, 1, 4, 5]].all()
     assert batch["rewards"][:, 2:4].eq(0).all() and batch["rewards"][:, [0, 1, 4, 5]].ne(0).all()
     assert len(batch["alive"]) == 3 and torch.isfinite(batch["state"]).all()
-    totals = runs.totals(batch)
+    totals = runs.totals([batch])
     assert (totals["episodes"], totals["diverged"], totals["control_steps"]) == (4, 1, 24)
     assert all(obs in envs.observation_space for obs in envs.seen)
 
@@ -314,8 +314,25 @@ def test_dynamic_sampling_plays_another_group(make_vec):
 def test_nothing_left_ends_the_program(make_vec, capsys):
     policy = small_policy()
     batch = ppo_vla.rollout(some_envs(make_vec, 2, [0, 1], at=1), policy, np.array([7, 8]), 1.0)
-    assert not batch["alive"].any() and runs.totals(batch, may_be_empty=True)["diverged"] == 2
+    other = ppo_vla.rollout(some_envs(make_vec, 2, [1], at=1), policy, np.array([7, 8]), 1.0)
+    assert not batch["alive"].any() and runs.totals([batch, other])["diverged"] == 3
     with pytest.raises(SystemExit) as exit_:
-        runs.totals(batch)
+        runs.totals([batch, batch])
     assert exit_.value.code == 1
-    assert "2 of 2 episodes diverged" in capsys.readouterr().err.splitlines()[-1]
+    assert "of 4 episodes diverged" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", [grpo_vla, tgrpo_vla, ppo_vla])
+def test_a_process_without_samples(make_vec, script, monkeypatch):
+    """All groups of one of several processes have diverged; the others go on, and so it has to."""
+    other = lambda tensor: torch.cat([tensor, tensor.new_ones(1, *tensor.shape[1:])])  # noqa: E731
+    monkeypatch.setattr(script.distributed, "gather", other)  # of a process with one sample
+    policy = small_policy()
+    args = arguments(script, group_size=2)
+    batch = script.rollout(some_envs(make_vec, 2, [0, 1]), policy, np.array([7, 7]), 1.0)
+    if script is ppo_vla:
+        b = script.samples_of(policy, script.make_critic(policy), batch, args)
+    else:
+        b = script.samples_of(policy, batch, torch.ones(batch["alive"].shape), args)
+    for name in ("advantages", "weights", "old_logprobs"):
+        assert len(b[name]) == 0

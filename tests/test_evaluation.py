@@ -78,13 +78,32 @@ def pair(only_first, only_second, both=0, neither=0):
 
 
 def test_a_paired_comparison_by_hand():
-    """Of ten states five differ, and the first wins four of those: Wilson's 0.37553 to 0.96378 of them."""
+    """Rates of 7 and 4 in 10, Wilson's 0.39678 to 0.89221 and 0.16818 to 0.68733, uncorrelated.
+
+    The correlation's numerator is 3 * 2 - 4 * 1 = 2, not beyond the continuity correction of 5.
+    """
     result = paired(*pair(4, 1, both=3, neither=2))
     assert (result["only_first"], result["only_second"]) == (4, 1)
     assert result["difference"] == pytest.approx(0.3)
-    assert result["low"] == pytest.approx((2 * 0.37553 - 1) * 0.5, abs=1e-5)
-    assert result["high"] == pytest.approx((2 * 0.96378 - 1) * 0.5, abs=1e-5)
+    assert result["low"] == pytest.approx(0.3 - np.hypot(0.7 - 0.39678, 0.68733 - 0.4), abs=2e-5)
+    assert result["high"] == pytest.approx(0.3 + np.hypot(0.89221 - 0.7, 0.4 - 0.16818), abs=2e-5)
     assert result["p_value"] == pytest.approx(2 * (5 + 1) / 2**5)
+
+
+def test_correlated_outcomes_have_a_narrower_interval():
+    """30 and 15 states alike: (450 - 25) / 900 of correlation, and 5 against 0 beside them."""
+    alike, unlike = paired(*pair(5, 0, both=30, neither=15)), paired(*pair(20, 15, both=15, neither=0))
+    assert alike["difference"] == unlike["difference"] == pytest.approx(0.1)
+    assert unlike["low"] < -0.1 < 0 < alike["low"] < 0.1 < alike["high"] < 0.2 < unlike["high"]
+
+
+@pytest.mark.parametrize("shares", [(0.04, 0.0, 0.4), (0.1, 0.02, 0.5), (0.3, 0.1, 0.3), (0.1, 0.1, 0.7)])
+def test_the_interval_covers_the_true_difference(shares):
+    """Where one policy alone, the other alone or both solve a state with these probabilities."""
+    draws = np.random.default_rng(0).choice(4, size=(400, 50), p=[*shares, 1 - sum(shares)])
+    results = [paired(np.isin(states, (0, 2)), np.isin(states, (1, 2))) for states in draws]
+    covered = [its["low"] <= shares[0] - shares[1] <= its["high"] for its in results]
+    assert np.mean(covered) >= 0.93
 
 
 @pytest.mark.parametrize(
@@ -106,9 +125,12 @@ def test_the_p_value_is_the_binomials(only_first, only_second, p_value):
 
 
 def test_no_differing_states():
-    outcomes = [True, False, True]
-    zeros = {"only_first": 0, "only_second": 0, "difference": 0.0, "low": 0.0, "high": 0.0}
-    assert paired(outcomes, outcomes) == zeros | {"p_value": 1.0}
+    """Of few states that says little."""
+    few, many = (paired(outcomes, outcomes) for outcomes in ([True, False, True], [True, False, True] * 30))
+    for result in (few, many):
+        assert (result["only_first"], result["only_second"], result["difference"]) == (0, 0, 0.0)
+        assert result["p_value"] == 1.0 and result["low"] == pytest.approx(-result["high"])
+    assert few["high"] > 0.3 and 0 < many["high"] < 0.05
 
 
 @pytest.mark.parametrize("both", [0, 5])
@@ -326,7 +348,7 @@ def test_a_report_of_two_checkpoints(capsys, tmp_path):
     above, below = capsys.readouterr().out.splitlines()
     assert above == "sampled: success 7/10 (95 %: 40 to 89 %)"
     assert below.strip() == (
-        f"{tmp_path}: 4/10 (95 %: 17 to 69 %); difference +30 points (95 %: -12 to +46), p = 0.38"
+        f"{tmp_path}: 4/10 (95 %: 17 to 69 %); difference +30 points (95 %: -12 to +60), p = 0.38"
     )
     assert set(contents) == {"sampled", "sampled_outcomes", "sampled_compared"}
     compared = contents["sampled_compared"]

@@ -373,7 +373,8 @@ def test_totals_by_hand():
     }
     expected = {"episodes": 3, "successes": 1, "control_steps": 24, "return": 2.0, "policy_s": 0.25}
     expected["diverged"] = 1
-    assert runs.totals(batch) == expected
+    assert runs.totals([batch]) == expected
+    assert runs.totals([batch, batch]) == {name: 2 * value for name, value in expected.items()}
 
 
 # ---- Arguments ---------------------------------------------------------------------------------------

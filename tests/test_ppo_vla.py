@@ -343,6 +343,7 @@ def test_the_policy_and_its_critic_learn():
         "entropy",
         "approx_kl",
         "logprob_gap",
+        "optimizer_steps",
     }
     returns = parts[3]["returns"]
     assert logs["value_loss"] == pytest.approx(0.5 * (returns**2).mean().item(), rel=1e-5)

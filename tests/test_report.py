@@ -90,7 +90,7 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
     assert "<b>" not in text and '_a <b> & "c" $x$' in page.text
     assert page.count["tr"] == 4 and page.count["video"] == 6 and page.count["svg"] == 10
     for words in (
-        "tgrpo_vla.py", "ppo_vla.py", "LiberoObject", "0/2 (0 to 66 %)", "finished", "iteration 2", "kl_coef",
+        "tgrpo_vla", "ppo_vla", "LiberoObject", "0/2 (0 to 66 %)", "finished", "iteration 2", "kl_coef",
         "Success on the recorded init states", "Success of the training episodes", "Groups", "Entropy",
         "KL of an update", "clipped", "step part", "explained variance", "Stages", "Seconds of an iteration",
         "approaching", "physics", "update",
@@ -135,6 +135,15 @@ def test_stages_are_in_order(folder):
     assert set(report.stages_of(run)) < set(run.scalars) | {"far", "approaching", "ready_to_grasp"}
     run.scalars["stages/far"][1] = 0
     assert "far" not in report.stages_of(run)
+
+
+def test_a_resumed_run_that_has_logged_nothing_again(folder, tmp_path):
+    """TensorBoard then has the names of what is void, and nothing else of it."""
+    shutil.copytree(folder / "finished", tmp_path / "run")
+    runs.make_writer(tmp_path / "run", purge_step=1).close()
+    run = report.read_run(tmp_path / "run")
+    assert set(run.scalars) == {"charts/success_rate"}
+    Checked(report.page([run], tmp_path / "page.html"))
 
 
 def test_large_videos_are_linked(folder, tmp_path, monkeypatch, capsys):

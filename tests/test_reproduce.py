@@ -1,6 +1,7 @@
 """benchmarks/reproduce.py: what it makes, keeps, and works out."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -116,9 +117,10 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     tiny = ("--num-groups 1 --group-size 2 --eval-episodes 2 --max-episode-steps 8 --num-iterations 1"
             " --minibatch-size 2 --eval-every 0").split()  # fmt: skip
     monkeypatch.setattr(reproduce, "METHODS", {"TGRPO": ["tgrpo_vla.py", *tiny]})
+    monkeypatch.setattr(reproduce, "TOTAL_ENV_STEPS", 1)
     args = reproduce.Args(
         results=tmp_path / "results", out=tmp_path / "runs", methods=("TGRPO",), task_ids=(4,), seeds=(3,),
-        total_env_steps=1, jobs=1,
+        jobs=1,
     )  # fmt: skip
     reproduce.main(args)
     assert "1 runs, 1 side by side" in capsys.readouterr().out
@@ -126,6 +128,8 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
         "runs.csv", "curves.csv", "table.md", "curves.png"}  # fmt: skip
     tags = [point["tag"] for point in reproduce.read_csv(args.results / "curves.csv", {})]
     assert set(tags) == set(reproduce.CURVES) and tags.count("charts/success_rate") == 2
+    (made,) = reproduce.read_csv(args.results / "runs.csv", {})
+    assert made["commit"] == reproduce.commit() == (args.out / "tgrpo__4__3.commit").read_text()
     before = (args.results / "runs.csv").read_bytes()
     monkeypatch.setattr(reproduce, "play", lambda *_: pytest.fail("a run was made twice"))
     reproduce.main(args)
@@ -140,6 +144,18 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"TGRPO, task 4, seed 3: error: group_size is 1; .* \(all of it"):
         reproduce.main(args)
     assert not (args.results / "runs.csv").exists()
+
+
+def test_equal_runs_are_made_once(tmp_path, monkeypatch):
+    """TGRPO has the paper's alphas, which on task 4 are 0.3 and 0.7."""
+    played = []
+    monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
+    monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
+    args = reproduce.Args(out=tmp_path, task_ids=(0, 4), seeds=(1,))
+    for methods in (("TGRPO 0.3/0.7",), ("TGRPO", "TGRPO 0.3/0.7")):
+        reproduce.main(replace(args, results=tmp_path / str(len(methods)), methods=methods))
+    assert sorted(played[:2]) == [("TGRPO 0.3/0.7", 0, 1), ("TGRPO 0.3/0.7", 4, 1)]
+    assert sorted(played[2:]) == [("TGRPO", 0, 1), ("TGRPO", 4, 1), ("TGRPO 0.3/0.7", 0, 1)]
 
 
 @pytest.mark.parametrize(("name", "value"), [("methods", ("REINFORCE",)), ("task_ids", (4, 10))])

@@ -172,6 +172,8 @@ class Evaluation:
     compare: Path | None = None
     evaluate: bool = False
     train: str = "all"
+    adapter: str = "adapter"
+    merge: bool = True
     cudagraphs: bool = False
     shared_adapter: tuple[Path, ...] = ()
 
@@ -216,6 +218,13 @@ def test_an_evaluation_does_not_make_all_weights_float32(given, train):
         ({"eval_temperature": float("nan")}, "eval_temperature is nan"),
         ({"compare": Path("x")}, "--evaluate"),
         ({"task_ids": (4, 7, 4)}, "each task once"),
+        ({"merge": False}, "expected --train lora, got all"),
+        ({"merge": False, "train": "lora+head"}, "expected --train lora, got"),
+        ({"adapter": "final"}, "adapter is 'final'"),
+        ({"adapter": "latest.previous"}, "adapter is 'latest.previous'"),
+        ({"adapter": "a/b"}, "adapter is 'a/b'"),
+        ({"adapter": ".."}, "adapter is '..'"),
+        ({"adapter": ""}, "adapter is ''"),
         (GRAPHS | {"policy": "openvla-oft"}, "got openvla-oft on cuda"),
         (GRAPHS | {"device": "cpu"}, "got openvla on cpu"),
         (GRAPHS | {"train": "all"}, "expected --train lora"),
@@ -560,6 +569,16 @@ def test_damaged_counters(tmp_path, name, value):
     write_json(file, json.loads(file.read_text()) | {name: value})
     with pytest.raises(ValueError, match=rf"counters\.json' is damaged: {name} is"):
         runs.start(dataclasses.replace(args, resume=tmp_path), "grpo_vla", *training(steps=0))
+
+
+def test_a_run_of_another_script(tmp_path):
+    run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
+    with pytest.raises(ValueError, match=r"run' is a run of x_vla\.py; expected one of y_vla\.py"):
+        runs.start(Started(resume=run), "y_vla", *training(steps=0))
+    older = json.loads((run / "args.json").read_text())
+    del older["script"]
+    write_json(run / "args.json", older)
+    assert runs.start(Started(resume=run), "y_vla", *training(steps=0)) == (run, state)
 
 
 def test_an_evaluation_leaves_nothing_to_resume(tmp_path):

@@ -57,6 +57,7 @@ ONLINE_TAGS = {
     "charts/success_rate", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
     "charts/learning_rate", "losses/policy_loss", "losses/entropy", "losses/approx_kl",
     "losses/clipfrac_low", "losses/clipfrac_high", "losses/ratio_first_minibatch", "losses/logprob_gap",
+    "losses/optimizer_steps",
     "group/success_mean", "time/rollout_s", "time/update_s", "time/render_s", "time/physics_s",
     "stages/far",
 }  # fmt: skip
@@ -653,7 +654,8 @@ def test_the_progress_bar_ends_at_100_percent(script, start):
 def test_grpo_with_nothing_to_learn_from(start, capfd):
     run = start("grpo_vla", reward="binary", keep_low=0.1, keep_high=0.9, num_iterations=5, max_rounds=3)
     out, error = capfd.readouterr()
-    assert "iteration 1: 0 of 6 episodes succeed" in out and "nothing to learn from" in out
+    assert "iteration 1: 0 of 6 episodes succeed, and in no group between 0.1 and 0.9" in out
+    assert "nothing to learn from" in out
     assert "Traceback" not in error and "error" not in error
     result = read_json(run / "result.json")
     assert set(result) == RESULT and result["success_after"] == result["success_before"]
@@ -874,6 +876,8 @@ def expect_error(start, capfd, script, words, **flags):
         ({"eval_episodes": 0}, "eval_episodes"),
         ({"eval_episodes": 51}, "51"),
         ({"eval_every": -1}, "eval_every"),
+        ({"adapter": "final"}, "adapter"),
+        ({"no_merge": None}, "--train lora"),
         ({"action_chunk": 4}, "4"),
         ({"max_episode_steps": 0}, "max_episode_steps"),
         ({"num_threads": 0}, "num_threads"),
@@ -914,6 +918,7 @@ def test_mistakes_in_an_evaluation(script, flags, words, start, capfd):
         ("tgrpo_vla", {"alpha1": "abc"}, "alpha1"),
         ("tgrpo_vla", {"alphas": "given", "alpha1": "nan"}, "nan"),
         ("tgrpo_vla", {"alphas": "given", "alpha2": "inf"}, "inf"),
+        ("tgrpo_vla", {"alphas": "given", "alpha1": 0, "alpha2": 0}, "not both 0"),
         ("tgrpo_vla", {"alpha2": 0.7}, "alphas auto finds"),
         ("tgrpo_vla", {"stop": "never"}, "never"),
         ("tgrpo_vla", {"group_size": 1}, "1"),
@@ -945,6 +950,7 @@ def test_mistakes_in_an_evaluation(script, flags, words, start, capfd):
         ("sft_vla", {"episodes": (2, 1, 1)}, "(2, 1, 1)"),
         ("sft_vla", {"episodes": (2, 2)}, "2 demonstrations"),
         ("sft_vla", {"episodes": 0}, "episodes"),
+        ("sft_vla", {"train": "lora", "lora_rank": 2}, "stay random"),
         ("sft_vla", {"held_out": -1}, "held_out"),
         ("sft_vla", {"held_out": 0, "early_stop": 1}, "held-out"),
         ("sft_vla", {"iteration_steps": 0}, "iteration_steps"),

@@ -395,7 +395,7 @@ def test_who_was_cut_off_before_the_stop_stays_out():
 
 def test_nothing_after_the_stop_counts():
     batch = stop_groups(play((2, 99, 99, 1)), 2)
-    totals = runs.totals(batch)
+    totals = runs.totals([batch])
     assert (totals["episodes"], totals["successes"], totals["control_steps"]) == (4, 2, 2 * (2 + 2 + 1 + 1))
     assert totals["return"] == 10 + 11 + 12 + 13 + 20 + 21
     rewards, alive = full([[10, 11, 12, 13], [20, 21, 0, 0]])
@@ -460,8 +460,11 @@ def test_default_alphas_are_the_papers(task_id):
 
 
 def test_the_papers_letter():
-    args = tgrpo_vla.check(tgrpo_vla.Args(preset="paper", return_mode="mean"))
+    args = tgrpo_vla.check(tgrpo_vla.Args(preset="paper"))
     assert (args.stop, args.clip, args.update_every, args.return_mode) == ("group", False, "step", "sum")
+    assert args.target_kl == 1e9 and tgrpo_vla.check(tgrpo_vla.Args()).target_kl == 0.05
+    args = tgrpo_vla.check(tgrpo_vla.Args(preset="paper", return_mode="mean", target_kl=0.05))
+    assert (args.return_mode, args.target_kl) == ("mean", 0.05)
 
 
 def test_alphas_are_found_or_given():

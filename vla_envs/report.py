@@ -50,10 +50,6 @@ LINES = {
     "PPO's critic: explained variance": ("losses/explained_variance",),
     "SFT: loss, held-out loss": ("losses/nll", "losses/held_out_nll"),
 }  # fmt: skip
-#: The argument that only this script has.
-SCRIPTS = {
-    "alpha1": "tgrpo_vla.py", "keep_low": "grpo_vla.py", "gae_lambda": "ppo_vla.py", "demos": "sft_vla.py"
-}  # fmt: skip
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 body { color: #222; background: #fff; }
@@ -139,8 +135,9 @@ def read_run(folder: Path) -> Run:
     state: dict[str, Any] = next((_read_json(file) for file in files if file.is_file()), {})
     events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
     scalars = {
-        tag: np.array([(event.step, event.value) for event in events.Scalars(tag)]).T
+        tag: np.array([(event.step, event.value) for event in found]).T
         for tag in events.Tags()["scalars"]
+        if (found := events.Scalars(tag))  # none where a resumed run has not logged it again
     }
     return Run(folder, args, state, files[0].is_file(), scalars)
 
@@ -261,7 +258,7 @@ def figures(runs: list[Run]) -> list[str]:
 def differing(runs: list[Run]) -> list[str]:
     """The arguments in which those runs differ that have them, but for names, tasks and seeds."""
     names = dict.fromkeys(name for run in runs for name in run.args)
-    own = {"run_dir", "resume", "seed", "suite", "task_id", "task_ids"}
+    own = {"script", "run_dir", "resume", "seed", "suite", "task_id", "task_ids"}
     values = {name: {json.dumps(run.args[name]) for run in runs if name in run.args} for name in names}
     return [name for name in names if name not in own and len(values[name]) > 1]
 
@@ -280,11 +277,11 @@ def row(run: Run, names: list[str]) -> str:
     state, text = run.state, lambda value: html.escape(str(value))
     before = state.get("success_before") or state.get("before")
     after = state.get("success_after") or state.get("success") or state.get("after")
-    script = next((script for name, script in SCRIPTS.items() if name in run.args), "?")
     own = [f"{name} {run.args[name]}" for name in names if name in run.args]
     steps, seconds = state.get("env_steps"), state.get("wall_s")
     cells = [
-        f'<i style="background: {run.colour}"></i> {text(run.name)}', script, text(run.args["suite"]),
+        f'<i style="background: {run.colour}"></i> {text(run.name)}', text(run.args.get("script", "?")),
+        text(run.args["suite"]),
         text(", ".join(map(str, run.task_ids))), text(run.args["seed"]), _success(before), _success(after),
         "" if steps is None else f"{steps:,}", "" if seconds is None else f"{seconds / 60:.1f} min",
         "finished" if run.finished else f"iteration {state.get('iteration', 0)}",

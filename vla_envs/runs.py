@@ -142,6 +142,13 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
         raise ValueError(f"task_ids are {task_ids}; expected each task once")
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
+    if not (given.evaluate or given.merge or train == "lora"):
+        raise ValueError(f"--no-merge saves nothing but the adapter; expected --train lora, got {train}")
+    taken = given.adapter.startswith(("final", "latest", "best", "."))
+    if taken or not given.adapter or Path(given.adapter).name != given.adapter:
+        raise ValueError(
+            f"adapter is {given.adapter!r}; expected the name of a folder, other than final, latest and best"
+        )
     if given.cudagraphs and (given.policy != "openvla" or not device.startswith("cuda")):
         raise ValueError(f"cudagraphs is for --policy openvla on a GPU; got {given.policy} on {device}")
     if given.cudagraphs and (train == "all" or given.shared_adapter):
@@ -261,6 +268,9 @@ def start(
     if not args.evaluate:
         leave_on_interrupt()
     if args.resume:
+        made_by = read_json(args.resume / "args.json").get("script", script)
+        if made_by != script:
+            raise ValueError(f"{str(args.resume)!r} is a run of {made_by}.py; expected one of {script}.py")
         latest = args.resume / "checkpoints" / "latest"
         loaded = load_training_state(latest, learner, optimizer)
         for name in ("iteration", "env_steps", "episodes", "wall_s", "evaluated"):
@@ -274,7 +284,7 @@ def start(
     run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
     distributed.same_parameters(learner)
     distributed.gather_parameters(learner)
-    distributed.only_first(write_json)(run / "args.json", dataclasses.asdict(args))
+    distributed.only_first(write_json)(run / "args.json", {"script": script} | dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     return run, state
@@ -341,32 +351,37 @@ def leave_out_diverged(
     }
 
 
-def totals(batch: dict[str, Any], may_be_empty: bool = False) -> dict[str, Any]:
-    """Sums over the episodes of a rollout, of the decisions (T, N) of those alive; not of groups left out.
+def totals(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the episodes of rollouts of all processes, of those alive (T, N); not of groups left out.
 
     ``diverged`` counts the members whose simulation diverged. Where that leaves no group, the program ends
-    with one line and exit status 1, unless the batch ``may_be_empty``.
+    with one line and exit status 1.
     """
-    alive = batch["alive"]
+    sums: dict[str, Any] = {}
+    for batch in batches:
+        alive = batch["alive"]
+        figures = {
+            "episodes": int(alive[0].sum()),
+            "diverged": int(batch["diverged"].sum()),
+            "successes": int(batch["success"].sum()),
+            "control_steps": int((batch["steps"] * alive).sum()),
+            "return": float((batch["rewards"] * alive).sum()),
+            "policy_s": batch["policy_s"] / distributed.world_size(),  # their sum is then the mean
+        }
+        sums = {name: sums.get(name, 0) + value for name, value in figures.items()}
+    sums = distributed.add_up(sums)
     with one_line_errors():
-        if not alive.any() and not may_be_empty:
+        if not sums["episodes"]:
             raise FloatingPointError(
-                f"the simulations of {int(batch['diverged'].sum())} of {alive.shape[1]} episodes diverged, at"
-                " least one of each group; expected a group whose positions and velocities stay finite"
+                f"the simulations of {sums['diverged']} episodes diverged, at least one of each group;"
+                " expected a group whose positions and velocities stay finite"
             )
-    return {
-        "episodes": int(alive[0].sum()),
-        "diverged": int(batch["diverged"].sum()),
-        "successes": int(batch["success"].sum()),
-        "control_steps": int((batch["steps"] * alive).sum()),
-        "return": float((batch["rewards"] * alive).sum()),
-        "policy_s": batch["policy_s"] / distributed.world_size(),  # their sum is then the mean
-    }
+    return sums
 
 
 def charts(totals: dict[str, Any], state: dict[str, Any]) -> dict[str, float]:
     """What is logged of the training episodes by whatever algorithm."""
-    episodes = max(1, totals["episodes"])  # none where every group has a simulation that diverged
+    episodes = totals["episodes"]
     return {
         "charts/rollout_success": totals["successes"] / episodes,
         "charts/episodic_return": totals["return"] / episodes,
