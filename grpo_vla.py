@@ -113,9 +113,9 @@ class Args:
     reward: str = "binary"
     """binary, multi_stage, or path/to/file.py:function"""
     keep_low: float = 0.1
-    """Dynamic sampling keeps groups with a success rate of at least this,"""
+    """Least success rate of a group that dynamic sampling keeps"""
     keep_high: float = 0.9
-    """and at most this"""
+    """Greatest success rate of a group that dynamic sampling keeps"""
     max_rounds: int = 4
     """Rollouts of all groups an iteration, at most, until --num-groups groups are kept"""
     total_env_steps: int | None = None
@@ -143,7 +143,7 @@ class Args:
     ratio_level: Literal["token", "action"] = "token"
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
-    """Weight of the k3 KL divergence from the policy with its adapter off (beta)"""
+    """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
     target_kl: float = 0.05
     """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
@@ -431,6 +431,7 @@ if __name__ == "__main__":
         eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
+        envs.reset(seed=[0] * len(played))  # a reward that fails does so now
         run, state = runs.start(args, "grpo_vla", learner, optimizer)
     writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)

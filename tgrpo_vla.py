@@ -164,7 +164,7 @@ class Args:
     ratio_level: Literal["token", "action"] = "token"
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
-    """Weight of the k3 KL divergence from the policy with its adapter off (beta)"""
+    """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
     target_kl: float | None = None
     """An update stops when its approximate KL a ratio exceeds this [0.05; --preset paper: never]"""
     max_grad_norm: float = 1.0
@@ -523,6 +523,7 @@ if __name__ == "__main__":
         eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
+        envs.reset(seed=[0] * len(played))  # a reward that fails does so now
         run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
     writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     trainable, total = count_parameters(learner)

@@ -323,7 +323,7 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
         axis.set_xlabel("thousand environment steps")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
-    axes[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -70,6 +70,11 @@ def expected_changes(policy, train, last_k):
     return chosen
 
 
+def test_more_blocks_than_there_are():
+    with pytest.raises(ValueError, match="last_k is 4; expected 1 to 3"):
+        make_trainable(plain(), "lora+last-k", last_k=4)
+
+
 @pytest.mark.parametrize("train", TRAINABLE_SETS)
 @pytest.mark.parametrize("last_k", [1, 2])
 def test_exactly_what_is_named_changes(train, last_k):

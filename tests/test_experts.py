@@ -99,6 +99,19 @@ def test_it_acts_every_control_step(make_vec):
 # ---- Demonstrations ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"episodes": 0}, "episodes is 0; expected at least 1"),
+        ({"out": Path("/proc/demos")}, "folder '/proc/demos' cannot be made"),
+    ],
+)
+def test_demonstrations_that_cannot_be_made(given, words, tmp_path):
+    with pytest.raises((ValueError, OSError), match=words):
+        experts.main(experts.Args(**{"out": tmp_path / "demos", "task_ids": (4,)} | given))
+    assert not (tmp_path / "demos").exists()
+
+
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
     """The file that the program writes: two noisy demonstrations of the ketchup task."""

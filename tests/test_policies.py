@@ -280,6 +280,9 @@ def test_unknown_policy(checkpoint):
 
 def test_missing_files(checkpoint, tmp_path):
     assert str(tmp_path / "absent") in refusal("nano", tmp_path / "absent")
+    misspelt = checkpoint.with_name(checkpoint.name[:-1])
+    message = refusal("nano", misspelt)
+    assert f"{str(misspelt)!r} does not exist; did you mean {checkpoint.name!r}?" in message
     assert "model.safetensors" in refusal("nano", checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     message = refusal("nano", checkpoint)

@@ -13,7 +13,7 @@ import tyro
 from conftest import ROOT, words_of, write_demos
 from test_openvla import write_tiny
 
-from vla_envs.policies import adapters, load_policy
+from vla_envs.policies import adapters, load_policy, save_policy
 
 PROGRAMS = ("python", "torchrun", "pip", "pytest", "tensorboard", "pdoc")
 TINY = {
@@ -122,6 +122,7 @@ def material(tmp_path, monkeypatch):
     policy = adapters.make_trainable(load_policy("nano"), "lora", rank=2)
     for name in "ab":
         adapters.save_adapter(policy, tmp_path / "runs" / name / "checkpoints" / "adapter")
+    save_policy(load_policy("nano"), "nano", tmp_path / "RUN" / "checkpoints" / "final")
     (tmp_path / "demos").mkdir()
     for task_id in range(10):
         write_demos(tmp_path / "demos" / f"LiberoObject_{task_id}_demo.hdf5", (5, 5, 5), size=128)

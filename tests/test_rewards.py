@@ -1,5 +1,6 @@
 """Rewards on hand-written facts, and the ways to hand one to an environment."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -255,6 +256,16 @@ def test_a_reward_that_is_no_number_per_environment(bad):
     facts = batch(FAR | {"object_height": 0.1}, FAR)
     with pytest.raises(ValueError, match=r"(?s)reward function returned .* expected"):
         evaluate_reward(BAD[bad], facts)
+
+
+def test_a_fact_that_there_is_not():
+    with pytest.raises(ValueError, match=r"KeyError: 'object_hight'; .*did you mean 'object_height'"):
+        evaluate_reward(lambda facts: facts["object_hight"], batch(FAR))
+
+
+def test_another_librarys_environment():
+    with pytest.raises(ValueError, match=r"CartPole.*expected an environment of vla_envs"):
+        FactsReward(gym.make("CartPole-v1"), "binary")
 
 
 def test_a_reward_that_is_nan_stops_the_environment(make_vec, make):

@@ -65,6 +65,22 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capfd, words):
     assert max(error.find(word) for word in ("seed", "sead", "stray")) > 0
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--sead", "3"), "Unrecognized options: --sead, 3; did you mean --seed?"),
+        (
+            ("--seed", "x"),
+            "Error parsing --seed: invalid literal for int() with base 10: 'x'; expected --seed",
+        ),
+    ],
+)
+def test_a_mistake_names_what_was_expected(monkeypatch, capfd, words, expected):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, *words)
+    assert capfd.readouterr().err.startswith(f"error: {expected}")
+
+
 def test_help_is_no_mistake(monkeypatch, capfd):
     with pytest.raises(SystemExit) as exit_:
         parse(monkeypatch, "--help")

@@ -881,7 +881,7 @@ def expect_error(start, capfd, script, words, **flags):
         ({"action_chunk": 4}, "4"),
         ({"max_episode_steps": 0}, "max_episode_steps"),
         ({"num_threads": 0}, "num_threads"),
-        ({"device": "nonsense"}, "nonsense"),
+        ({"device": "nonsense"}, "device 'nonsense' is unknown; expected cpu, cuda"),
         ({"protocol": "openvlaa"}, "openvla"),
         ({"resume": "/no/such/folder"}, "/no/such/folder"),
         ({"resume": "/no/such/folder", "evaluate": None}, "--checkpoint"),
@@ -925,6 +925,7 @@ def test_mistakes_in_an_evaluation(script, flags, words, start, capfd):
         ("tgrpo_vla", {"num_groups": 0}, "num_groups"),
         ("tgrpo_vla", {"reward": "multistage"}, "multi_stage"),
         ("tgrpo_vla", {"reward": "/no/such/file.py:f"}, "/no/such/file.py"),
+        ("tgrpo_vla", {"reward": "raises.py:reward"}, "did you mean 'object_height'"),
         ("tgrpo_vla", {"total_env_steps": 0}, "total_env_steps"),
         ("tgrpo_vla", {"warmup_iterations": 0}, "warmup_iterations"),
         ("tgrpo_vla", {"update_epochs": 0}, "update_epochs"),
@@ -960,6 +961,7 @@ def test_mistakes_in_an_evaluation(script, flags, words, start, capfd):
     ids=lambda value: str(value),
 )
 def test_a_scripts_own_mistakes(script, flags, words, start, capfd):
+    Path("raises.py").write_text("def reward(facts):\n    return facts['object_hight']\n")
     expect_error(start, capfd, script, words, **flags)
 
 

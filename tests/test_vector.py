@@ -538,7 +538,8 @@ def test_step_before_reset(make_vec):
         ({"task_id": None}, ["None", "int"]),
         ({"num_envs": 0}, ["num_envs", "0", "at least 1"]),
         ({"num_envs": 2.0}, ["num_envs", "2.0"]),
-        ({"image_size": 0}, ["image_size", "0", "at least 8"]),
+        ({"image_size": 0}, ["image_size", "0", "8 to 4096"]),
+        ({"image_size": 100_000}, ["image_size", "100000", "8 to 4096"]),
         ({"image_size": (64, 64)}, ["image_size", "(64, 64)"]),
         ({"action_chunk": 0}, ["action_chunk", "0", "at least 1"]),
         ({"action_chunk": True}, ["action_chunk", "True"]),
@@ -570,6 +571,7 @@ def test_a_bad_argument_is_refused(arguments, words):
         ({"seed": -1}, ["-1", "at least 0"]),
         ({"seed": [1, 2.5]}, ["2.5"]),
         ({"seed": 1.0}, ["1.0"]),
+        ({"seed": "7"}, ["'7'"]),
         ({"options": {"init_state_id": 50}}, ["50", "0 to 49"]),
         ({"options": {"init_state_id": -1}}, ["-1", "0 to 49"]),
         ({"options": {"init_state_id": [0, 50]}}, ["50", "0 to 49"]),
@@ -592,6 +594,15 @@ def test_a_bad_reset_is_refused_and_changes_nothing(make_vec, arguments, words):
     assert np.array_equal(envs.unwrapped.qpos, before)
     assert all(map(same, envs.step(random_actions(2)), twins.step(random_actions(2))))
     assert same(envs.reset()[0], twins.reset()[0])
+
+
+def test_a_closed_environment():
+    envs = LiberoVectorEnv(1, image_size=16)
+    envs.reset(seed=0)
+    envs.close()
+    for call in (lambda: envs.step(random_actions(1)), lambda: envs.reset(seed=0)):
+        with pytest.raises(RuntimeError, match="the environment is closed; expected a new one"):
+            call()
 
 
 def test_environments_share_one_model(make_vec):

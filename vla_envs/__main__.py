@@ -1,8 +1,10 @@
 """What works here, and what to do where something does not.
 
-python -m vla_envs doctor        # one line a check; exit status 1 when something is to be mended
-python -m vla_envs cache show    # compiled scenes on disk
-python -m vla_envs cache clear   # remove them: they are built anew when they are needed
+The commands:
+
+    python -m vla_envs doctor        # one line a check; exit status 1 when something is to be mended
+    python -m vla_envs cache show    # compiled scenes on disk
+    python -m vla_envs cache clear   # remove them: they are built anew when they are needed
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -15,18 +16,37 @@ ArgsT = TypeVar("ArgsT")
 
 
 def parse_args(args_type: type[ArgsT]) -> ArgsT:
-    """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2."""
-    errors, module = io.StringIO(), sys.modules["__main__"].__spec__
-    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+    """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2.
+
+    ``--help`` begins with what the program's file says of itself.
+    """
+    errors, main = io.StringIO(), sys.modules["__main__"]
+    prog = f"python -m {main.__spec__.name.removesuffix('.__main__')}" if main.__spec__ else None
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_type, prog=prog)
+            return tyro.cli(args_type, prog=prog, description=main.__doc__)
     except SystemExit as exit_:
         if exit_.code:
-            words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())  # without the frame that tyro draws
-            words = re.sub(r"-{4,}.*|For full helptext.*", "", words)
-            print(f"error: {' '.join(words.split())}", file=sys.stderr)
+            print(f"error: {_in_one_line(errors.getvalue())}", file=sys.stderr)
         raise
+
+
+def _in_one_line(text: str) -> str:
+    """What tyro says in a frame: its first part, and the names of arguments that it suggests after that."""
+    lines = [re.sub(r"[^\x20-\x7e]+", "", line).strip("| ") for line in text.splitlines()[1:]]
+    parts = [
+        list(part)
+        for filled, part in itertools.groupby(lines, lambda line: bool(line.strip("+- ")))
+        if filled
+    ]
+    words = " ".join(parts[0])
+    for title, *rest in parts[1:]:
+        names = [line for line in rest if line.startswith("--")]
+        if title.startswith("Perhaps"):
+            words += f"; did you mean {', '.join(name.split()[0] for name in names)}?"
+        elif title.startswith("Argument"):
+            words += f"; expected {names[0]}"
+    return words
 
 
 @contextlib.contextmanager

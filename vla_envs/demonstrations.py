@@ -39,7 +39,7 @@ def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> 
         if path is None:
             raise ValueError(
                 f"no demonstrations at {str(paths[0])!r}, nor {paths[1].name!r}, nor a LeRobot data set;"
-                f" make them: python -m vla_envs.experts --out {folder}"
+                " expected a folder that python -m vla_envs.experts --out FOLDER has made"
             )
         demos = _read_hdf5(path, episodes)
     for demo in demos:

@@ -253,7 +253,7 @@ class Args:
     task_ids: tuple[int, ...] = ()
     """Tasks of the suite, from 0; none means all that the expert plays"""
     assets: str = "builtin"
-    """builtin, libero (the folder in LIBERO_ASSETS) or a folder"""
+    """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
     episodes: int = 8
     """Successful demonstrations a task"""
     noise: float = 0.3
@@ -268,10 +268,15 @@ class Args:
 
 def main(args: Args) -> None:
     """Record what ``args`` says, task by task."""
+    if args.episodes < 1:
+        raise ValueError(f"episodes is {args.episodes}; expected at least 1")
     task_ids = args.task_ids or COVERED.get(args.suite, (0,))
     for task_id in task_ids:
         check_covered(args.suite, task_id)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder {str(args.out)!r} cannot be made: {error.strerror}") from None
     for task_id in tqdm(task_ids, desc="demonstrations", unit="task"):
         envs = LiberoVectorEnv(
             min(args.episodes, 16), args.suite, task_id, image_size=args.image_size, assets=args.assets

@@ -1,6 +1,8 @@
 """One HTML page about runs, finished or going on: tables, figures and videos, nothing outside the file.
 
-python -m vla_envs.report runs/a runs/b --out report.html
+For instance:
+
+    python -m vla_envs.report runs/a runs/b --out report.html
 """
 
 import base64

@@ -27,6 +27,7 @@ from vla_envs.tasks import get_task
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
+LARGEST_IMAGE = 4096  # pixels, of the pictures that are observed
 #: Joint velocities (m/s, rad/s) above this are of a simulation that has diverged: 20 m or 20 rad in a substep
 #: of 2 ms. What falls or is hit in LIBERO's scenes stays below 100; MuJoCo itself gives up at 1e10.
 MAX_VELOCITY = 1e4
@@ -165,10 +166,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise a ValueError unless ``value`` is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {in_short(value)}; expected an int of at least {least}")
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise a ValueError unless ``value`` is an int from ``least`` to ``most``."""
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_int or value < least or (most is not None and value > most):
+        expected = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {in_short(value)}; expected an int {expected}")
 
 
 def check_tasks(suite: str, task_id: Any, num_envs: int) -> list[Any]:
@@ -228,7 +231,8 @@ def check_reset(
         for i in np.flatnonzero(mask).tolist():
             if not 0 <= int(ids[i] or 0) < recorded[i]:
                 raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {recorded[i] - 1}")
-    if isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim > 0):
+    several = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+    if several or (isinstance(seed, np.ndarray) and seed.ndim > 0):
         seeds = list(seed)
     elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         seeds = [int(seed) + i for i in range(num_envs)] if seed >= 0 else [seed] * num_envs
@@ -272,7 +276,7 @@ def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.
     Raises:
         ValueError: When a size, as ``LiberoVectorEnv`` takes it, does not fit.
     """
-    check_int("image_size", image_size, 8)
+    check_int("image_size", image_size, 8, LARGEST_IMAGE)
     check_int("action_chunk", action_chunk, 1)
     picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
     names = ["image", "wrist_image"] if wrist_camera else ["image"]
@@ -520,6 +524,8 @@ class LiberoVectorEnv(VectorEnv):
     def _check_reset(
         self, seed: Any, options: Any
     ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
+        if self.closed:
+            raise RuntimeError("the environment is closed; expected a new one")
         recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
         return check_reset(seed, options, recorded, self._reward is not binary)
 
@@ -591,6 +597,8 @@ class LiberoVectorEnv(VectorEnv):
                 called when the actions have been executed.
             gymnasium.error.ResetNeeded: Before the first reset.
         """
+        if self.closed:
+            raise RuntimeError("the environment is closed; expected a new one")
         chunks = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
         chunks = chunks.reshape(self.num_envs, self.action_chunk, 7)
         frozen = self.frozen

@@ -161,7 +161,7 @@ class LiberoWorkersEnv(VectorEnv):
     def _call(self, method: str, *parts: Sequence[Any]) -> list[Any]:
         """Call a method of every worker, with its share of each argument; the answers."""
         if self._closed_pipes:
-            raise RuntimeError("the environment is closed")
+            raise RuntimeError("the environment is closed; expected a new one")
         for k, pipe in enumerate(self._pipes):
             with contextlib.suppress(BrokenPipeError):  # _receive says who died
                 pipe.send((method, [part[k] for part in parts]))

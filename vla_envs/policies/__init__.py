@@ -89,6 +89,9 @@ def load_policy(
         policy.cudagraphs = cudagraphs
         return policy
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
+    if not folder.exists():
+        there = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        raise ValueError(f"checkpoint {str(folder)!r} does not exist{nearest(folder.name, there)}")
     missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
     if missing:
         raise ValueError(
@@ -138,6 +141,10 @@ def to_device(policy: Any, device: str) -> Any:
     Raises:
         ValueError: When there is no such device.
     """
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; expected cpu, cuda, cuda:0, ...") from None
     try:
         return policy.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -35,11 +35,13 @@ def make_trainable(
             that all tasks share (``Stacked``).
 
     Raises:
-        ValueError: When there is no such set, or an adapter does not fit.
+        ValueError: When there is no such set, there are fewer blocks, or an adapter does not fit.
     """
     if train not in TRAINABLE_SETS:
         hint = nearest(train, list(TRAINABLE_SETS))
         raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
+    if train.endswith("last-k") and last_k > len(policy.blocks):
+        raise ValueError(f"last_k is {last_k}; expected 1 to {len(policy.blocks)}, the policy's blocks")
     for parameter in policy.parameters():
         parameter.requires_grad = train == "all"
     names = {folder: f"task_{i}" for i, folder in enumerate(dict.fromkeys((below or {}).values()))}

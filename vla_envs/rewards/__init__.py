@@ -161,6 +161,7 @@ def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], 
         raise ValueError(
             f"the reward function raised {type(error).__name__}: {' '.join(str(error).split())}; expected"
             f" finite numbers of shape {expected}"
+            + (nearest(str(error.args[0]), list(facts)) if isinstance(error, KeyError) else "")
         ) from error
     if isinstance(result, tuple) and len(result) != 2:
         raise ValueError(
@@ -183,10 +184,15 @@ def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper |
         env: An environment of this package.
         reward: As the environments' own ``reward`` argument.
 
+    Raises:
+        ValueError: When it is another environment, or there is no such reward.
+
     Example:
         >>> import gymnasium as gym, vla_envs
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
     """
-    env.unwrapped.set_reward(reward)  # type: ignore[union-attr]
+    if not hasattr(env.unwrapped, "set_reward"):
+        raise ValueError(f"env is {in_short(env)}; expected an environment of vla_envs")
+    env.unwrapped.set_reward(reward)
     return VectorWrapper(env) if isinstance(env, VectorEnv) else gym.Wrapper(env)

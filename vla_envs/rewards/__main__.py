@@ -1,7 +1,9 @@
 """Rewards written by a language model: the prompt that asks for one, and a check of what comes back.
 
-python -m vla_envs.rewards --task-id 4
-python -m vla_envs.rewards --task-id 4 --check my_reward.py:reward --plot reward.png
+The prompt for a task, and the check of an answer:
+
+    python -m vla_envs.rewards --task-id 4
+    python -m vla_envs.rewards --task-id 4 --check my_reward.py:reward --plot reward.png
 """
 
 from dataclasses import dataclass
