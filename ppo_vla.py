@@ -375,7 +375,6 @@ def update(
     ``alone``: only the critic learns.
     """
     logs: dict[str, list[float]] = {}
-    steps = 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
@@ -416,14 +415,14 @@ def update(
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
-        steps += 1
     distributed.gather_parameters(policy)
     with torch.no_grad():
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
     means |= {name: b[name] for name in ("logprob_gap", "explained_variance")}
-    return means | {"ratio_first_minibatch": logs["ratio"][0], "optimizer_steps": steps}
+    means["optimizer_steps"] = sum(kl <= args.target_kl for kl in logs["approx_kl"])
+    return means | {"ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:

@@ -433,7 +433,6 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
     """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
     logs: dict[str, list[float]] = {}
-    steps = 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
         measured: dict[str, Any] = {}
@@ -470,14 +469,13 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
         if measured["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
-        steps += 1
     distributed.gather_parameters(policy)
     with torch.no_grad():
         after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
     runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
     means = {name: float(np.mean(values)) for name, values in logs.items()}
-    means |= {"logprob_gap": b["logprob_gap"], "optimizer_steps": steps}
-    return means | {"ratio_first_minibatch": logs["ratio"][0]}
+    means["optimizer_steps"] = sum(kl <= args.target_kl for kl in logs["approx_kl"])
+    return means | {"logprob_gap": b["logprob_gap"], "ratio_first_minibatch": logs["ratio"][0]}
 
 
 def check(args: Args) -> Args:

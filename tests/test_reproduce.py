@@ -105,6 +105,39 @@ def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
     assert [[text.get_text() for text in figure.axes[0].texts] for figure in figures] == [["70 %"], ["10 %"]]
 
 
+def rows_below(header):
+    """The cells of the README's table with this header, by the first of each row."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition(header)[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in lines[: lines.index("")]]
+    return {first.strip("`"): rest for first, *rest in rows}
+
+
+def test_the_readmes_tables_are_the_runs():
+    kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
+    runs = reproduce.read_csv(ROOT / "benchmarks/results/runs.csv", kinds)
+    runs = reproduce.with_twins([run for run in runs if run["seed"] <= 3])
+    won = {}  # by method and task: by seed
+    for run in runs:
+        won.setdefault((run["method"], run["task_id"]), {})[run["seed"]] = run["after"]
+        won.setdefault((reproduce.START, run["task_id"]), {})[run["seed"]] = run["before"]
+
+    def seeds(method, task_id):
+        found = won.get((method, task_id), {})
+        return ", ".join(str(found.get(seed, "-")) for seed in range(1, 1 + max(found, default=0)))
+
+    methods = rows_below("| method | success after, all seeds |")
+    assert list(methods) == [reproduce.START, *reproduce.METHODS]
+    for method, (success, by_seed, _) in methods.items():
+        outcomes = [k < n for n in won[method, 4].values() for k in range(50)]
+        assert (success, by_seed) == (reproduce.evaluation.percent(reproduce.evaluation.success(outcomes)),
+                                      seeds(method, 4))  # fmt: skip
+    questions = rows_below("| successes of 50 |")
+    assert len(questions) > 8
+    for name, cells_ in questions.items():
+        method = reproduce.START if name == "the start" else f"TGRPO {name}".removesuffix(" TGRPO")
+        assert cells_ == [seeds(method, task_id) for task_id in (0, 2, 4, 7)], name
+
+
 def test_csv(tmp_path):
     lines = [line("PPO", 4, 2, 7), line("GRPO", 4, 1, 8)]
     reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, lines)
