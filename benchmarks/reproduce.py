@@ -77,6 +77,7 @@ PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alph
     *((f"TGRPO --preset paper{rate} --target-kl 0.05", "TGRPO") for rate in ("", " --learning-rate 1e-4")),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
+TWIN = "TGRPO 0.3/0.7"  # where these are the paper's alphas, its runs are TGRPO's under another name
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HEAT_MAP = {
     f"TGRPO {alpha1:g}/{alpha2:g}": ["tgrpo_vla.py", "--alpha1", f"{alpha1:g}", "--alpha2", f"{alpha2:g}"]
@@ -144,11 +145,12 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
         return
     cores = max(1, available_cores() // args.jobs)
     script, *flags = (METHODS | ASKED | HEAT_MAP)[method]
-    words = ["--resume", folder] if (folder / "args.json").is_file() else [
+    begun = (folder / "args.json").is_file()
+    words = ["--resume", folder] if begun else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
         "--total-env-steps", TOTAL_ENV_STEPS, *flags,
     ]  # fmt: skip
-    if "--resume" not in words:
+    if not begun:
         folder.with_suffix(".commit").write_text(commit())
     log = folder.with_suffix(".log")
     with open(log, "a") as file:
@@ -255,16 +257,15 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
-def is_twin(method: str, task_id: int) -> bool:
-    """Whether these runs are TGRPO's with the paper's alphas for the task, under another name."""
-    return method == "TGRPO 0.3/0.7" and PAPER_ALPHAS[task_id] == (0.3, 0.7)
+def has_twin(task_id: int) -> bool:
+    """Whether TGRPO's runs on a task are ``TWIN``'s too."""
+    return PAPER_ALPHAS[task_id] == (0.3, 0.7)
 
 
 def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of a table, and TGRPO's once more as 0.3/0.7's on tasks whose alphas these are: equal runs."""
     return lines + [
-        line | {"method": "TGRPO 0.3/0.7"} for line in lines
-        if line["method"] == "TGRPO" and is_twin("TGRPO 0.3/0.7", line["task_id"])
+        line | {"method": TWIN} for line in lines if line["method"] == "TGRPO" and has_twin(line["task_id"])
     ]  # fmt: skip
 
 
@@ -388,7 +389,7 @@ def main(args: Args) -> None:
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known
-              and not ("TGRPO" in methods and is_twin(method, task_id))]  # fmt: skip
+              and not (method == TWIN and "TGRPO" in methods and has_twin(task_id))]  # fmt: skip
     if wanted and args.run:
         minutes = np.median([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60

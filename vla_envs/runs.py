@@ -372,9 +372,10 @@ def totals(batches: list[dict[str, Any]]) -> dict[str, Any]:
     sums = distributed.add_up(sums)
     with one_line_errors():
         if not sums["episodes"]:
+            played = distributed.total(sum(batch["alive"].shape[1] for batch in batches))
             raise FloatingPointError(
-                f"the simulations of {sums['diverged']} episodes diverged, at least one of each group;"
-                " expected a group whose positions and velocities stay finite"
+                f"the simulations of {sums['diverged']} of {played} episodes diverged, at least one of each"
+                " group; expected a group whose positions and velocities stay finite"
             )
     return sums
 
