@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
-from vla_envs.policies import adapters, count_parameters, load_policy
+from vla_envs.policies import adapters, load_policy
 
 
 @dataclass
@@ -194,13 +194,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
     clip_high: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """PPO's clipped objective, negated: a mean over D tokens, then over B samples weighted by ``mask``.
 
     Args:
@@ -232,12 +228,14 @@ def policy_loss(
 
 def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: Any) -> Any:
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
-    return gym.make_vec(
+    envs = gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
         quality=args.quality, cache=args.cache, action_chunk=args.action_chunk,
         **{"max_episode_steps": args.max_episode_steps,
            "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
+    envs.reset(seed=[0] * num_envs)  # a scene or a reward that fails does so now
+    return envs
 
 
 def act(
@@ -456,13 +454,10 @@ if __name__ == "__main__":
         protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
-        eval_envs.reset(seed=0)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
-        envs.reset(seed=[0] * len(played))  # a reward that fails does so now
         run, state = runs.start(args, "ppo_vla", learner, optimizer)
     writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
-    trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
@@ -473,7 +468,6 @@ if __name__ == "__main__":
         outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
         return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
 
-    print(f"{run}: training {trainable:,} of {total:,} parameters")
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
         state["before"] = state["after"] = assess()
@@ -482,7 +476,7 @@ if __name__ == "__main__":
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
-        seconds, start = dict(envs.unwrapped.seconds), time.perf_counter()
+        start = time.perf_counter()
         policy.eval()
         scenes, generators = runs.deal(args, iteration, 1, args.num_groups)  # (N,), (N,)
         batch = rollout(envs, policy, scenes, args.temperature, generators)
@@ -507,19 +501,12 @@ if __name__ == "__main__":
         scalars = {
             **runs.charts(totals, state),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            **runs.stage_shares(envs),
+            **runs.since_last(envs),
             "time/rollout_s": rollout_s,
-            "time/policy_s": totals["policy_s"],
-            "time/render_s": envs.unwrapped.seconds["render"] - seconds["render"],
-            "time/physics_s": envs.unwrapped.seconds["physics"] - seconds["physics"],
             "time/update_s": update_s,
         } | {f"losses/{name}": value for name, value in losses.items()}
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, float(value), state["env_steps"])
+        runs.log(writer, progress, scalars, state, args)
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
-        success, kl = scalars["charts/rollout_success"], losses["approx_kl"]
-        progress.set_postfix(iteration=iteration, success=f"{success:.2f}", kl=f"{kl:.4f}", refresh=False)
-        progress.update(100.0 * runs.done(state, args) - progress.n)
     progress.close()
 
     if state["evaluated"] != state["iteration"]:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import demonstrations, distributed, evaluation, runs
-from vla_envs.policies import adapters, count_parameters, load_policy, new_policy, to_device
+from vla_envs.policies import adapters, load_policy, new_policy, to_device
 from vla_envs.tasks import get_task
 
 
@@ -132,12 +132,14 @@ class Args:
 
 def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: Any) -> Any:
     """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
-    return gym.make_vec(
+    envs = gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
         quality=args.quality, cache=args.cache, action_chunk=args.action_chunk,
         **{"max_episode_steps": args.max_episode_steps,
            "num_threads": distributed.num_threads(args.num_threads), **settings},
     )  # fmt: skip
+    envs.reset(seed=[0] * num_envs)  # a scene or a reward that fails does so now
+    return envs
 
 
 def act(
@@ -295,10 +297,8 @@ if __name__ == "__main__":
         )  # fmt: skip
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
-        eval_envs.reset(seed=0)
         run, state = runs.start(args, "sft_vla", learner, optimizer)
     writer = runs.make_writer(run, state["iteration"] * args.iteration_steps + 1 if args.resume else None)
-    trainable, total = count_parameters(learner)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
@@ -309,7 +309,7 @@ if __name__ == "__main__":
         outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
         return evaluation.log(writer, iteration, iteration * args.iteration_steps, outcomes, args.task_ids)
 
-    print(f"{run}: {len(samples['actions']):,} samples; training {trainable:,} of {total:,} parameters")
+    print(f"{len(samples['actions']):,} samples")
     started = time.perf_counter() - state["wall_s"]
     best = state.setdefault("best", {"iteration": 0, "nll": None})
     progress = tqdm(

@@ -77,11 +77,15 @@ PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alph
     *((f"TGRPO --preset paper{rate} --target-kl 0.05", "TGRPO") for rate in ("", " --learning-rate 1e-4")),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
-TWIN = "TGRPO 0.3/0.7"  # where these are the paper's alphas, its runs are TGRPO's under another name
-ALPHAS = (0.0, 0.3, 1.0, 3.0)
+TWINS = {  # where 0.3 and 0.7 are the paper's alphas, these are the same runs under two names
+    "TGRPO 0.3/0.7": "TGRPO",
+    "TGRPO 0/0.7": "TGRPO without the step term",
+    "TGRPO 0.3/0": "TGRPO without the trajectory term",
+}
+ALPHAS1, ALPHAS2 = (0.0, 0.3, 3.0), (0.0, 0.7, 7.0)  # their ratio, and ten times both
 HEAT_MAP = {
     f"TGRPO {alpha1:g}/{alpha2:g}": ["tgrpo_vla.py", "--alpha1", f"{alpha1:g}", "--alpha2", f"{alpha2:g}"]
-    for alpha1, alpha2 in itertools.product(ALPHAS, ALPHAS)
+    for alpha1, alpha2 in itertools.product(ALPHAS1, ALPHAS2)
     if alpha1 or alpha2
 }
 START = "SFT, the start"
@@ -257,16 +261,19 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
-def has_twin(task_id: int) -> bool:
-    """Whether TGRPO's runs on a task are ``TWIN``'s too."""
-    return PAPER_ALPHAS[task_id] == (0.3, 0.7)
+def twin_of(method: str, task_id: int) -> str | None:
+    """The other name of a method's runs on a task."""
+    return TWINS.get(method) if PAPER_ALPHAS[task_id] == (0.3, 0.7) else None
 
 
 def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of a table, and TGRPO's once more as 0.3/0.7's on tasks whose alphas these are: equal runs."""
+    """Lines of a table, and those of equal runs once more under their other name."""
     return lines + [
-        line | {"method": TWIN} for line in lines if line["method"] == "TGRPO" and has_twin(line["task_id"])
-    ]  # fmt: skip
+        line | {"method": method}
+        for line in lines
+        for method in TWINS
+        if twin_of(method, line["task_id"]) == line["method"]
+    ]
 
 
 def pairs_table(lines: list[dict[str, Any]]) -> str:
@@ -330,19 +337,22 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
 
 
 def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
-    """One task's success after training by alpha1 and alpha2, the mean over seeds."""
-    grid = np.full((len(ALPHAS), len(ALPHAS)), np.nan)
-    for (row, alpha1), (column, alpha2) in itertools.product(enumerate(ALPHAS), enumerate(ALPHAS)):
+    """One task's success after training by alpha1 and alpha2, the mean over seeds that all pairs have."""
+    seeds = [{line["seed"] for line in lines if line["method"] == method} for method in HEAT_MAP]
+    common = set.intersection(*filter(None, seeds))
+    grid = np.full((len(ALPHAS1), len(ALPHAS2)), np.nan)
+    for (row, alpha1), (column, alpha2) in itertools.product(enumerate(ALPHAS1), enumerate(ALPHAS2)):
         name = f"TGRPO {alpha1:g}/{alpha2:g}"
-        rates = [line["after"] / line["trials"] for line in lines if line["method"] == name]
+        rates = [x["after"] / x["trials"] for x in lines if x["method"] == name and x["seed"] in common]
         grid[row, column] = np.mean(rates) if rates else np.nan
     figure, axis = plt.subplots(figsize=(4.6, 4), layout="constrained")
     image = axis.imshow(grid, vmin=0, vmax=1, origin="lower", cmap="viridis")
     for row, column in np.argwhere(np.isfinite(grid)):
         axis.text(column, row, f"{100 * grid[row, column]:.0f} %", ha="center", va="center", color="white")
     axis.set(
-        xticks=range(len(ALPHAS)), xticklabels=ALPHAS, xlabel="alpha2 (trajectory)",
-        yticks=range(len(ALPHAS)), yticklabels=ALPHAS, ylabel="alpha1 (step)",
+        xticks=range(len(ALPHAS2)), xticklabels=ALPHAS2, xlabel="alpha2 (trajectory)",
+        yticks=range(len(ALPHAS1)), yticklabels=ALPHAS1, ylabel="alpha1 (step)",
+        title=f"seeds {', '.join(map(str, sorted(common)))}",
     )  # fmt: skip
     figure.colorbar(image, label="success after training")
     figure.savefig(path, dpi=100)
@@ -361,9 +371,9 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
     for question, asked in QUESTIONS.items():
         if any(point["method"] in asked for point in points):
             draw_curves(with_twins(points), ["TGRPO", *asked], args.results / f"{question}.png")
-    mapped = [line for line in lines if line["method"] in HEAT_MAP]
-    for task_id in sorted({line["task_id"] for line in mapped}):
-        its_lines = [line for line in mapped if line["task_id"] == task_id]
+    only_mapped = HEAT_MAP.keys() - ASKED.keys()
+    for task_id in sorted({line["task_id"] for line in lines if line["method"] in only_mapped}):
+        its_lines = [x for x in with_twins(lines) if x["task_id"] == task_id and x["method"] in HEAT_MAP]
         draw_heat_map(its_lines, args.results / f"heat_map_{task_id}.png")
 
 
@@ -389,7 +399,7 @@ def main(args: Args) -> None:
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known
-              and not (method == TWIN and "TGRPO" in methods and has_twin(task_id))]  # fmt: skip
+              and twin_of(method, task_id) not in methods]  # fmt: skip
     if wanted and args.run:
         minutes = np.median([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60

@@ -59,8 +59,15 @@ def test_the_pairs():
 
 
 def test_the_papers_alphas_are_the_plain_ones_on_some_tasks():
-    lines = reproduce.with_twins([line("TGRPO", 4, 1, 30), line("TGRPO", 0, 1, 20), line("GRPO", 4, 1, 9)])
-    assert [(x["method"], x["task_id"]) for x in lines[3:]] == [("TGRPO 0.3/0.7", 4)]
+    ablations = ["TGRPO without the step term", "TGRPO without the trajectory term"]
+    made = [line(method, task_id, 1, 30) for method in ("TGRPO", *ablations, "GRPO") for task_id in (4, 0)]
+    twins = reproduce.with_twins(made)[len(made) :]
+    assert {x["task_id"] for x in twins} == {4}
+    assert [x["method"] for x in twins] == ["TGRPO 0.3/0.7", "TGRPO 0/0.7", "TGRPO 0.3/0"]
+    assert all(
+        reproduce.HEAT_MAP[x["method"]] == ["tgrpo_vla.py", "--alpha1", alpha1, "--alpha2", alpha2]
+        for x, (alpha1, alpha2) in zip(twins, [("0.3", "0.7"), ("0", "0.7"), ("0.3", "0")])
+    )
 
 
 def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
@@ -99,10 +106,28 @@ def test_curves_are_of_the_runs_that_all_methods_have(tmp_path, monkeypatch):
 def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.plt, "close", lambda figure: figures.append(figure))
     figures: list = []
-    lines = [line("TGRPO 0.3/1", 4, 1, 30), line("TGRPO 0.3/1", 4, 2, 40), line("TGRPO 0.3/1", 7, 1, 5)]
+    lines = [line("TGRPO 3/7", 4, 1, 30), line("TGRPO 3/7", 4, 2, 40), line("TGRPO 3/7", 7, 1, 5)]
+    lines += [
+        line("TGRPO", 4, 1, 25),
+        line("TGRPO", 4, 2, 20),
+        line("TGRPO", 4, 3, 50),
+        line("TGRPO", 0, 1, 9),
+    ]
     reproduce.show(lines, [], reproduce.Args(results=tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"heat_map_4.png", "heat_map_7.png"}
-    assert [[text.get_text() for text in figure.axes[0].texts] for figure in figures] == [["70 %"], ["10 %"]]
+    assert {path.name for path in tmp_path.glob("heat*")} == {"heat_map_4.png", "heat_map_7.png"}
+    cells = [[text.get_text() for text in figure.axes[0].texts] for figure in figures]
+    assert cells == [["45 %", "70 %"], ["10 %"]]  # 0.3/0.7 is TGRPO's, of the seeds that both have
+    assert [figure.axes[0].get_title() for figure in figures] == ["seeds 1, 2", "seeds 1"]
+
+
+def test_a_heat_map_runs_what_it_lacks(tmp_path, monkeypatch):
+    known = [line(method, 4, 1, 30) for method in ("TGRPO", "TGRPO without the step term", "TGRPO 3/7")]
+    reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, known)
+    played = []
+    monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
+    monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
+    reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, heat_map=4, seeds=(1,), jobs=1))
+    assert played == [(f"TGRPO {alphas}", 4, 1) for alphas in ("0/7", "0.3/0", "0.3/7", "3/0", "3/0.7")]
 
 
 def rows_below(header):

@@ -770,7 +770,7 @@ def test_demonstrations_a_task(start, capfd):
     assert f"{9 + 6 + 7} samples" in capfd.readouterr().out
     assert set(read_json(run / "result.json")["success"]["tasks"]) == {"4", "7"}
     run = start("sft_vla", "one", task_ids=(), task_id=7, episodes=1)
-    assert " 7 samples" in capfd.readouterr().out and read_json(run / "args.json")["task_ids"] == [7]
+    assert "\n7 samples" in capfd.readouterr().out and read_json(run / "args.json")["task_ids"] == [7]
     assert "tasks" not in read_json(run / "result.json")["success"]
 
 

@@ -87,7 +87,7 @@ def test_scripts_differ_from_grpo_in_few_lines(name, most):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_and_their_functions_are_short(name):
-    assert len(text_of(name).splitlines()) <= (614 if name == "tgrpo_vla" else 550)
+    assert len(text_of(name).splitlines()) <= (602 if name == "tgrpo_vla" else 520)
     functions = [node for node in ast.walk(ast.parse(text_of(name))) if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > 60} == {} and lengths

@@ -28,6 +28,7 @@ from vla_envs.inputs import in_short
 from vla_envs.policies import (
     SHIPPED,
     adapters,
+    count_parameters,
     load_policy,
     read_json,
     read_tensors,
@@ -261,12 +262,16 @@ def start(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder and the counters of a new run, or those of ``args.resume``, whose state is restored.
 
+    Says where the run is and how many parameters are trained, unless it only evaluates.
+
     Raises:
         ValueError, OSError: When the folder will not do.
     """
     state = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None, "evaluated": 0}
     if not args.evaluate:
         leave_on_interrupt()
+    trainable, total = count_parameters(learner)
+    training = f"training {trainable:,} of {total:,} parameters"
     if args.resume:
         made_by = read_json(args.resume / "args.json").get("script", script)
         if made_by != script:
@@ -279,6 +284,7 @@ def start(
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
         distributed.same_parameters(learner)
         distributed.gather_parameters(learner)
+        print(f"{args.resume}: {training}")
         return args.resume, loaded
     task_ids = "-".join(map(str, args.task_ids))
     run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
@@ -287,6 +293,7 @@ def start(
     distributed.only_first(write_json)(run / "args.json", {"script": script} | dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
+        print(f"{run}: {training}")
     return run, state
 
 
@@ -390,17 +397,35 @@ def charts(totals: dict[str, Any], state: dict[str, Any]) -> dict[str, float]:
         "charts/SPS": state["env_steps"] / state["wall_s"],
         "group/success_mean": totals["successes"] / episodes,
         "group/diverged": totals["diverged"],
+        "time/policy_s": totals["policy_s"],
     }
 
 
-def stage_shares(envs: Any) -> dict[str, float]:
-    """How many of the decisions since the last call ended in which stage: shares by ``stages/<name>``."""
-    stages = envs.unwrapped.stages
+def since_last(envs: Any) -> dict[str, float]:
+    """What is logged of the environments since the last call, whose counters start anew.
+
+    Which share of the decisions ended in which stage, ``stages/<name>``, and the seconds of physics and of
+    rendering.
+    """
+    stages, seconds = envs.unwrapped.stages, envs.unwrapped.seconds
     counts = distributed.add_up(dict(stages))
     total = max(1, sum(counts.values()))
-    shares = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in counts.items()}
+    scalars = {f"stages/{re.sub(r'[^a-z0-9]+', '_', name)}": n / total for name, n in counts.items()}
+    scalars |= {f"time/{kind}_s": value for kind, value in seconds.items()}
     stages.subtract(dict(stages))
-    return shares
+    seconds.update(dict.fromkeys(seconds, 0.0))
+    return scalars
+
+
+def log(writer: Any, progress: tqdm, scalars: dict[str, Any], state: dict[str, Any], args: Any) -> None:
+    """Write an iteration's ``scalars`` to TensorBoard, and the most telling ones beside the progress bar."""
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, float(value), state["env_steps"])
+    success, kl = scalars["charts/rollout_success"], scalars["losses/approx_kl"]
+    progress.set_postfix(
+        iteration=state["iteration"], success=f"{success:.2f}", kl=f"{kl:.4f}", refresh=False
+    )
+    progress.update(100.0 * done(state, args) - progress.n)
 
 
 def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:

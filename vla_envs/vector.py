@@ -189,6 +189,12 @@ def check_tasks(suite: str, task_id: Any, num_envs: int) -> list[Any]:
     return task_ids
 
 
+def check_open(envs: VectorEnv) -> None:
+    """Raise a RuntimeError when ``envs`` has been closed."""
+    if envs.closed:
+        raise RuntimeError("the environment is closed; expected a new one")
+
+
 def check_reset(
     seed: Any, options: Any, recorded: Sequence[int], learning: bool
 ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
@@ -524,8 +530,7 @@ class LiberoVectorEnv(VectorEnv):
     def _check_reset(
         self, seed: Any, options: Any
     ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
-        if self.closed:
-            raise RuntimeError("the environment is closed; expected a new one")
+        check_open(self)
         recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
         return check_reset(seed, options, recorded, self._reward is not binary)
 
@@ -597,8 +602,7 @@ class LiberoVectorEnv(VectorEnv):
                 called when the actions have been executed.
             gymnasium.error.ResetNeeded: Before the first reset.
         """
-        if self.closed:
-            raise RuntimeError("the environment is closed; expected a new one")
+        check_open(self)
         chunks = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
         chunks = chunks.reshape(self.num_envs, self.action_chunk, 7)
         frozen = self.frozen

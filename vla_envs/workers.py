@@ -22,6 +22,7 @@ from vla_envs.vector import (
     available_cores,
     check_actions,
     check_int,
+    check_open,
     check_reset,
     check_tasks,
     spaces,
@@ -95,7 +96,6 @@ class LiberoWorkersEnv(VectorEnv):
         }
         self._obs = _arrays(memory, self.observation_space)
         self._processes, self._pipes = [], []
-        self._closed_pipes = False
         try:
             for part in self._slices:
                 ours, theirs = context.Pipe()
@@ -160,8 +160,7 @@ class LiberoWorkersEnv(VectorEnv):
 
     def _call(self, method: str, *parts: Sequence[Any]) -> list[Any]:
         """Call a method of every worker, with its share of each argument; the answers."""
-        if self._closed_pipes:
-            raise RuntimeError("the environment is closed; expected a new one")
+        check_open(self)
         for k, pipe in enumerate(self._pipes):
             with contextlib.suppress(BrokenPipeError):  # _receive says who died
                 pipe.send((method, [part[k] for part in parts]))
@@ -173,7 +172,7 @@ class LiberoWorkersEnv(VectorEnv):
 
     def _answer(self, k: int) -> Any:
         """As `_receive`, but an exception of the environment is returned: the other answers come first."""
-        if self._closed_pipes:
+        if self.closed:
             return None
         try:
             return self._receive(k)
@@ -253,7 +252,6 @@ class LiberoWorkersEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the workers."""
-        self._closed_pipes = True
         for pipe in self._pipes:
             pipe.close()  # a worker that finds its pipe closed ends
         for process in self._processes:
