@@ -30,6 +30,7 @@ Details that decide:
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,16 +336,19 @@ def samples_of(policy: Any, critic: nn.Module, batch: dict[str, Any], args: Args
     b = {name: batch[name][when, who] for name in ("image", "state", "tokens", "logprobs")}  # (S, ...)
     b |= {"when": when, "who": who, "instructions": batch["instructions"]}
     b["weights"] = torch.ones(len(who), device=args.device)  # (S,) decisions count alike
+    most = args.micro_batch_size or args.minibatch_size
+    last = {"tokens": batch["tokens"][0], "instructions": batch["instructions"]}  # any: the first sees none
+    last |= batch["last"] | {"who": torch.arange(len(last["tokens"]))}  # (N, ...)
     with torch.no_grad():
-        parts = [
-            logprobs_of(policy, b, inds, args)
-            for inds in distributed.cut(torch.arange(len(who)), args.micro_batch_size or args.minibatch_size)
-        ]
-        values_of = [critic(hidden.float()).squeeze(1) for _, _, hidden in parts]
-        b["old_values"] = torch.cat(values_of) if parts else b["weights"]  # (S,); none: S is 0
-        last, tokens = batch["last"], batch["tokens"][0].to(args.device)  # any tokens: the first sees none
-        _, _, hidden = policy.evaluate(last, batch["instructions"], tokens, args.temperature)  # (N, H)
-        last_values = critic(hidden.float()).squeeze(1).cpu()  # (N,)
+        parts, last_parts = (
+            [logprobs_of(policy, x, inds, args) for inds in distributed.cut(torch.arange(count), most)]
+            for x, count in ((b, len(who)), (last, len(last["who"])))
+        )
+        values_of, last_values_of = (
+            [critic(hidden.float()).squeeze(1) for _, _, hidden in some] for some in (parts, last_parts)
+        )
+    b["old_values"] = torch.cat(values_of) if parts else b["weights"]  # (S,); none: S is 0
+    last_values = torch.cat(last_values_of).cpu()  # (N,)
     rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
     b["old_logprobs"] = torch.cat([x for x, _, _ in parts]) if parts else rolled_out.to(args.device)  # (S, D)
     b["logprob_gap"] = float(distributed.gather((b["old_logprobs"].cpu() - rolled_out).abs()).max())
@@ -462,17 +466,13 @@ if __name__ == "__main__":
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
-    def assess() -> dict[str, Any]:
-        iteration = state["evaluated"] = state["iteration"]
-        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
-        return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
-
+    assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
-        state["before"] = state["after"] = assess()
+        state["before"] = state["after"] = assess(state, state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     progress = runs.progress_bar("PPO", state, args)
+    runs.since_last(envs)  # making them was no iteration's
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
@@ -496,7 +496,7 @@ if __name__ == "__main__":
         update_s = time.perf_counter() - start
 
         if args.eval_every and iteration % args.eval_every == 0:
-            state["after"] = assess()
+            state["after"] = assess(state, state["env_steps"])
         state["wall_s"] = time.perf_counter() - started
         scalars = {
             **runs.charts(totals, state),
@@ -510,7 +510,7 @@ if __name__ == "__main__":
     progress.close()
 
     if state["evaluated"] != state["iteration"]:
-        state["after"] = assess()
+        state["after"] = assess(state, state["env_steps"])
         state["wall_s"] = time.perf_counter() - started
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.finish(run, policy, state, args)

@@ -21,6 +21,7 @@ process has its share of each minibatch.
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,7 +264,6 @@ if __name__ == "__main__":
     args = runs.parse_args(Args)
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
-        runs.check_suite(args.suite)
         distributed.start(args.device)
         torch.manual_seed(args.seed)  # of the first weights
         new = args.checkpoint is None and not args.evaluate
@@ -303,12 +303,7 @@ if __name__ == "__main__":
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
-    def assess() -> dict[str, Any]:
-        iteration = state["evaluated"] = state["iteration"]
-        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
-        return evaluation.log(writer, iteration, iteration * args.iteration_steps, outcomes, args.task_ids)
-
+    assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     print(f"{len(samples['actions']):,} samples")
     started = time.perf_counter() - state["wall_s"]
     best = state.setdefault("best", {"iteration": 0, "nll": None})
@@ -330,7 +325,7 @@ if __name__ == "__main__":
         update_s = time.perf_counter() - start
 
         if args.eval_every and iteration % args.eval_every == 0:
-            state["after"] = assess()
+            state["after"] = assess(state, state["iteration"] * args.iteration_steps)
         state["wall_s"] = time.perf_counter() - started
         scalars = {"charts/learning_rate": optimizer.param_groups[0]["lr"], "time/update_s": update_s} | {
             f"losses/{name}": value for name, value in losses.items()
@@ -346,7 +341,7 @@ if __name__ == "__main__":
         print(f"held-out loss was lowest at {best['iteration']} of {state['iteration']} iterations")
         runs.load_training_state(run / "checkpoints" / "best", learner, optimizer)
     if args.early_stop or state["evaluated"] != state["iteration"]:
-        state["after"] = assess()
+        state["after"] = assess(state, state["iteration"] * args.iteration_steps)
         state["wall_s"] = time.perf_counter() - started
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.save_policies(run, policy, args)

@@ -33,6 +33,7 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -524,17 +525,13 @@ if __name__ == "__main__":
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
-    def assess() -> dict[str, Any]:
-        iteration = state["evaluated"] = state["iteration"]
-        video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-        outcomes = distributed.by_first(evaluate, eval_envs, policy, args.eval_temperature, args, video)
-        return evaluation.log(writer, iteration, state["env_steps"], outcomes, args.task_ids)
-
+    assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
-        state["before"] = state["after"] = assess()
+        state["before"] = state["after"] = assess(state, state["env_steps"])
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     progress = runs.progress_bar("TGRPO", state, args)
+    runs.since_last(envs)  # making them was no iteration's
     while (done := runs.done(state, args)) < 1.0:
         iteration = state["iteration"] = state["iteration"] + 1
         runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
@@ -570,7 +567,7 @@ if __name__ == "__main__":
         update_s = time.perf_counter() - start
 
         if args.eval_every and iteration % args.eval_every == 0:
-            state["after"] = assess()
+            state["after"] = assess(state, state["env_steps"])
         state["wall_s"] = time.perf_counter() - started
         groups_std = batch["success"].float().view(-1, args.group_size).std(dim=1)  # (G,)
         still = (step == 0).unflatten(1, (-1, args.group_size)).all(dim=2)  # (T, G) all get the same reward
@@ -593,7 +590,7 @@ if __name__ == "__main__":
     progress.close()
 
     if state["evaluated"] != state["iteration"]:
-        state["after"] = assess()
+        state["after"] = assess(state, state["env_steps"])
         state["wall_s"] = time.perf_counter() - started
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.finish(run, policy, state, args)

@@ -386,16 +386,18 @@ def main(args: Args) -> None:
         )
     if args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}; expected at least 1")
-    if unknown_tasks := set(args.task_ids) - set(range(10)):
+    task_ids = args.task_ids if args.heat_map is None else (args.heat_map,)
+    if unknown_tasks := set(task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
+    if args.heat_map is not None and (args.methods or args.questions):
+        raise ValueError("heat_map has methods of its own; expected neither --methods nor --questions")
     args.results.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
     methods = args.methods or (("TGRPO", *ASKED) if args.questions else tuple(METHODS))
-    task_ids = args.task_ids
     if args.heat_map is not None:
-        methods, task_ids = tuple(HEAT_MAP), (args.heat_map,)
+        methods = tuple(HEAT_MAP)
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known

@@ -264,6 +264,18 @@ def test_samples_of_two_tasks_are_those_of_each_alone(below):
     assert torch.equal(draw(2, 3), draw(0, 1, 2, 3)[2:])
 
 
+def test_imitating_two_tasks_goes_by_each_ones_adapter(below):
+    policy = make_trainable(plain(), "lora", rank=4, below=below[0])
+    rng = np.random.default_rng(0)
+    obs = {"image": rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8), "state": np.zeros((3, 8), "f4")}
+    actions = torch.from_numpy(rng.uniform(-1, 1, (3, 2, 7)).astype(np.float32))
+    texts, tokens = [SENTENCES[k] for k in (1, 0, 1)], policy.encode(actions)
+    expected = -policy.evaluate(obs, texts, tokens)[0].mean()
+    for sentence in SENTENCES:  # whichever was at work before
+        policy.activate(policy.names[sentence])
+        torch.testing.assert_close(policy.imitation_loss(obs, texts, actions), expected)
+
+
 def test_peft_stacks_the_saved_adapters(below, tmp_path):
     import peft
 

@@ -117,6 +117,12 @@ def no_numbers(path):
         file.move("data/demo_0", "data/first")
 
 
+def of_another_task(path):
+    write_demos(path)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["bddl_file_name"] = "libero_object/other.bddl"
+
+
 def too_few(path):
     write_demos(path, lengths=(2,))
 
@@ -128,8 +134,9 @@ def too_few(path):
         (no_hdf5, "no whole HDF5 file"),
         (cut_short, ""),
         (no_data, "it has no data/demo_0"),
-        (no_pictures, "demo_0 has no obs/agentview_rgb"),
-        (nothing_in_it, "demo_0 has no actions"),
+        (no_pictures, "it has no data/demo_0/obs/agentview_rgb"),
+        (nothing_in_it, "it has no data/demo_0/actions"),
+        (of_another_task, "shows other.bddl; expected pick_up_the_ketchup"),
         (no_numbers, ""),
         (too_few, "holds 1 demonstrations; expected at least 2"),
     ],

@@ -54,6 +54,15 @@ def test_alone_nothing_changes(monkeypatch):
     assert distributed.num_threads(None) is None and distributed.num_threads(3) == 3
 
 
+def test_norms_are_where_the_parameters_are():
+    """Also that of a group without gradients, as the policy's while the critic learns alone."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2, device="meta"))]} for _ in range(2)]
+    groups[1]["params"][0].grad = torch.ones(2, device="meta")
+    norms = distributed.clip_gradients(torch.optim.SGD(groups), 1.0)
+    assert [norm.device.type for norm in norms] == ["meta"] * 2
+    assert torch.stack(norms).max().is_meta
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 9])
 def test_blocks_are_even_and_follow_one_another(count, process):
     taken = []

@@ -85,7 +85,7 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
     ("free", "state", "words"),
     [
         (0.5, "mend", "nano needs 1 GiB"),
-        (1.5, "ok", "nano acts, openvla needs 32"),
+        (1.5, "ok", "nano acts, flow acts, openvla needs 32"),
         (64, "ok", "openvla trains"),
     ],
 )
@@ -100,7 +100,10 @@ def test_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 139 * 2**30))
-    assert main.gpu() == ("ok", "H200, 20 of 139 GiB free: nano trains, openvla acts, openvla-oft acts")
+    assert main.gpu() == (
+        "ok",
+        "H200, 20 of 139 GiB free: nano trains, flow trains, openvla acts, openvla-oft acts",
+    )
 
 
 def test_downloaded_assets_are_found(monkeypatch, tmp_path):

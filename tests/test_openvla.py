@@ -527,6 +527,32 @@ def test_adapter_off_is_the_policy_without_it(tiny, kind):
         assert torch.equal(loss_of(policy), plain)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_activations_are_computed_again_with_the_adapters_of_their_task(tiny, kind, tmp_path, reference):
+    """Also where a pass without the trained adapter, for a KL term, came between forward and backward."""
+    folders = {}
+    for i, sentence in enumerate(SENTENCES):
+        policy = make_trainable(load_policy(kind, tiny), "lora", rank=2).train()
+        torch.manual_seed(i)
+        optimise(policy, steps=3)
+        save_adapter(policy, tmp_path / str(i))
+        folders[sentence] = tmp_path / str(i)
+    gradients = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        policy = make_trainable(load_policy(kind, tiny), "lora", rank=4, below=folders).train(again)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        for parameter in trained:
+            nn.init.normal_(parameter, std=0.1)
+        loss = loss_of(policy)
+        if reference:
+            with torch.no_grad(), adapter_off(policy):
+                loss_of(policy)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert gradients[0].abs().max() > 1e-3
+
+
 def test_what_a_rollout_holds_stays_in_place(tiny):
     """As CUDA graphs need it, on any device: rooms of a power of two, kept while they are large enough."""
     policy, plain = load_policy("openvla", tiny), load_policy("openvla", tiny)

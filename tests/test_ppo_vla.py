@@ -208,6 +208,22 @@ def look(batch, critic=None, policy=None, **kwargs):
     return ppo_vla.samples_of(policy or Seer(), critic or torch.nn.Identity(), batch, args)
 
 
+def test_no_more_decisions_at_once_than_a_micro_batch(monkeypatch):
+    sizes, policy = [], small_policy()
+    evaluate = policy.evaluate
+
+    def counted(obs, instructions, *rest):
+        sizes.append(len(instructions))
+        return evaluate(obs, instructions, *rest)
+
+    monkeypatch.setattr(policy, "evaluate", counted)
+    critic = make_critic(policy)
+    torch.nn.init.normal_(critic[-1].weight)
+    parts, whole = (look(small_batch(), critic, policy, micro_batch_size=most) for most in (2, None))
+    assert sizes == [2, 2, 2, 2, 1, 2, 2, 9, 4]  # nine decisions, then the last observations of four members
+    torch.testing.assert_close(parts["returns"], whole["returns"], atol=1e-5, rtol=1e-5)
+
+
 def by_decision(b, name):
     """A dictionary of ``b[name]`` by (t, i)."""
     return dict(zip(zip(b["when"].tolist(), b["who"].tolist()), b[name].tolist()))

@@ -221,3 +221,17 @@ def test_what_does_not_exist(name, value, tmp_path):
     with pytest.raises(ValueError, match=rf"{name} \['?{value[-1]}'?\] are unknown; expected some of"):
         reproduce.main(reproduce.Args(results=tmp_path / "results", **{name: value}))
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"heat_map": 12}, r"task_ids \[12\] are unknown; expected some of 0 to 9"),
+        ({"heat_map": 4, "methods": ("GRPO",)}, "expected neither --methods nor --questions"),
+        ({"heat_map": 4, "questions": True}, "expected neither --methods nor --questions"),
+    ],
+)
+def test_a_heat_map_of_nothing(given, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        reproduce.main(reproduce.Args(results=tmp_path / "results", **given))
+    assert not (tmp_path / "results").exists()

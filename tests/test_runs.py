@@ -164,12 +164,13 @@ def test_a_kl_term_needs_an_adapter():
 
 @pytest.mark.parametrize("suite", ["LiberoObjekt", "libero_object", ""])
 def test_no_such_suite(suite):
-    for check in (
-        runs.check_suite,
-        lambda suite: runs.check_training(SimpleNamespace(**GOOD | {"suite": suite})),
-    ):
-        with pytest.raises(ValueError, match="LiberoObject"):
-            check(suite)
+    with pytest.raises(ValueError, match="LiberoObject"):
+        runs.fill_in_evaluation(Evaluation(suite=suite))
+
+
+def test_no_such_task():
+    with pytest.raises(ValueError, match="task_id"):
+        runs.fill_in_evaluation(Evaluation(task_ids=(4, 10)))
 
 
 GRAPHS = {"cudagraphs": True, "policy": "openvla", "device": "cuda", "train": "lora"}
@@ -177,6 +178,7 @@ GRAPHS = {"cudagraphs": True, "policy": "openvla", "device": "cuda", "train": "l
 
 @dataclasses.dataclass
 class Evaluation:
+    suite: str = "LiberoObject"
     task_id: int = 4
     task_ids: tuple[int, ...] = ()
     protocol: str | None = None

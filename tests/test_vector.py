@@ -99,8 +99,26 @@ def test_training_on_the_evaluation_states_gives_a_warning(make_vec, recwarn):
     envs = make_vec(1, reward="multi_stage")
     envs.reset(seed=0)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="init_state_id names the states that every published evaluation"):
-        envs.reset(options={"init_state_id": 0})
+    single = gym.make("vla_envs/LiberoObject-v0", task_id=4, image_size=32, reward="multi_stage")
+    for each in (envs, single):
+        words = "init_state_id names the states that every published evaluation"
+        with pytest.warns(UserWarning, match=words) as warned:
+            each.reset(options={"init_state_id": 0})
+        assert len(warned) == 1
+    single.close()
+
+
+def test_a_reset_asks_the_reward_of_what_is_reset_alone(make_vec):
+    asked = []
+
+    def reward(facts):
+        asked.append(facts["gripper_to_object"])
+        return np.zeros_like(asked[-1])
+
+    envs = make_vec(3, reward=reward)
+    for mask in ([False, True, False], [False] * 3, [True, False, True]):
+        envs.reset(seed=0, options={"reset_mask": np.array(mask)})
+    assert [len(each) for each in asked] == [1, 2] and (np.concatenate(asked) > 0).all()
 
 
 def test_state_is_the_hands_pose(make_vec):

@@ -65,7 +65,7 @@ def exchange():
     assert distributed.by_first(lambda number: 7 * number, 6) == 42
     calls = []
     result = distributed.only_first(calls.append)(1)
-    assert calls == [] if rank else [1]
+    assert calls == ([] if rank else [1])
     assert (result is None) == (rank == 0) and (rank == 0 or result.close(anything=1) is None)
     module = torch.nn.Linear(2, 1)
     distributed.same_parameters(module)

@@ -28,8 +28,8 @@ from vla_envs.vector import available_cores
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
 #: GiB, from the sizes of weights, adapters and caches, not measured: to act in 8 environments, and to train
 #: with LoRA; in bfloat16 on a GPU, in float32 on the processor.
-NEEDS = {"nano": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0)}
-NEEDS_ON_CPU = {"nano": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
+NEEDS = {"nano": (0.5, 1.0), "flow": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0)}
+NEEDS_ON_CPU = {"nano": (1.0, 2.0), "flow": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
 INSTALL = "pip install -e . in the repository"
 
 OK, NOTE, MEND = "ok", "note", "mend"

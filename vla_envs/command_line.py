@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -47,6 +47,18 @@ def _in_one_line(text: str) -> str:
         elif title.startswith("Argument"):
             words += f"; expected {names[0]}"
     return words
+
+
+def check_numbers(args: Any, names: str, above: bool) -> None:
+    """Refuse arguments that are not finite numbers above 0, or of at least 0.
+
+    Raises:
+        ValueError: Names the first that does not fit. None passes: it stands for a default.
+    """
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not (0 < value < float("inf") or (value == 0 and not above)):
+            raise ValueError(f"{name} is {value}; expected a number {'above' if above else 'of at least'} 0")
 
 
 @contextlib.contextmanager

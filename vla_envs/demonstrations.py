@@ -1,6 +1,8 @@
 """Demonstrations to imitate: LIBERO's HDF5 data sets, as the scripted expert writes them, and LeRobot's."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> 
                 f"no demonstrations at {str(paths[0])!r}, nor {paths[1].name!r}, nor a LeRobot data set;"
                 " expected a folder that python -m vla_envs.experts --out FOLDER has made"
             )
-        demos = _read_hdf5(path, episodes)
+        demos = _read_hdf5(path, task, episodes)
     for demo in demos:
         shapes = demo["state"].shape[1:], demo["actions"].shape[1:]
         if shapes != ((8,), (7,)):
@@ -55,38 +57,48 @@ def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> 
     return demos
 
 
-def _read_hdf5(path: Path, episodes: int) -> list[Episode]:
-    """Demonstrations in the layout of LIBERO's data sets (``libero/lifelong/datasets.py`` reads it).
+@contextlib.contextmanager
+def open_hdf5(path: Path, task: Task, needed: tuple[str, ...]) -> Iterator[list[h5py.Group]]:
+    """The demonstrations in a file in the layout of LIBERO's data sets (``libero/lifelong/datasets.py``).
+
+    Raises:
+        ValueError: When it is not such a file, is of another task, or lacks one of the ``needed`` parts.
+    """
+    try:
+        with h5py.File(path) as file:
+            data: Any = file["data"] if "data" in file else {}
+            names = [name for _, name in sorted((int(x[5:]), x) for x in data if x[5:].isdigit())]
+            missing = [f"data/{name}/{part}" for name in names for part in needed if part not in data[name]]
+            if not names or missing:
+                lacks = [*missing, "data/demo_0"][0]
+                raise ValueError(
+                    f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no {lacks}"
+                )
+            shown = Path(str(data.attrs.get("bddl_file_name", task.bddl_file.name))).name
+            if shown != task.bddl_file.name:
+                raise ValueError(f"{str(path)!r} shows {shown}; expected {task.bddl_file.name}")
+            yield [data[name] for name in names]
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} is no whole HDF5 file: {' '.join(str(error).split())}") from None
+
+
+def _read_hdf5(path: Path, task: Task, episodes: int) -> list[Episode]:
+    """Demonstrations with pictures.
 
     Where ``expert_actions`` is there (the scripted expert's actions without its noise) it is imitated.
     """
     needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
-    demos = []
-    try:
-        with h5py.File(path) as file:
-            data = file["data"] if "data" in file else {}
-            names = sorted((int(name[5:]), name) for name in data if name[5:].isdigit())
-            if not names:
-                raise ValueError(
-                    f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no data/demo_0"
-                )
-            if len(names) < episodes:
-                raise ValueError(
-                    f"{str(path)!r} holds {len(names)} demonstrations; expected at least {episodes}"
-                )
-            for _, name in names[:episodes]:
-                demo = data[name]
-                missing = [part for part in needed if part not in demo]
-                if missing:
-                    raise ValueError(f"{str(path)!r} is not in LIBERO's layout: {name} has no {missing[0]}")
-                demos.append({
-                    "image": demo["obs/agentview_rgb"][:][:, ::-1, ::-1],  # stored turned by 180 degrees
-                    "state": np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]),
-                    "actions": demo["expert_actions" if "expert_actions" in demo else "actions"][:],
-                })  # fmt: skip
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} is no whole HDF5 file: {' '.join(str(error).split())}") from None
-    return demos
+    with open_hdf5(path, task, needed) as demos:
+        if len(demos) < episodes:
+            raise ValueError(f"{str(path)!r} holds {len(demos)} demonstrations; expected at least {episodes}")
+        return [
+            {
+                "image": demo["obs/agentview_rgb"][:][:, ::-1, ::-1],  # stored turned by 180 degrees
+                "state": np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]),
+                "actions": demo["expert_actions" if "expert_actions" in demo else "actions"][:],
+            }
+            for demo in demos[:episodes]
+        ]
 
 
 def _read_lerobot(folder: Path, task: Task, episodes: int) -> list[Episode]:

@@ -190,8 +190,12 @@ def same_parameters(module: torch.nn.Module) -> None:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> list[Tensor]:
-    """Scale the gradients of each of an optimiser's groups to a norm of at most ``most``; what it was."""
-    return [_whole(torch.nn.utils.clip_grad_norm_(group["params"], most)) for group in optimizer.param_groups]
+    """Scale the gradients of each of an optimiser's groups to a norm of at most ``most``; what it was.
+
+    All are where the parameters are: without any gradient torch's 0 is on the CPU.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    return [_whole(torch.nn.utils.clip_grad_norm_(group, most)).to(group[0].device) for group in groups]
 
 
 def cut(inds: Tensor, size: int | None) -> list[Tensor]:

@@ -83,10 +83,8 @@ class LiberoEnv(gym.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Start an episode; see ``LiberoVectorEnv.reset``."""
-        seeds = None if seed is None else [seed]
-        self._envs._check_reset(seeds, options)  # before anything is changed
+        obs, info = self._envs.reset(seed=None if seed is None else [seed], options=options)
         super().reset(seed=None if seed is None else int(seed))
-        obs, info = self._envs.reset(seed=seeds, options=options)
         return {name: array[0] for name, array in obs.items()}, _first(info)
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:

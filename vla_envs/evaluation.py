@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from vla_envs.distributed import only_first
+from vla_envs.distributed import by_first, only_first
 from vla_envs.policies import load_policy, write_json
 from vla_envs.policies.pictures import openvla_pictures
+from vla_envs.tasks import SUITES
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Protocol:
 
     Attributes:
         max_episode_steps: Control steps an episode, by suite.
-        temperature: Of sampling; 0 is greedy, None the script's ``--eval-temperature``.
+        temperature: Of sampling; 0 is greedy, None the script's ``--temperature``.
         episodes: Recorded init states a task.
         settle_steps: Control steps without motion before the first decision.
         settle_gripper: Gripper command of those (-1 opens, 0 holds, 1 closes).
@@ -38,14 +39,13 @@ class Protocol:
     openvla_pictures: bool = False
 
 
-_SUITES = ("LiberoSpatial", "LiberoObject", "LiberoGoal", "Libero10", "Libero90")
-_OPENVLA_STEPS = dict(zip(_SUITES, (220, 280, 300, 520, 400)))
+_OPENVLA_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400)))
 #: By name: TGRPO's paper, OpenVLA's LIBERO evaluation, SimpleVLA-RL, RLinf, LeRobot.
 PROTOCOLS = {
-    "tgrpo": Protocol(dict.fromkeys(_SUITES, 200), None, 50),
+    "tgrpo": Protocol(dict.fromkeys(SUITES, 200), None, 50),
     "openvla": Protocol(_OPENVLA_STEPS, 0.0, 50, image_size=256, openvla_pictures=True),
-    "simplevla": Protocol(dict.fromkeys(_SUITES, 512), 0.0, 50, image_size=256, openvla_pictures=True),
-    "rlinf": Protocol(dict.fromkeys(_SUITES, 512), 1.6, 50, settle_steps=15, settle_gripper=0.0),
+    "simplevla": Protocol(dict.fromkeys(SUITES, 512), 0.0, 50, image_size=256, openvla_pictures=True),
+    "rlinf": Protocol(dict.fromkeys(SUITES, 512), 1.6, 50, settle_steps=15, settle_gripper=0.0),
     "lerobot": Protocol({**_OPENVLA_STEPS, "LiberoSpatial": 280}, None, 10),
 }
 
@@ -109,6 +109,20 @@ def log(
         writer.add_scalar(f"charts/success_rate_task_{task_id}", its["rate"], step)
     tqdm.write(f"iteration {iteration}: success {percent(result)}")
     return result
+
+
+def assess(
+    evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, writer: Any, args: Any,
+    state: dict[str, Any], step: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate a training run after ``state["iteration"]`` iterations, log it at ``step``; as ``success``.
+
+    ``evaluate`` is the script's own.
+    """
+    iteration = state["evaluated"] = state["iteration"]
+    video = run / "videos" / f"iteration_{iteration:04d}.mp4"
+    outcomes = by_first(evaluate, envs, policy, args.eval_temperature, args, video)
+    return log(writer, iteration, step, outcomes, args.task_ids)
 
 
 def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:

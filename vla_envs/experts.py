@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.goals import IN_REGION, ON_OBJECT
-from vla_envs.runs import one_line_errors, parse_args
 from vla_envs.tasks import get_task
 from vla_envs.vector import LiberoVectorEnv
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vla_envs import evaluation
-from vla_envs.runs import check_numbers, one_line_errors, parse_args
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args
+from vla_envs.policies import read_json
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Args:
 
 #: Figures with a line for every run: title, and the tags drawn solid, dashed and dotted.
 LINES = {
-    "Success of the training episodes": ("charts/rollout_success",),
+    "Success of the training episodes": ("group/success_mean",),
     "Groups: share kept, share in which all got the same": ("group/kept_frac", "group/zero_std_frac"),
     "Mean size of the advantage: step part, trajectory part": (
         "advantage/step_abs", "advantage/trajectory_abs",
@@ -110,16 +111,6 @@ class Run:
         return found if self.args.get("evaluate") else list(dict.fromkeys(found[:1] + found[-1:]))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from None
-    if not isinstance(contents, dict):
-        raise ValueError(f"{str(path)!r} is damaged: it holds no names")
-    return contents
-
-
 def read_run(folder: Path) -> Run:
     """Read the folder of a run.
 
@@ -128,13 +119,13 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "args.json").is_file():
         raise ValueError(f"{str(folder)!r} is not the folder of a run: it has no args.json")
-    args = _read_json(folder / "args.json")
+    args = read_json(folder / "args.json")
     missing = {"suite", "task_id", "seed", "eval_episodes"} - set(args)
     if missing:
         raise ValueError(f"{str(folder / 'args.json')!r} is not a run's: it has no {sorted(missing)[0]}")
     files = [folder / "result.json"]
     files += [folder / "checkpoints" / name / "counters.json" for name in ("latest", "latest.previous")]
-    state: dict[str, Any] = next((_read_json(file) for file in files if file.is_file()), {})
+    state: dict[str, Any] = next((read_json(file) for file in files if file.is_file()), {})
     events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
     scalars = {
         tag: np.array([(event.step, event.value) for event in found]).T
@@ -287,7 +278,7 @@ def row(run: Run, names: list[str]) -> str:
         text(", ".join(map(str, run.task_ids))), text(run.args["seed"]), _success(before), _success(after),
         "" if steps is None else f"{steps:,}", "" if seconds is None else f"{seconds / 60:.1f} min",
         "finished" if run.finished else f"iteration {state.get('iteration', 0)}",
-        "<br>".join(map(text, own)) or "",
+        "<br>".join(map(text, own)),
     ]  # fmt: skip
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 

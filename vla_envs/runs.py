@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vla_envs import distributed, evaluation
+from vla_envs.command_line import check_numbers as check_numbers
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
@@ -36,7 +37,7 @@ from vla_envs.policies import (
     save_policy,
     write_json,
 )
-from vla_envs.tasks import SUITES, get_task, nearest
+from vla_envs.tasks import get_task
 
 ArgsT = TypeVar("ArgsT")
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
@@ -56,36 +57,12 @@ def check_finite(**values: Tensor | float) -> None:
             raise FloatingPointError(f"the {name} is {value}; expected a finite number")
 
 
-def check_numbers(args: Any, names: str, above: bool) -> None:
-    """Refuse arguments that are not finite numbers above 0, or of at least 0.
-
-    Raises:
-        ValueError: Names the first that does not fit. None passes: it stands for a default.
-    """
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and not (0 < value < float("inf") or (value == 0 and not above)):
-            raise ValueError(f"{name} is {value}; expected a number {'above' if above else 'of at least'} 0")
-
-
-def check_suite(suite: str) -> None:
-    """Refuse a suite that LIBERO does not have.
-
-    Raises:
-        ValueError: Names those that have one.
-    """
-    if not isinstance(suite, str) or suite not in SUITES:
-        known = list(SUITES)
-        raise ValueError(f"suite {suite!r} is unknown; expected one of {known}{nearest(suite, known)}")
-
-
 def check_training(args: Any) -> None:
     """Refuse common arguments of an online RL script that do not fit.
 
     Raises:
         ValueError: Names the first, and what was expected.
     """
-    check_suite(args.suite)
     if args.num_groups < len(args.task_ids):
         raise ValueError(
             f"num_groups is {args.num_groups}; expected at least one for each of {args.task_ids}"
@@ -139,7 +116,7 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
         load_policy(given.policy, given.compare, "meta")  # fails now rather than after the first evaluation
     check_numbers(args, "eval_temperature", above=False)
     task_ids = given.task_ids or (given.task_id,)
-    if len(set(task_ids)) < len(task_ids):
+    if len({get_task(given.suite, task_id) for task_id in task_ids}) < len(task_ids):
         raise ValueError(f"task_ids are {task_ids}; expected each task once")
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
@@ -391,7 +368,6 @@ def charts(totals: dict[str, Any], state: dict[str, Any]) -> dict[str, float]:
     """What is logged of the training episodes by whatever algorithm."""
     episodes = totals["episodes"]
     return {
-        "charts/rollout_success": totals["successes"] / episodes,
         "charts/episodic_return": totals["return"] / episodes,
         "charts/episodic_length": totals["control_steps"] / episodes,
         "charts/SPS": state["env_steps"] / state["wall_s"],
@@ -421,7 +397,7 @@ def log(writer: Any, progress: tqdm, scalars: dict[str, Any], state: dict[str, A
     """Write an iteration's ``scalars`` to TensorBoard, and the most telling ones beside the progress bar."""
     for tag, value in scalars.items():
         writer.add_scalar(tag, float(value), state["env_steps"])
-    success, kl = scalars["charts/rollout_success"], scalars["losses/approx_kl"]
+    success, kl = scalars["group/success_mean"], scalars["losses/approx_kl"]
     progress.set_postfix(
         iteration=state["iteration"], success=f"{success:.2f}", kl=f"{kl:.4f}", refresh=False
     )

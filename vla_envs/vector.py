@@ -581,7 +581,9 @@ class LiberoVectorEnv(VectorEnv):
             self._observe(i)
         while len(self._settled) > max(64, self.num_envs):
             self._settled.popitem(last=False)
-        self._stage[indices] = evaluate_reward(self._reward, self._facts)[1][indices]
+        if indices:  # the others may never have been reset
+            facts = {name: values[indices] for name, values in self._facts.items()}
+            self._stage[indices] = evaluate_reward(self._reward, facts)[1]
 
     def step(
         self, actions: ArrayLike

@@ -112,7 +112,8 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> None:
 class Stacked(nn.Module):
     """A policy with a frozen adapter for each task, and above these one that is trained on all of them.
 
-    What it is asked of several tasks at once is answered task by task.
+    What it is asked of several tasks at once is answered task by task. Layers that compute their activations
+    again going backward do so with the adapters of then (``contexts``, as torch's ``checkpoint`` asks for).
 
     Args:
         policy: With the tasks' adapters and the trained one, "default".
@@ -122,7 +123,11 @@ class Stacked(nn.Module):
     def __init__(self, policy: Any, names: dict[str, str]) -> None:
         super().__init__()
         self.policy, self.names, self.above = policy, names, ["default"]
+        self.working: list[str] = []
         self.activate(next(iter(names.values())))
+        for module in policy.modules():
+            if hasattr(module, "contexts"):
+                module.contexts = self._contexts
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -132,11 +137,25 @@ class Stacked(nn.Module):
 
     def activate(self, name: str) -> None:
         """Let the task adapter ``name`` and, unless it is switched off, the trained one work."""
+        self._let_work([name, *self.above])
+
+    def _let_work(self, adapters: list[str]) -> None:
+        if adapters == self.working:
+            return
+        self.working = adapters
         for _, layer in _lora_layers(self.policy):
-            layer.set_adapter([name, *self.above])  # type: ignore[operator]
+            layer.set_adapter(adapters)  # type: ignore[operator]
         for key, parameter in self.policy.named_parameters():
             if ".lora_" in key:
                 parameter.requires_grad = key.rsplit(".", 2)[1] == "default"
+
+    def _contexts(self) -> tuple[Any, Any]:
+        @contextlib.contextmanager
+        def again(adapters: list[str]) -> Iterator[None]:
+            self._let_work(adapters)
+            yield
+
+        return contextlib.nullcontext(), again(self.working)
 
     def _by_task(self, instructions: list[str], ask: Any) -> tuple[Any, ...]:
         order: list[int] = []
@@ -180,6 +199,23 @@ class Stacked(nn.Module):
                 {name: array[inds] for name, array in obs.items()}, texts, tokens[inds], temperature
             ),
         )
+
+    def imitation_loss(
+        self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
+    ) -> Tensor:
+        """As the policy's."""
+
+        def ask(inds: list[int], texts: list[str]) -> tuple[Tensor]:
+            loss = self.policy.imitation_loss(
+                {name: array[inds] for name, array in obs.items()},
+                texts,
+                actions[inds],
+                generators and [generators[i] for i in inds],
+            )
+            return (loss.expand(len(inds)),)
+
+        (losses,) = self._by_task(instructions, ask)  # (B,)
+        return losses.mean()
 
 
 def _lora_layers(policy: nn.Module) -> list[tuple[str, nn.Module]]:

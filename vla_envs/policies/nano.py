@@ -1,7 +1,7 @@
 """``nano``: a vision-language-action policy small enough to train on two CPU cores.
 
-OpenVLA's idea at 1/8000 of its size: picture, state and instruction go through one transformer, which
-predicts discrete action tokens. What differs, and why (measured, see the README):
+OpenVLA's idea at a small size: picture, state and instruction go through one transformer, which
+predicts discrete action tokens. What differs, and why:
 
 - a convolutional stem makes 16 picture tokens: a plain ViT of this width learns nothing from the picture;
 - initial weights have a standard deviation of 1/sqrt(width): 0.02 is meant for widths of thousands;

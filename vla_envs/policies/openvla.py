@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -96,6 +96,8 @@ class ViTBlock(nn.Module):
 class ViT(nn.Module):
     """Pictures (B, 3, S, S) to the patches (B, P, dim) that leave the last but one block."""
 
+    contexts = staticmethod(noop_context_fn)  # of a block that computes its activations again, going backward
+
     def __init__(self, c: ViTConfig) -> None:
         super().__init__()
         patches = (c.image_size // c.patch_size) ** 2
@@ -114,7 +116,10 @@ class ViT(nn.Module):
         x = torch.cat([token.expand(len(x), -1, -1) for token in tokens] + [x], dim=1)
         for block in self.blocks:
             recompute = self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if recompute:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=self.contexts)
+            else:
+                x = block(x)
         return x[:, self.prefix :]
 
 
@@ -146,6 +151,8 @@ class RoomyLayer(DynamicLayer):
 class OpenVLAModel(nn.Module):
     """The network: pictures (B, 6, S, S) and a prompt to the logits of what follows."""
 
+    contexts = staticmethod(noop_context_fn)  # of a layer that computes its activations again, going backward
+
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
         self.config = config
@@ -158,7 +165,8 @@ class OpenVLAModel(nn.Module):
         self.language_model = LlamaForCausalLM(config.llm)
         llama: Any = self.language_model  # the method has another name from transformers 5.23 on
         enable = getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})  # takes effect in training mode
+        again = {"use_reentrant": False, "context_fn": lambda: self.contexts()}
+        enable(again)  # takes effect in training mode
 
     @classmethod
     def from_pretrained(

@@ -9,11 +9,11 @@ The prompt for a task, and the check of an answer:
 from dataclasses import dataclass
 from pathlib import Path
 
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.rewards import resolve_reward
 from vla_envs.rewards.check import as_text, check, check_plot, draw
 from vla_envs.rewards.episodes import collect
 from vla_envs.rewards.prompt import prompt
-from vla_envs.runs import check_numbers, one_line_errors, parse_args
 from vla_envs.tasks import get_task
 
 

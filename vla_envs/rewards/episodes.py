@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs.demonstrations import open_hdf5
 from vla_envs.experts import COVERED, ScriptedExpert
 from vla_envs.goals import FACTS, predicates_met
 from vla_envs.rewards import Facts
@@ -107,25 +107,13 @@ def _read(path: Path, task: Task, episodes: int) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"there is no demonstration file {str(path)!r}")
-    try:
-        with h5py.File(path) as file:
-            data: Any = file["data"] if "data" in file else {}
-            names = sorted((int(name[5:]), name) for name in data if name[5:].isdigit())
-            if not names or any("actions" not in data[name] for _, name in names):
-                raise ValueError(
-                    f"{str(path)!r} is not in the layout of LIBERO's data sets: no data/demo_0/actions"
-                )
-            shown = Path(str(data.attrs.get("bddl_file_name", task.bddl_file.name))).name
-            if shown != task.bddl_file.name:
-                raise ValueError(f"{str(path)!r} shows {shown}; expected {task.bddl_file.name}")
-            chosen = [data[name] for _, name in names[:episodes]]
-            actions = [{"actions": demo["actions"][:]} for demo in chosen]
-            if all("states" in demo for demo in chosen):
-                return [a | {"states": demo["states"][:]} for a, demo in zip(actions, chosen)]
-            if all("seed" in demo.attrs for demo in chosen):
-                return [a | {"seed": int(demo.attrs["seed"])} for a, demo in zip(actions, chosen)]
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} is no whole HDF5 file: {' '.join(str(error).split())}") from None
+    with open_hdf5(path, task, ("actions",)) as demos:
+        chosen = demos[:episodes]
+        actions = [{"actions": demo["actions"][:]} for demo in chosen]
+        if all("states" in demo for demo in chosen):
+            return [a | {"states": demo["states"][:]} for a, demo in zip(actions, chosen)]
+        if all("seed" in demo.attrs for demo in chosen):
+            return [a | {"seed": int(demo.attrs["seed"])} for a, demo in zip(actions, chosen)]
     raise ValueError(
         f"{str(path)!r} holds neither states nor seeds to replay; record it anew: python -m vla_envs.experts"
     )
