@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from vla_envs import runs
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.policies import load_policy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -94,8 +94,11 @@ def measure(task_id: int, args: Args) -> list[str]:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    rows = [measure(task_id, args) for task_id in args.task_ids]
+    args = parse_args(Args)
+    with one_line_errors():
+        check_numbers(args, "batches", above=True)
+        check_numbers(args, "seed", above=False)
+        rows = [measure(task_id, args) for task_id in args.task_ids]
     print(
         "| task | correlation of S, T with success | alpha1, alpha2 | S, S | T, T | S, success | T, success |"
     )

@@ -29,10 +29,10 @@ import gymnasium as gym
 import numpy as np
 import tokenizers
 import torch
-import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 import vla_envs  # noqa: F401  (registers the environments)
+from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.openvla import LlamaConfig, OpenVLAConfig, OpenVLAPolicy, ViTConfig
 from vla_envs.render import opengl
@@ -288,4 +288,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args(Args)
+    with one_line_errors():
+        main(arguments)

@@ -15,11 +15,11 @@ import gymnasium as gym
 import matplotlib
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vla_envs  # noqa: F401
+from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.policies import load_policy
 
 matplotlib.use("Agg")
@@ -138,6 +138,8 @@ def curves(runs: tuple[Path, ...], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     lines = []
     for run in runs:
+        if not (run / "args.json").is_file():
+            raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json")
         events = EventAccumulator(str(run)).Reload().Scalars("charts/success_rate")
         steps, rates = [e.step / 1000 for e in events], [100 * e.value for e in events]
         seed = json.loads((run / "args.json").read_text())["seed"]
@@ -156,10 +158,11 @@ def curves(runs: tuple[Path, ...], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    command = tyro.cli(Gallery | Clip | Curves)
-    if isinstance(command, Gallery):
-        gallery(command.out)
-    elif isinstance(command, Clip):
-        clip(command)
-    else:
-        curves(command.runs, command.out)
+    command: Any = parse_args(Gallery | Clip | Curves)  # type: ignore[arg-type]
+    with one_line_errors():
+        if isinstance(command, Gallery):
+            gallery(command.out)
+        elif isinstance(command, Clip):
+            clip(command)
+        else:
+            curves(command.runs, command.out)

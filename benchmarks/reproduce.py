@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)  # rliable's way of seeding
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 from tgrpo_vla import PAPER_ALPHAS  # noqa: E402
 
@@ -105,10 +106,10 @@ MINUTES = 12.0  # of a run, as long as nothing was measured
 class Args:
     """Run every method on every task and seed, from the shipped checkpoint, and compare them."""
 
-    results: Path = ROOT / "benchmarks" / "results"
+    results: Path = RESULTS
     """Folder of runs.csv, curves.csv, table.md and the pictures; a new one makes every run anew"""
-    out: Path = Path("runs/reproduce")
-    """Folder of the runs themselves"""
+    out: Path | None = None
+    """Folder of the runs themselves [runs/reproduce; of other --results than the repository's: runs there]"""
     methods: tuple[str, ...] = ()
     """Which of the methods [all of Table 1; with --questions those that the pairs need]"""
     task_ids: tuple[int, ...] = tuple(range(10))
@@ -131,7 +132,8 @@ class Args:
 def folder_of(method: str, task_id: int, seed: int, args: Args) -> Path:
     """Where a run is."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
-    return args.out / f"{name}__{task_id}__{seed}"
+    out = args.out or (Path("runs/reproduce") if args.results == RESULTS else args.results / "runs")
+    return out / f"{name}__{task_id}__{seed}"
 
 
 def commit() -> str:
@@ -147,6 +149,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     folder = folder_of(method, task_id, seed, args)
     if (folder / "result.json").is_file():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     cores = max(1, available_cores() // args.jobs)
     script, *flags = (METHODS | ASKED | HEAT_MAP)[method]
     begun = (folder / "args.json").is_file()
@@ -392,7 +395,6 @@ def main(args: Args) -> None:
     if args.heat_map is not None and (args.methods or args.questions):
         raise ValueError("heat_map has methods of its own; expected neither --methods nor --questions")
     args.results.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
     methods = args.methods or (("TGRPO", *ASKED) if args.questions else tuple(METHODS))
@@ -402,7 +404,9 @@ def main(args: Args) -> None:
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known
               and twin_of(method, task_id) not in methods]  # fmt: skip
-    if wanted and args.run:
+    if args.run and not wanted:
+        print(f"nothing to run: all of it is in {args.results}; a new --results makes it anew")
+    if args.run and wanted:
         minutes = np.median([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60
         print(f"{len(wanted)} runs, {args.jobs} side by side: about {hours:.1f} h at {minutes:.0f} min each")

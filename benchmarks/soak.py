@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
-import tyro
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.render import Renderer
 
 FIRST = 100  # episodes or cycles in which caches fill
@@ -138,7 +138,9 @@ def open_and_close(args: Args) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args)
-    flat = soak("episodes", arguments.episodes, play(arguments))
-    flat &= soak("cycles", arguments.cycles, open_and_close(arguments))
+    arguments = parse_args(Args)
+    with one_line_errors():
+        check_numbers(arguments, "num_envs max_episode_steps", above=True)
+        flat = soak("episodes", arguments.episodes, play(arguments))
+        flat &= soak("cycles", arguments.cycles, open_and_close(arguments))
     raise SystemExit(0 if flat else 1)

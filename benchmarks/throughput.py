@@ -25,10 +25,10 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-import tyro
 
 import vla_envs  # noqa: F401
 from vla_envs.assets import write_builtin
+from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.scene import write_libero_config
 from vla_envs.tasks import get_task
 
@@ -276,4 +276,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn", force=True)
-    main(tyro.cli(Args))
+    arguments = parse_args(Args)
+    with one_line_errors():
+        main(arguments)

@@ -30,6 +30,24 @@ def test_gpu_on_the_cpu(monkeypatch, capsys):
     assert len(shares) == 9 and all(0.0 < share < 100.0 for share in shares)
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "error"),
+    [
+        ("alphas", ["--batches", "0"], "batches is 0; expected a number above 0"),
+        ("soak", ["--num-envs", "0"], "num_envs is 0; expected a number above 0"),
+        ("throughput", ["--task-idd", "4"], "Unrecognized options: --task-idd, 4; did you mean --task-id?"),
+        ("pictures", ["curves", "--runs", "none", "--out", "x.png"], "'none' is not the folder of a run"),
+    ],
+)
+def test_mistakes_are_one_line(script, words, error, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    monkeypatch.setattr("multiprocessing.set_start_method", lambda *_, **__: None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+    err = capfd.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith(f"error: {error}")
+
+
 def test_gpu_without_one(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:

@@ -102,7 +102,9 @@ def test_it_acts_every_control_step(make_vec):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"episodes": 0}, "episodes is 0; expected at least 1"),
+        ({"episodes": 0}, "episodes is 0; expected a number above 0"),
+        ({"noise": float("nan")}, "noise is nan; expected a number of at least 0"),
+        ({"image_size": 4}, "image_size is 4; expected an int from 8"),
         ({"out": Path("/proc/demos")}, "folder '/proc/demos' cannot be made"),
     ],
 )

@@ -166,7 +166,10 @@ def test_a_run_that_has_only_begun(folder, tmp_path):
         ("args.json", "{", "args.json' is damaged"),
         ("args.json", "[1]", "args.json' is damaged"),
         ("args.json", '{"seed": 1}', "has no eval_episodes"),
+        ("args.json", '{"seed": 1, "suite": "x", "task_id": 4, "eval_episodes": null}', "eval_episodes None"),
         ("result.json", "", "result.json' is damaged"),
+        ("result.json", '{"success_after": 3}', "success_after is no result"),
+        ("result.json", '{"success_before": {"rate": 0.5}}', "success_before is no result"),
     ],
 )
 def test_damaged_runs(folder, tmp_path, monkeypatch, capsys, file, contents, words):
@@ -184,6 +187,7 @@ def test_damaged_runs(folder, tmp_path, monkeypatch, capsys, file, contents, wor
     ("flags", "words"),
     [
         ({"out": "/no/such/folder/page.html"}, "a folder that exists"),
+        ({"out": "/"}, "a file in a folder that exists"),
         ({"embed_mb": "nan"}, "embed_mb is nan"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -192,6 +193,13 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(reproduce, "play", lambda *_: pytest.fail("a run was made twice"))
     reproduce.main(args)
     assert (args.results / "runs.csv").read_bytes() == before
+    assert "nothing to run" in capsys.readouterr().out
+
+
+def test_other_results_have_runs_of_their_own(tmp_path):
+    own, other = reproduce.Args(), reproduce.Args(results=tmp_path)
+    assert reproduce.folder_of("GRPO", 4, 1, own) == Path("runs/reproduce/grpo__4__1")
+    assert reproduce.folder_of("GRPO", 4, 1, other) == tmp_path / "runs" / "grpo__4__1"
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from vla_envs import runs
+from vla_envs.evaluation import success
 from vla_envs.policies import write_json
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
@@ -29,6 +30,11 @@ class Args:
     evaluate: bool = False
     train: bool = True
     task_ids: tuple[int, ...] = (0, 1)
+
+
+@dataclasses.dataclass
+class Placed(Args):
+    device: str | None = None
 
 
 # ---- The command line --------------------------------------------------------------------------------
@@ -69,6 +75,8 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capfd, words):
     ("words", "expected"),
     [
         (("--sead", "3"), "Unrecognized options: --sead, 3; did you mean --seed?"),
+        (("--no-trainn",), "Unrecognized options: --no-trainn; did you mean --no-train?"),
+        (("--zzz",), "Unrecognized options: --zzz; --help lists what there is"),
         (
             ("--seed", "x"),
             "Error parsing --seed: invalid literal for int() with base 10: 'x'; expected --seed",
@@ -302,21 +310,37 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_arguments_come_back(tmp_path):
     args = Args(3, 0.25, tmp_path / "run", train=False, task_ids=(4, 5))
     write_json(tmp_path / "args.json", dataclasses.asdict(args) | {"gone": 3})
-    given = Args(seed=8, resume=tmp_path)
-    assert runs.load_args(given) == dataclasses.replace(args, resume=tmp_path)
-    write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
-    assert runs.load_args(given) == Args(resume=tmp_path)
+    for given in (Args(resume=tmp_path), Args(rate=0.25, train=False, resume=tmp_path)):
+        assert runs.load_args(given) == dataclasses.replace(args, resume=tmp_path)
+    with pytest.raises(ValueError, match="its own arguments, seed 3; expected --resume without 8"):
+        runs.load_args(Args(seed=8, resume=tmp_path))
+
+
+def test_a_run_goes_on_on_another_device(tmp_path):
+    args = dataclasses.replace(Placed(), device="cuda:3")
+    write_json(tmp_path / "args.json", dataclasses.asdict(args))
+    for asked, device in ((None, "cuda:3"), ("cpu", "cpu")):
+        assert runs.load_args(Placed(device=asked, resume=tmp_path)).device == device
 
 
 def test_arguments_that_are_newer_than_the_run_have_their_defaults(tmp_path):
     write_json(tmp_path / "args.json", {"seed": 3})
-    assert runs.load_args(Args(rate=0.1, resume=tmp_path)) == Args(seed=3, resume=tmp_path)
+    assert runs.load_args(Args(resume=tmp_path)) == Args(seed=3, resume=tmp_path)
+    write_json(tmp_path / "args.json", {})
+    with pytest.raises(ValueError, match=r"args\.json' is damaged: it has no seed"):
+        runs.load_args(Args(resume=tmp_path))
 
 
 def test_a_run_that_is_resumed_is_not_evaluated(tmp_path):
     write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
     with pytest.raises(ValueError, match="--checkpoint"):
         runs.load_args(Args(resume=tmp_path, evaluate=True))
+
+
+def test_a_folder_within_a_run(tmp_path):
+    write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
+    with pytest.raises(ValueError, match=rf"no args\.json; did you mean '{tmp_path}'"):
+        runs.load_args(Args(resume=tmp_path / "checkpoints" / "latest"))
 
 
 def test_not_the_folder_of_a_run(tmp_path):
@@ -570,7 +594,7 @@ def test_a_new_run_can_be_resumed_at_once(tmp_path):
 def test_a_run_goes_on_where_it_was_saved(tmp_path):
     run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
     policy, optimizer = training(steps=2)
-    state |= {"iteration": 2, "env_steps": 48, "before": {"rate": 0.5}}
+    state |= {"iteration": 2, "env_steps": 48, "before": success([True, False]), "best": {"nll": 0.5}}
     runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
     other, other_optimizer = training(steps=0)
     assert runs.start(Started(resume=run), "x_vla", other, other_optimizer) == (run, state)
@@ -578,8 +602,10 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("iteration", None), ("env_steps", -1), ("wall_s", "long"), ("evaluated", True)]
-)
+    ("name", "value"),
+    [("iteration", None), ("env_steps", -1), ("wall_s", "long"), ("evaluated", True), ("before", 3),
+     ("after", {"successes": 1})],
+)  # fmt: skip
 def test_damaged_counters(tmp_path, name, value):
     args = Started(run_dir=tmp_path)
     runs.start(args, "grpo_vla", *training())

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+import vla_envs
 from vla_envs.vector import LiberoVectorEnv
 from vla_envs.workers import LiberoWorkersEnv, _join
 
@@ -131,6 +132,20 @@ def test_bad_arguments(settings, words):
     with pytest.raises(ValueError, match=words):
         make(**settings)
     assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_an_argument_that_does_not_exist():
+    for workers in (1, 2):
+        with pytest.raises(TypeError, match=r"there is no argument 'taskid'; .*did you mean 'task_id'"):
+            make(workers, taskid=4)
+
+
+def test_a_reward_that_cannot_be_sent_later():
+    envs = make(2)
+    for change in (envs.unwrapped.set_reward, lambda reward: vla_envs.FactsReward(envs, reward)):
+        with pytest.raises(ValueError, match="cannot be sent to a worker"):
+            change(lambda facts: facts["success"])
+    envs.close()
 
 
 def test_a_worker_that_dies_is_named():

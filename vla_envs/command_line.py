@@ -1,6 +1,7 @@
 """How every program reads its command line and reports a mistake; quick to import."""
 
 import contextlib
+import difflib
 import io
 import itertools
 import os
@@ -43,10 +44,14 @@ def _in_one_line(text: str) -> str:
     for title, *rest in parts[1:]:
         names = [line for line in rest if line.startswith("--")]
         if title.startswith("Perhaps"):
-            words += f"; did you mean {', '.join(name.split()[0] for name in names)}?"
-        elif title.startswith("Argument"):
-            words += f"; expected {names[0]}"
-    return words
+            typed = re.findall("--[^ ,]+", words)[0]
+            near = [
+                difflib.get_close_matches(typed, re.findall("--[^ ,]+", name), 1, 0.0)[0] for name in names
+            ]
+            return f"{words}; did you mean {', '.join(near)}?"
+        if title.startswith("Argument"):
+            return f"{words}; expected {names[0]}"
+    return f"{words}; --help lists what there is" if words.startswith("Unrecognized") else words
 
 
 def check_numbers(args: Any, names: str, above: bool) -> None:

@@ -99,6 +99,12 @@ def success(outcomes: ArrayLike, task_ids: Sequence[int] = ()) -> dict[str, Any]
     return result
 
 
+def is_result(value: Any) -> bool:
+    """Whether a value from a file is what ``success`` says."""
+    names = ("successes", "trials", "rate", "low", "high")
+    return isinstance(value, dict) and all(isinstance(value.get(name), int | float) for name in names)
+
+
 def log(
     writer: Any, iteration: int, step: int, outcomes: NDArray[np.bool_], task_ids: Sequence[int]
 ) -> dict[str, Any]:

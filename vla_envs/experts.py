@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.goals import IN_REGION, ON_OBJECT
 from vla_envs.tasks import get_task
 from vla_envs.vector import LiberoVectorEnv
@@ -268,19 +268,19 @@ class Args:
 
 def main(args: Args) -> None:
     """Record what ``args`` says, task by task."""
-    if args.episodes < 1:
-        raise ValueError(f"episodes is {args.episodes}; expected at least 1")
+    check_numbers(args, "episodes image_size", above=True)
+    check_numbers(args, "noise seed", above=False)
     task_ids = args.task_ids or COVERED.get(args.suite, (0,))
     for task_id in task_ids:
         check_covered(args.suite, task_id)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"folder {str(args.out)!r} cannot be made: {error.strerror}") from None
     for task_id in tqdm(task_ids, desc="demonstrations", unit="task"):
         envs = LiberoVectorEnv(
             min(args.episodes, 16), args.suite, task_id, image_size=args.image_size, assets=args.assets
         )
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"folder {str(args.out)!r} cannot be made: {error.strerror}") from None
         episodes: list[dict[str, NDArray[Any]]] = []
         seed = args.seed
         while len(episodes) < args.episodes:

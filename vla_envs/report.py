@@ -123,9 +123,14 @@ def read_run(folder: Path) -> Run:
     missing = {"suite", "task_id", "seed", "eval_episodes"} - set(args)
     if missing:
         raise ValueError(f"{str(folder / 'args.json')!r} is not a run's: it has no {sorted(missing)[0]}")
+    if not isinstance(args["eval_episodes"], int):
+        raise ValueError(f"{str(folder / 'args.json')!r} is damaged: eval_episodes {args['eval_episodes']}")
     files = [folder / "result.json"]
     files += [folder / "checkpoints" / name / "counters.json" for name in ("latest", "latest.previous")]
     state: dict[str, Any] = next((read_json(file) for file in files if file.is_file()), {})
+    for name in ("success_before", "before", "success_after", "success", "after"):
+        if state.get(name) is not None and not evaluation.is_result(state[name]):
+            raise ValueError(f"{str(folder)!r} is damaged: its {name} is no result of an evaluation")
     events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
     scalars = {
         tag: np.array([(event.step, event.value) for event in found]).T
@@ -341,8 +346,8 @@ def main(args: Args) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("figures need matplotlib; expected: pip install matplotlib")
     check_numbers(args, "embed_mb", above=False)
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out is {str(args.out)!r}; expected a folder that exists")
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise ValueError(f"--out is {str(args.out)!r}; expected a file in a folder that exists")
     found = []
     for folder in args.runs:
         try:

@@ -259,6 +259,13 @@ def start(
             value: Any = loaded.get(name)
             if not _fits(value, float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
+        for name in ("before", "after"):
+            outcome = loaded.get(name)
+            if outcome is not None and not evaluation.is_result(outcome):
+                raise ValueError(
+                    f"{str(latest / 'counters.json')!r} is damaged: {name} is {in_short(outcome)}"
+                )
+        loaded = state | loaded
         distributed.same_parameters(learner)
         distributed.gather_parameters(learner)
         print(f"{args.resume}: {training}")
@@ -533,19 +540,23 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def load_args(args: ArgsT) -> ArgsT:
-    """The arguments that the run ``args.resume`` was started with.
+    """The arguments that the run ``args.resume`` was started with, but for the device, which may be another.
 
     Raises:
-        ValueError: When that is not the folder of a run.
+        ValueError: When that is not the folder of a run, or other arguments are asked for.
     """
     given: Any = args
     run: Path = given.resume
     if given.evaluate:
         raise ValueError("--resume trains on; to evaluate, give --checkpoint RUN/checkpoints/final")
     if not (run / "args.json").is_file():
-        raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json")
+        parents = [str(parent) for parent in run.resolve().parents[:2] if (parent / "args.json").is_file()]
+        hint = f"; did you mean {parents[0]!r}?" if parents else ""
+        raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json{hint}")
     known = get_type_hints(type(args))
     values = {name: value for name, value in read_json(run / "args.json").items() if name in known}
+    if "seed" not in values:
+        raise ValueError(f"{str(run / 'args.json')!r} is damaged: it has no seed")
     for name, value in values.items():
         if not _fits(value, known[name]):
             raise ValueError(f"{str(run / 'args.json')!r} is damaged: {name} is {value!r}")
@@ -554,4 +565,14 @@ def load_args(args: ArgsT) -> ArgsT:
             values[name] = tuple(map(kind, value))
         elif value is not None:
             values[name] = kind(value)
-    return type(args)(**{**values, "resume": run})
+    for field in dataclasses.fields(given):
+        asked, own = getattr(given, field.name), values.get(field.name, field.default)
+        if field.name not in ("resume", "device") and asked not in (field.default, own):
+            raise ValueError(
+                f"a run goes on with its own arguments, {field.name} {in_short(own)}; expected --resume"
+                f" without {in_short(asked)}"
+            )
+    values["resume"] = run
+    if getattr(given, "device", None):
+        values["device"] = given.device
+    return type(args)(**values)

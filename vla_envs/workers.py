@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import inspect
 import multiprocessing
 import pickle
 import signal
@@ -17,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.rewards import Reward
+from vla_envs.tasks import nearest
 from vla_envs.vector import (
     LiberoVectorEnv,
     available_cores,
@@ -41,8 +43,13 @@ def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVector
             the cores.
 
     Raises:
-        ValueError: For an argument that does not exist or does not fit; says what was expected.
+        TypeError: For an argument that does not exist.
+        ValueError: For one that does not fit; says what was expected.
     """
+    known = [*inspect.signature(LiberoVectorEnv).parameters, "workers"]
+    for name in arguments:
+        if name not in known:
+            raise TypeError(f"there is no argument {name!r}; expected some of {known}{nearest(name, known)}")
     check_int("workers", workers, 1)
     if workers == 1:
         return LiberoVectorEnv(num_envs, **arguments)
@@ -78,6 +85,7 @@ class LiberoWorkersEnv(VectorEnv):
         if num_envs < workers:
             raise ValueError(f"num_envs is {num_envs}; expected at least one for each of {workers} workers")
         task_ids = check_tasks(suite, task_id, num_envs)
+        _check_sent(reward)
         if num_threads is None:
             num_threads = max(1, available_cores() // workers)
         self.num_envs = num_envs
@@ -108,13 +116,7 @@ class LiberoWorkersEnv(VectorEnv):
                     | {"wrist_camera": wrist_camera, "num_threads": num_threads, "reward": reward},
                     daemon=True,
                 )
-                try:
-                    process.start()
-                except (pickle.PicklingError, AttributeError, TypeError) as error:
-                    raise ValueError(
-                        f"reward {reward!r} cannot be sent to a worker ({error}); expected a function of a "
-                        "module, or 'path/to/file.py:function'"
-                    ) from None
+                process.start()
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
@@ -220,6 +222,7 @@ class LiberoWorkersEnv(VectorEnv):
 
     def set_reward(self, reward: str | Reward) -> None:
         """Pay ``reward``, as the constructor takes it, from the next step on."""
+        _check_sent(reward)
         self._call("set_reward", [reward] * len(self._pipes))
         self._learning = reward != "binary"
 
@@ -288,6 +291,17 @@ def _join(infos: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
     return joined
 
 
+def _check_sent(reward: str | Reward) -> None:
+    """Raise a ValueError unless another process can be given ``reward``."""
+    try:
+        pickle.dumps(reward)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"reward {reward!r} cannot be sent to a worker ({error}); expected a function of a module, or"
+            " 'path/to/file.py:function'"
+        ) from None
+
+
 def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **arguments: Any) -> None:
     """A worker: makes its environments, then answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
@@ -295,7 +309,8 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
     try:
         envs = LiberoVectorEnv(**arguments)
     except Exception as error:
-        pipe.send(error)
+        with contextlib.suppress(BrokenPipeError):  # another worker's was told first
+            pipe.send(error)
         return
     pipe.send({
         "metadata": envs.metadata, "autoreset_mode": envs.autoreset_mode, "render_mode": envs.render_mode,
