@@ -12,7 +12,7 @@ them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finis
     equation 8   Adv_it = alpha1 * S_it + alpha2 * T_i        tgrpo_advantages
     equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)            policy_loss, update
 
-Where we depart from the paper, or it is silent (flags restore its letter; --preset paper: 1, 2, 3, 8):
+Where we depart from the paper, or it is silent (flags restore its letter; --preset paper four of them):
  1. Every environment runs to its own end (--stop group: what follows a member's success is masked).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
     (--ratio-level action: one a decision).

@@ -29,6 +29,25 @@ def run_readme(library):
     return names
 
 
+def test_gymnasium_alone():
+    """The README's lines that need no other library: resetting those that have finished, a reward."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    first, *blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    exec(
+        "".join([first, "truncated[2] = True\n", *(block for block in blocks if "import" not in block)]),
+        names,
+    )
+    envs, after = names["envs"], names["info"]
+    assert names["done"].tolist() == [False, False, True] + [False] * 5 and after["init_state_id"].shape == (
+        8,
+    )
+    assert envs.unwrapped.steps.tolist() == [1, 1, 0] + [1] * 5
+    _, reward, *_ = envs.step(envs.action_space.sample())
+    assert ((reward < 0) & (reward > -2)).all()
+    envs.close()
+
+
 # ---- Stable-Baselines3 -------------------------------------------------------------------------------
 
 

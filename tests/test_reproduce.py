@@ -163,6 +163,11 @@ def test_the_readmes_tables_are_the_runs():
         method = reproduce.START if name == "the start" else f"TGRPO {name}".removesuffix(" TGRPO")
         assert cells_ == [seeds(method, task_id) for task_id in (0, 2, 4, 7)], name
 
+    (shipped,) = rows_below("| task | 0 | 1 |").values()
+    assert {(task_id, its[1]) for (method, task_id), its in won.items() if method == reproduce.START} == {
+        (task_id, int(shipped[task_id])) for task_id in (0, 2, 4, 7)
+    }
+
 
 def test_csv(tmp_path):
     lines = [line("PPO", 4, 2, 7), line("GRPO", 4, 1, 8)]
