@@ -312,7 +312,7 @@ def test_arguments_come_back(tmp_path):
     write_json(tmp_path / "args.json", dataclasses.asdict(args) | {"gone": 3})
     for given in (Args(resume=tmp_path), Args(rate=0.25, train=False, resume=tmp_path)):
         assert runs.load_args(given) == dataclasses.replace(args, resume=tmp_path)
-    with pytest.raises(ValueError, match="its own arguments, seed 3; expected --resume without 8"):
+    with pytest.raises(ValueError, match="seed is 8, the run's own 3; expected --resume alone"):
         runs.load_args(Args(seed=8, resume=tmp_path))
 
 

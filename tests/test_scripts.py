@@ -790,7 +790,7 @@ def test_several_tasks(script, start, capfd):
 
 
 @one_online_script
-def test_one_adapter_above_those_of_the_tasks(script, start, tmp_path, capfd):
+def test_one_adapter_above_those_of_the_tasks(script, start, execute, tmp_path, capfd):
     """The tasks' adapters are left alone; what is trained lies above both, and merges with each."""
     folders = []
     for seed in (0, 1):
@@ -808,7 +808,7 @@ def test_one_adapter_above_those_of_the_tasks(script, start, tmp_path, capfd):
     one, other = (load_policy("nano", run / "checkpoints" / f"final_task_{k}").state_dict() for k in (7, 4))
     assert not torch.equal(one["blocks.0.qkv.weight"], other["blocks.0.qkv.weight"])
     assert torch.equal(one["head.weight"], other["head.weight"])
-    start(script, resume=run)
+    execute(script, resume=run)
     assert "0/4" in capfd.readouterr().out
     run = start(script, "plain", **flags, no_merge=None)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "adapter"}

@@ -569,8 +569,8 @@ def load_args(args: ArgsT) -> ArgsT:
         asked, own = getattr(given, field.name), values.get(field.name, field.default)
         if field.name not in ("resume", "device") and asked not in (field.default, own):
             raise ValueError(
-                f"a run goes on with its own arguments, {field.name} {in_short(own)}; expected --resume"
-                f" without {in_short(asked)}"
+                f"{field.name} is {in_short(asked)}, the run's own {in_short(own)}; expected --resume alone,"
+                " a run goes on with its own arguments"
             )
     values["resume"] = run
     if getattr(given, "device", None):
