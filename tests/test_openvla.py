@@ -4,11 +4,13 @@ Checkpoints are tiny, random, and in the published format. The original implemen
 read from the folder that OPENVLA_REFERENCE names (``../shared/openvla_reference``), where it is there.
 """
 
+import gc
 import io
 import json
 import os
 import runpy
 import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -551,6 +553,18 @@ def test_activations_are_computed_again_with_the_adapters_of_their_task(tiny, ki
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
     assert gradients[0].abs().max() > 1e-3
+
+
+def test_a_policy_that_is_dropped_gives_its_memory_back_at_once(tiny, kind):
+    policy = make_trainable(load_policy(kind, tiny), "lora", rank=2).train()
+    optimise(policy)
+    held = weakref.ref(policy.head.weight)
+    gc.disable()
+    try:
+        del policy
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_what_a_rollout_holds_stays_in_place(tiny):

@@ -8,6 +8,7 @@ it). Torch and transformers' Llama only; modules have the names of the published
 
 import contextlib
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import filterfalse
@@ -165,8 +166,8 @@ class OpenVLAModel(nn.Module):
         self.language_model = LlamaForCausalLM(config.llm)
         llama: Any = self.language_model  # the method has another name from transformers 5.23 on
         enable = getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)
-        again = {"use_reentrant": False, "context_fn": lambda: self.contexts()}
-        enable(again)  # takes effect in training mode
+        me = weakref.proxy(self)  # a policy that is dropped gives its memory back at once
+        enable({"use_reentrant": False, "context_fn": lambda: me.contexts()})  # in training mode
 
     @classmethod
     def from_pretrained(
