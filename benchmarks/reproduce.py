@@ -355,7 +355,7 @@ def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
     axis.set(
         xticks=range(len(ALPHAS2)), xticklabels=ALPHAS2, xlabel="alpha2 (trajectory)",
         yticks=range(len(ALPHAS1)), yticklabels=ALPHAS1, ylabel="alpha1 (step)",
-        title=f"seeds {', '.join(map(str, sorted(common)))}",
+        title=f"task {lines[0]['task_id']}, seed {', '.join(map(str, sorted(common)))}",
     )  # fmt: skip
     figure.colorbar(image, label="success after training")
     figure.savefig(path, dpi=100)

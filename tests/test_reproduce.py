@@ -118,7 +118,7 @@ def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("heat*")} == {"heat_map_4.png", "heat_map_7.png"}
     cells = [[text.get_text() for text in figure.axes[0].texts] for figure in figures]
     assert cells == [["45 %", "70 %"], ["10 %"]]  # 0.3/0.7 is TGRPO's, of the seeds that both have
-    assert [figure.axes[0].get_title() for figure in figures] == ["seeds 1, 2", "seeds 1"]
+    assert [figure.axes[0].get_title() for figure in figures] == ["task 4, seed 1, 2", "task 7, seed 1"]
 
 
 def test_a_heat_map_runs_what_it_lacks(tmp_path, monkeypatch):
