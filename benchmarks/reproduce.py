@@ -365,18 +365,19 @@ def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
 def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) -> None:
     """Table and pictures of the runs so far."""
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
+    named, named_points = with_twins(lines), with_twins(points)
     if methods:
         (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
     if any(line["method"] in ASKED for line in lines):
-        (args.results / "questions.md").write_text(pairs_table(with_twins(lines)))
+        (args.results / "questions.md").write_text(pairs_table(named))
     if any(point["method"] in METHODS for point in points):
         draw_curves(points, list(METHODS), args.results / "curves.png")
     for question, asked in QUESTIONS.items():
         if any(point["method"] in asked for point in points):
-            draw_curves(with_twins(points), ["TGRPO", *asked], args.results / f"{question}.png")
+            draw_curves(named_points, ["TGRPO", *asked], args.results / f"{question}.png")
     only_mapped = HEAT_MAP.keys() - ASKED.keys()
     for task_id in sorted({line["task_id"] for line in lines if line["method"] in only_mapped}):
-        its_lines = [x for x in with_twins(lines) if x["task_id"] == task_id and x["method"] in HEAT_MAP]
+        its_lines = [x for x in named if x["task_id"] == task_id and x["method"] in HEAT_MAP]
         draw_heat_map(its_lines, args.results / f"heat_map_{task_id}.png")
 
 
@@ -397,9 +398,8 @@ def main(args: Args) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
-    methods = args.methods or (("TGRPO", *ASKED) if args.questions else tuple(METHODS))
-    if args.heat_map is not None:
-        methods = tuple(HEAT_MAP)
+    chosen = HEAT_MAP if args.heat_map is not None else ("TGRPO", *ASKED) if args.questions else METHODS
+    methods = args.methods or tuple(chosen)
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known

@@ -253,7 +253,7 @@ def check_reset(
         warnings.warn(
             "init_state_id names the states that every published evaluation uses, and a reward other "
             "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
-            stacklevel=4,
+            stacklevel=3,
         )
     return mask, ids, [None if s is None else int(s) for s in seeds]
 
@@ -523,16 +523,11 @@ class LiberoVectorEnv(VectorEnv):
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
         """
-        mask, ids, seeds = self._check_reset(seed, options)
-        self._reset(np.flatnonzero(mask), seeds, ids)
-        return self._observation(), self._info()
-
-    def _check_reset(
-        self, seed: Any, options: Any
-    ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
         check_open(self)
         recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
-        return check_reset(seed, options, recorded, self._reward is not binary)
+        mask, ids, seeds = check_reset(seed, options, recorded, self._reward is not binary)
+        self._reset(np.flatnonzero(mask), seeds, ids)
+        return self._observation(), self._info()
 
     def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
         """Reset ``indices``: settle the init states not seen lately, then copy, draw each once, and read."""

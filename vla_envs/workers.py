@@ -181,11 +181,6 @@ class LiberoWorkersEnv(VectorEnv):
         except (ValueError, TypeError, gym.error.Error, OSError) as error:
             return error
 
-    def _check_reset(
-        self, seed: Any, options: Any
-    ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
-        return check_reset(seed, options, self._recorded, self._learning)
-
     def _split(self, values: Any) -> list[Any]:
         return [values[part] for part in self._slices]
 
@@ -230,7 +225,7 @@ class LiberoWorkersEnv(VectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
-        mask, ids, seeds = self._check_reset(seed, options)
+        mask, ids, seeds = check_reset(seed, options, self._recorded, self._learning)
         answers = self._call("reset", self._split(mask), self._split(ids), self._split(seeds))
         self._ready |= mask
         return self._observe(answers)
