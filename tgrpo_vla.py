@@ -132,7 +132,7 @@ class Args:
     """The step term compares members at the same decision, or as far into the same stage: the same reward"""
     preset: Literal["paper"] | None = None
     """paper: --stop group --no-clip --update-every step --target-kl 1e9; nano needs --learning-rate 1e-4"""
-    return_mode: Literal["sum", "mean"] = "sum"
+    return_mode: Literal["held", "sum", "mean"] = "held"
     """A trajectory's reward: the sum over its steps, or their mean"""
     stop: Literal["each", "group"] = "each"
     """each: every environment runs to its own end; group: all stop at a member's success"""
@@ -194,14 +194,12 @@ def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
 
 
-def trajectory_advantages(
-    rewards: Tensor, alive: Tensor, group_size: int, return_mode: str = "sum"
-) -> Tensor:
-    """Equation 7, (N,): total rewards of (T, N), or means over the steps, standardised within groups."""
-    returns = (rewards.double() * alive).sum(dim=0)  # (N,)
-    if return_mode == "mean":
-        returns = returns / alive.sum(dim=0).clamp(min=1)  # (N,), of a group left out 0
-    return group_advantages(returns, group_size, eps=0.0)  # (N,)
+def held_rewards(rewards: Tensor, alive: Tensor) -> Tensor:
+    """Rewards (T, N), float64; a finished member keeps its last one."""
+    held = rewards.double().clone()  # (T, N)
+    for t in range(1, len(held)):
+        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])  # (N,)
+    return held
 
 
 def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
@@ -209,10 +207,24 @@ def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
 
     A finished member keeps its last reward in the statistics; its own advantage is then 0.
     """
-    held = rewards.double().clone()  # (T, N)
-    for t in range(1, len(held)):
-        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])  # (N,)
-    return group_advantages(held, group_size, eps=0.0) * alive  # (T, N)
+    return group_advantages(held_rewards(rewards, alive), group_size, eps=0.0) * alive  # (T, N)
+
+
+def trajectory_advantages(
+    rewards: Tensor, alive: Tensor, group_size: int, return_mode: str = "held"
+) -> Tensor:
+    """Equation 7, (N,): total rewards of (T, N), standardised within groups.
+
+    ``"held"``: a finished member keeps its last reward until its group's last member ends. Summed over its
+    own steps (``"sum"``), or as their mean, a member that hovers over the goal would beat one that finishes.
+    """
+    returns = (rewards.double() * alive).sum(dim=0)  # (N,)
+    if return_mode == "held":
+        playing = alive.unflatten(1, (-1, group_size)).any(dim=2).repeat_interleave(group_size, dim=1)  # (T, N)
+        returns = (held_rewards(rewards, alive) * playing).sum(dim=0)  # (N,)
+    if return_mode == "mean":
+        returns = returns / alive.sum(dim=0).clamp(min=1)  # (N,), of a group left out 0
+    return group_advantages(returns, group_size, eps=0.0)  # (N,)
 
 
 def stage_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
@@ -238,7 +250,7 @@ def stage_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
 
 def tgrpo_advantages(
     rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float,
-    return_mode: str = "sum", group_by: str = "time",
+    return_mode: str = "held", group_by: str = "time",
 ) -> Tensor:  # fmt: skip
     """Equation 8, (T, N); 0 where not alive."""
     compare = stage_advantages if group_by == "stage" else step_advantages

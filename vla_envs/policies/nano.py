@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 BINS = 256
+LABEL_WIDTH = 0.1  # standard deviation of a demonstrated action's soft label, in units of full speed
+SHIFT = 2  # pixels, most that an imitated image is shifted, of image_size
 ACTION_DIM = 7
 LARGEST = 4096  # of the sizes of a nano policy
 # Typical positions (m), axis-angles (rad) and gripper joints (m), to bring the state near [-1, 1].
@@ -33,6 +35,7 @@ class NanoConfig:
     """Sizes of a nano policy; its defaults are the shipped checkpoint's."""
 
     action_chunk: int = 8
+    action_repeat: int = 4  # control steps that a predicted action is held
     image_size: int = 64  # pictures are averaged down to this
     width: int = 128
     depth: int = 3
@@ -47,6 +50,8 @@ class NanoConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise ValueError(f"{name} is {value!r}; expected an int from 1 to {LARGEST}")
+        if self.action_chunk % self.action_repeat:
+            raise ValueError(f"action_chunk {self.action_chunk} must divide by action_repeat {self.action_repeat}")
         if self.width % self.heads or self.image_size % 16:
             raise ValueError(
                 f"width {self.width} must divide by heads {self.heads}, image_size {self.image_size} by 16"
@@ -81,6 +86,17 @@ def draw(kind: str, like: Tensor, generators: list[torch.Generator] | None) -> T
     if like.is_cuda:
         numbers = numbers.pin_memory()  # so that the copy does not wait for the device
     return numbers.to(like, non_blocking=True)
+
+
+def shift(images: Tensor, most: int, generators: list[torch.Generator] | None) -> Tensor:
+    """Images (B, 3, H, W), each moved by up to ``most`` pixels; its edge is repeated."""
+    moves = draw("uniform_", images[:, 0, 0, :2], generators)  # (B, 2)
+    moves = ((2 * most + 1) * moves).long() - most  # (B, 2)
+    along = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = ((along + move[:, None]).clamp(0, len(along) - 1) for move in moves.T)  # (B, H), (B, W)
+    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    return images[batch, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 class Block(nn.Module):
@@ -127,7 +143,7 @@ class Backbone(nn.Module):
         self.film = nn.Linear(width, 2 * width)
         self.state_in = nn.Linear(8, width)
         self.position = nn.Parameter(torch.zeros(1, patches, width))
-        self.queries = nn.Parameter(torch.zeros(1, config.action_chunk, width))
+        self.queries = nn.Parameter(torch.zeros(1, config.action_chunk // config.action_repeat, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.state_centre: Tensor
@@ -196,7 +212,7 @@ class Backbone(nn.Module):
         x = torch.cat([picture, sentence.unsqueeze(1), state, queries], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, -self.config.action_chunk :])
+        return self.norm(x[:, -self.queries.shape[1] :])
 
     def describe(self) -> dict[str, Any]:
         """The configuration, for a checkpoint's ``config.json``."""
@@ -243,8 +259,9 @@ class NanoPolicy(Backbone):
         elif temperature > 0:
             tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1).view(logprobs.shape[:2])
         else:
-            tokens = logits.argmax(-1)
-        actions = token_actions(tokens).unflatten(1, (self.config.action_chunk, ACTION_DIM))
+            tokens = (logprobs.exp().cumsum(-1) < 0.5).sum(-1).clamp(max=BINS - 1)
+        actions = token_actions(tokens).unflatten(1, (-1, ACTION_DIM))  # (B, Q, 7)
+        actions = actions.repeat_interleave(self.config.action_repeat, dim=1)  # (B, C, 7)
         return actions.cpu().numpy(), tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
     def evaluate(
@@ -256,13 +273,23 @@ class NanoPolicy(Backbone):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy, hidden[:, 0]
 
+    def _held(self, actions: Tensor) -> Tensor:
+        """Actions ``(B, Q, 7)`` to hold, the means of ``(B, C, 7)`` over ``action_repeat`` control steps."""
+        return actions.unflatten(1, (-1, self.config.action_repeat)).mean(dim=2)
+
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens ``(B, 56)`` of demonstrated actions ``(B, C, 7)``."""
-        return action_tokens(actions).flatten(1)
+        """Tokens ``(B, D)`` of demonstrated actions ``(B, C, 7)``."""
+        return action_tokens(self._held(actions)).flatten(1)
 
     def imitation_loss(
         self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
     ) -> Tensor:
-        """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
-        tokens = self.encode(actions).to(next(self.parameters()).device)
-        return -self.evaluate(obs, instructions, tokens)[0].mean()
+        """Cross-entropy of demonstrated actions ``(B, C, 7)``."""
+        inputs = self.prepare(obs, instructions)
+        if self.training:
+            inputs["image"] = shift(inputs["image"], SHIFT, generators)
+        logits = self(inputs)[0]  # (B, Q, 7, 256)
+        target = self._held(actions).to(logits).unsqueeze(-1)  # (B, Q, 7, 1)
+        centres = token_actions(torch.arange(BINS, device=logits.device))  # (256,)
+        labels = (-0.5 * ((centres - target) / LABEL_WIDTH) ** 2).softmax(-1)  # (B, Q, 7, 256)
+        return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean()
