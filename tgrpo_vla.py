@@ -19,7 +19,8 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
  3. One epoch of minibatches over the whole batch (--update-every step: Algorithm 1's update a decision step).
  4. A step at which all members get the same reward has advantage 0; the share of such steps is logged.
     --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2.
- 5. A trajectory's total reward is the sum over its steps (--return-mode mean: their mean).
+ 5. A finished member keeps its last reward until its group's last member ends, or one that hovers over the
+    goal would earn more than one that finishes (--return-mode sum: over its own steps; mean: their mean).
  6. The policy decides a chunk of C control steps at once; the step reward is that of the chunk's last one.
  7. Several groups a batch, each on its own scene, drawn from LIBERO's regions; evaluation is on the 50
     recorded init states, which training never sees.
@@ -46,7 +47,7 @@ import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
 from vla_envs.policies import adapters, load_policy
 
-# The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1); 0.3, 0.7 elsewhere.
+# The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1), the best of several trainings.
 PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
                 (0.3, 0.7), (10.0, 1.0), (10.0, 1.0), (0.3, 0.7), (0.3, 0.7))  # fmt: skip
 FIT_START = [[1.0, 0.0, 0.3], [0.0, 1.0, 0.7]]  # of --alphas auto: 0.3, 0.7 with the weight of a trajectory
@@ -125,15 +126,15 @@ class Args:
     alphas: Literal["given", "auto"] = "given"
     """auto: weigh the two terms anew in every iteration, by how well they predict success"""
     alpha1: float | None = None
-    """Weight of the step term [the paper's for this task; 0.3 elsewhere and for several tasks]"""
+    """Weight of the step term [0.3; --preset paper: the paper's for this task]"""
     alpha2: float | None = None
-    """Weight of the trajectory term [the paper's for this task; 0.7 elsewhere and for several tasks]"""
+    """Weight of the trajectory term [0.7; --preset paper: the paper's for this task]"""
     group_by: Literal["time", "stage"] = "time"
     """The step term compares members at the same decision, or as far into the same stage: the same reward"""
     preset: Literal["paper"] | None = None
     """paper: --stop group --no-clip --update-every step --target-kl 1e9; nano needs --learning-rate 1e-4"""
     return_mode: Literal["held", "sum", "mean"] = "held"
-    """A trajectory's reward: the sum over its steps, or their mean"""
+    """A trajectory's reward: summed until its group ends, a finished member's last one held; over its own steps; their mean"""
     stop: Literal["each", "group"] = "each"
     """each: every environment runs to its own end; group: all stop at a member's success"""
     update_every: Literal["batch", "step"] = "batch"
@@ -499,11 +500,11 @@ def check(args: Args) -> Args:
         args = dataclasses.replace(args, stop="group", clip=False, update_every="step")
     if args.alphas == "auto" and (args.alpha1 is not None or args.alpha2 is not None):
         raise ValueError("--alphas auto finds alpha1 and alpha2; expected neither of them to be given")
-    known = dict(enumerate(PAPER_ALPHAS)) if args.suite == "LiberoObject" else {}
     task_ids = args.task_ids or (args.task_id,)
-    paper1, paper2 = known.get(task_ids[0], (0.3, 0.7)) if len(task_ids) == 1 else (0.3, 0.7)
-    alpha1 = paper1 if args.alpha1 is None else args.alpha1
-    alpha2 = paper2 if args.alpha2 is None else args.alpha2
+    of_paper = args.preset == "paper" and args.suite == "LiberoObject" and len(task_ids) == 1
+    default1, default2 = PAPER_ALPHAS[task_ids[0]] if of_paper else (0.3, 0.7)
+    alpha1 = default1 if args.alpha1 is None else args.alpha1
+    alpha2 = default2 if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all() or alpha1 == alpha2 == 0:
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers, not both 0")
     runs.check_numbers(args, "clip_low clip_high", above=False)

@@ -99,36 +99,45 @@ def success(outcomes: ArrayLike, task_ids: Sequence[int] = ()) -> dict[str, Any]
     return result
 
 
-def is_result(value: Any) -> bool:
-    """Whether a value from a file is what ``success`` says."""
+def are_results(value: Any) -> bool:
+    """Whether a value from a file is what ``assess`` returns."""
     names = ("successes", "trials", "rate", "low", "high")
-    return isinstance(value, dict) and all(isinstance(value.get(name), int | float) for name in names)
+    return isinstance(value, dict) and all(
+        isinstance(its, dict) and all(isinstance(its.get(name), int | float) for name in names)
+        for its in value.values()
+    )
 
 
-def log(
-    writer: Any, iteration: int, step: int, outcomes: NDArray[np.bool_], task_ids: Sequence[int]
-) -> dict[str, Any]:
-    """Write an evaluation to TensorBoard at ``step`` and above the progress bar; what ``success`` says."""
-    result = success(outcomes, task_ids)
-    writer.add_scalar("charts/success_rate", result["rate"], step)
-    for task_id, its in result.get("tasks", {}).items():
-        writer.add_scalar(f"charts/success_rate_task_{task_id}", its["rate"], step)
-    tqdm.write(f"iteration {iteration}: success {percent(result)}")
-    return result
+def ways(args: Any) -> dict[str, float]:
+    """The temperatures of an evaluation: deterministic, the headline, and sampled as in training."""
+    return {"success": 0.0} | ({"sampled": args.eval_temperature} if args.eval_temperature > 0 else {})
 
 
 def assess(
     evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, writer: Any, args: Any,
     state: dict[str, Any], step: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a training run after ``state["iteration"]`` iterations, log it at ``step``; as ``success``.
+    """Evaluate a training run after ``state["iteration"]`` iterations and log it at ``step``.
 
     ``evaluate`` is the script's own.
+
+    Returns:
+        ``"success"``: of the policy's deterministic actions; ``"sampled"``: at ``args.eval_temperature``,
+        unless that is 0. Each as ``success`` gives it.
     """
     iteration = state["evaluated"] = state["iteration"]
-    video = run / "videos" / f"iteration_{iteration:04d}.mp4"
-    outcomes = by_first(evaluate, envs, policy, args.eval_temperature, args, video)
-    return log(writer, iteration, step, outcomes, args.task_ids)
+    results = {}
+    for name, temperature in ways(args).items():
+        video = run / "videos" / f"iteration_{iteration:04d}_{name}.mp4"
+        outcomes = by_first(evaluate, envs, policy, temperature, args, video)
+        result = results[name] = success(outcomes, args.task_ids)
+        tag = {"success": "charts/success_rate", "sampled": "charts/sampled_success_rate"}[name]
+        writer.add_scalar(tag, result["rate"], step)
+        for task_id, its in result.get("tasks", {}).items():
+            writer.add_scalar(f"{tag}_task_{task_id}", its["rate"], step)
+    words = "; ".join(f"{name} {percent(result)}" for name, result in results.items())
+    tqdm.write(f"iteration {iteration}: {words}")
+    return results
 
 
 def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:

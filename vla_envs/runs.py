@@ -261,7 +261,7 @@ def start(
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
         for name in ("before", "after"):
             outcome = loaded.get(name)
-            if outcome is not None and not evaluation.is_result(outcome):
+            if outcome is not None and not evaluation.are_results(outcome):
                 raise ValueError(
                     f"{str(latest / 'counters.json')!r} is damaged: {name} is {in_short(outcome)}"
                 )
@@ -453,16 +453,13 @@ def _write_result(run: Path, policy: Any, state: dict[str, Any], args: Any) -> N
     save_policies(run, policy, args)
     before, after = state["before"], state["after"]
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
-    result |= {"success_before": before, "success_after": after}
+    for name in after:
+        result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     write_json(
         run / "result.json", result | {name: state[name] for name in ("env_steps", "episodes", "wall_s")}
     )
-    print(
-        f"success {before['successes']}/{before['trials']} -> {after['successes']}/{after['trials']}"
-        f" in {state['wall_s'] / 60:.1f} min; {run}"
-    )
-    for task_id, its in after.get("tasks", {}).items():
-        print(f"  task {task_id}: {before['tasks'][task_id]['successes']} -> {evaluation.percent(its)}")
+    words = [f"{name} {before[name]['successes']} -> {evaluation.percent(its)}" for name, its in after.items()]
+    print(f"{'; '.join(words)}, in {state['wall_s'] / 60:.1f} min; {run}")
 
 
 def save_training_state(

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vla_envs.policies.nano import ACTION_DIM, Backbone, NanoConfig, draw
+from vla_envs.policies.nano import ACTION_DIM, SHIFT, Backbone, NanoConfig, draw, shift
 
 FREQUENCIES = 8  # of the time's cosine and sine features
 
@@ -51,17 +51,17 @@ class FlowHead(nn.Module):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        size, width = config.action_chunk * ACTION_DIM, config.head_width
-        self.condition = nn.Linear(config.action_chunk * config.width, width)
+        size, width = config.num_actions * ACTION_DIM, config.head_width
+        self.condition = nn.Linear(config.num_actions * config.width, width)
         self.actions_in, self.time_in = nn.Linear(size, width), nn.Linear(2 * FREQUENCIES, width)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, size)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Velocities ``(..., C * 7)``, of the same leading dimensions as x and condition.
+        """Velocities ``(..., Q * 7)``, of the same leading dimensions as x and condition.
 
         Args:
-            x: (..., C * 7), noisy actions.
+            x: (..., Q * 7), noisy actions.
             t: (..., 1), their times, 1 noise and 0 action.
             condition: (..., head_width), what ``condition`` makes of the hidden states.
         """
@@ -75,8 +75,8 @@ class FlowHead(nn.Module):
 class FlowPolicy(Backbone):
     """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to chunks of continuous actions.
 
-    Its tokens are denoising chains x_0 ... x_K ``(B, K + 1, C * 7)``, float32; its log-probabilities
-    ``(B, K * C * 7)`` are the log-densities of every number drawn for x_1 ... x_K, in the order of the chain.
+    Its tokens are denoising chains x_0 ... x_K ``(B, K + 1, Q * 7)``, float32; its log-probabilities
+    ``(B, K * Q * 7)`` are the log-densities of every number drawn for x_1 ... x_K, in the order of the chain.
     So a ratio a token is one a draw: sums would leave any clip at once, means would hide single draws.
     """
 
@@ -97,10 +97,10 @@ class FlowPolicy(Backbone):
         return self.head.condition(hidden.flatten(1)), hidden
 
     def step(self, x: Tensor, k: Tensor, condition: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Mean ``(..., C * 7)`` and standard deviation ``(..., 1)`` of the chain's step from x.
+        """Mean ``(..., Q * 7)`` and standard deviation ``(..., 1)`` of the chain's step from x.
 
         Args:
-            x: (..., C * 7), x_k.
+            x: (..., Q * 7), x_k.
             k: (..., 1), which step, from 0.
             condition: (..., head_width).
             temperature: Scales the noise; 0 makes the step the ODE's.
@@ -116,7 +116,7 @@ class FlowPolicy(Backbone):
         return x - d * velocity - pull * (x + (1.0 - t) * velocity), (d * variance).sqrt()
 
     def _densities(self, chain: Tensor, condition: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-densities and entropies ``(B, K * C * 7)`` of the draws of a chain ``(B, K + 1, C * 7)``."""
+        """Log-densities and entropies ``(B, K * Q * 7)`` of the draws of a chain ``(B, K + 1, Q * 7)``."""
         k = torch.arange(self.config.denoising_steps, device=chain.device).view(1, -1, 1)
         mean, std = self.step(chain[:, :-1], k, condition.unsqueeze(1), temperature or 1.0)
         log_std = std.log() + 0.5 * math.log(2.0 * math.pi)  # (1, K, 1)
@@ -131,7 +131,7 @@ class FlowPolicy(Backbone):
         temperature: float = 1.0,
         generators: list[torch.Generator] | None = None,
     ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
-        """Actions ``(B, C, 7)`` in [-1, 1], chains ``(B, K + 1, C * 7)``, log-densities ``(B, K * C * 7)``.
+        """Actions ``(B, C, 7)`` in [-1, 1], chains ``(B, K + 1, Q * 7)``, log-densities ``(B, K * Q * 7)``.
 
         Args:
             obs: ``image`` and ``state`` as the environments give them.
@@ -141,7 +141,7 @@ class FlowPolicy(Backbone):
             generators: One for each instruction, from which it draws; by default torch's own for all.
         """
         condition, _ = self(self.prepare(obs, instructions))
-        x = condition.new_zeros(len(condition), self.config.action_chunk * ACTION_DIM)
+        x = condition.new_zeros(len(condition), self.config.num_actions * ACTION_DIM)
         if temperature > 0:
             x = draw("normal_", x, generators)
         chain = [x]
@@ -149,13 +149,12 @@ class FlowPolicy(Backbone):
             mean, std = self.step(chain[-1], x.new_full((1, 1), k), condition, temperature)
             chain.append(mean + std * draw("normal_", x, generators) if temperature > 0 else mean)
         tokens = torch.stack(chain, dim=1)
-        actions = tokens[:, -1].clamp(-1.0, 1.0).unflatten(1, (self.config.action_chunk, ACTION_DIM))
-        return actions.cpu().numpy(), tokens, self._densities(tokens, condition, temperature)[0]
+        return self.executed(tokens[:, -1].clamp(-1.0, 1.0)), tokens, self._densities(tokens, condition, temperature)[0]
 
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-densities and entropies (nats) ``(B, K * C * 7)`` of chains, hidden ``(B, width)``."""
+        """Log-densities and entropies (nats) ``(B, K * Q * 7)`` of chains, hidden ``(B, width)``."""
         condition, hidden = self(self.prepare(obs, instructions))
         return *self._densities(tokens, condition, temperature), hidden[:, 0]
 
@@ -171,8 +170,11 @@ class FlowPolicy(Backbone):
         Each sample has one time t, uniform in [0, 1], at which x = t noise + (1 - t) actions;
         it and the noise come from the sample's own of the ``generators``, or from torch's.
         """
-        condition, _ = self(self.prepare(obs, instructions))
-        target = actions.to(condition).flatten(1)
+        inputs = self.prepare(obs, instructions)
+        if self.training:
+            inputs["image"] = shift(inputs["image"], SHIFT, generators)
+        condition, _ = self(inputs)
+        target = self.held(actions.to(condition)).flatten(1)
         noise, t = draw("normal_", target, generators), draw("uniform_", target[:, :1], generators)
         velocity = self.head(t * noise + (1.0 - t) * target, t, condition)
         return F.mse_loss(velocity, noise - target)

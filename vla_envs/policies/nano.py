@@ -43,6 +43,11 @@ class NanoConfig:
     max_words: int = 16
     vocabulary: int = 512  # words are hashed into this many embeddings
 
+    @property
+    def num_actions(self) -> int:
+        """Actions that a decision predicts (Q), each held for ``action_repeat`` control steps."""
+        return self.action_chunk // self.action_repeat
+
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -143,7 +148,7 @@ class Backbone(nn.Module):
         self.film = nn.Linear(width, 2 * width)
         self.state_in = nn.Linear(8, width)
         self.position = nn.Parameter(torch.zeros(1, patches, width))
-        self.queries = nn.Parameter(torch.zeros(1, config.action_chunk // config.action_repeat, width))
+        self.queries = nn.Parameter(torch.zeros(1, config.num_actions, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.state_centre: Tensor
@@ -212,7 +217,16 @@ class Backbone(nn.Module):
         x = torch.cat([picture, sentence.unsqueeze(1), state, queries], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, -self.queries.shape[1] :])
+        return self.norm(x[:, -self.config.num_actions :])
+
+    def held(self, actions: Tensor) -> Tensor:
+        """Demonstrated actions ``(B, C, 7)`` as the policy predicts them, ``(B, Q, 7)``: means over a hold."""
+        return actions.unflatten(1, (self.config.num_actions, -1)).mean(dim=2)
+
+    def executed(self, actions: Tensor) -> NDArray[np.float32]:
+        """Predicted actions ``(B, Q * 7)`` as the environments execute them, ``(B, C, 7)``."""
+        actions = actions.unflatten(1, (self.config.num_actions, ACTION_DIM))
+        return actions.repeat_interleave(self.config.action_repeat, dim=1).cpu().numpy()
 
     def describe(self) -> dict[str, Any]:
         """The configuration, for a checkpoint's ``config.json``."""
@@ -260,9 +274,7 @@ class NanoPolicy(Backbone):
             tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1).view(logprobs.shape[:2])
         else:
             tokens = (logprobs.exp().cumsum(-1) < 0.5).sum(-1).clamp(max=BINS - 1)
-        actions = token_actions(tokens).unflatten(1, (-1, ACTION_DIM))  # (B, Q, 7)
-        actions = actions.repeat_interleave(self.config.action_repeat, dim=1)  # (B, C, 7)
-        return actions.cpu().numpy(), tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return self.executed(token_actions(tokens)), tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
@@ -273,13 +285,9 @@ class NanoPolicy(Backbone):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy, hidden[:, 0]
 
-    def _held(self, actions: Tensor) -> Tensor:
-        """Actions ``(B, Q, 7)`` to hold, the means of ``(B, C, 7)`` over ``action_repeat`` control steps."""
-        return actions.unflatten(1, (-1, self.config.action_repeat)).mean(dim=2)
-
     def encode(self, actions: Tensor) -> Tensor:
         """Tokens ``(B, D)`` of demonstrated actions ``(B, C, 7)``."""
-        return action_tokens(self._held(actions)).flatten(1)
+        return action_tokens(self.held(actions)).flatten(1)
 
     def imitation_loss(
         self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
@@ -289,7 +297,7 @@ class NanoPolicy(Backbone):
         if self.training:
             inputs["image"] = shift(inputs["image"], SHIFT, generators)
         logits = self(inputs)[0]  # (B, Q, 7, 256)
-        target = self._held(actions).to(logits).unsqueeze(-1)  # (B, Q, 7, 1)
+        target = self.held(actions).to(logits).unsqueeze(-1)  # (B, Q, 7, 1)
         centres = token_actions(torch.arange(BINS, device=logits.device))  # (256,)
         labels = (-0.5 * ((centres - target) / LABEL_WIDTH) ** 2).softmax(-1)  # (B, Q, 7, 256)
         return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean()

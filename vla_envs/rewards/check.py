@@ -12,6 +12,7 @@ from vla_envs.rewards import STAGES, Facts, Reward, evaluate_reward, multi_stage
 
 EPS = 1e-9  # rewards nearer than this are the same
 RATE = 20  # control steps a second
+HORIZON = 200  # control steps over which finishing and dawdling are compared, those of an episode
 
 
 class Rule(NamedTuple):
@@ -103,7 +104,7 @@ def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule],
         stage_name=np.array([f"stage {k}" for k in stages]) if own else stage_names(facts),
         own=own,
     )
-    return rules + [rule(seen) for rule in (_constant, _rising, _success, _drop, _better)], seen
+    return rules + [rule(seen) for rule in (_constant, _rising, _success, _finishing, _drop, _better)], seen
 
 
 def _constant(seen: Seen) -> Rule:
@@ -150,6 +151,30 @@ def _success(seen: Seen) -> Rule:
         "success far above",
         f"{least:.4g}, else at most {best:.4g}; a step of {least - best:.4g}, the others {greatest:.4g}",
     )
+
+
+def _finishing(seen: Seen) -> Rule:
+    """Whether a demonstration that ends in success pays more than the same one that stops on its way.
+
+    Both over ``HORIZON`` control steps, through which the one that has finished and the one that stands still
+    keep their last reward: the total reward that TGRPO compares the members of a group by.
+    """
+    name, least = "finishing pays more than dawdling", (np.inf, "no demonstration succeeds")
+    for episode in np.unique(seen.episode[seen.kind == "demonstrations"]):
+        its = (seen.kind == "demonstrations") & (seen.episode == episode) & (seen.step > 0)
+        if not (seen.facts["success"][its] > 0).any():
+            continue
+        end = int(np.argmax(seen.facts["success"][its] > 0))
+        paid = seen.reward[its][: end + 1]
+        totals = np.cumsum(paid) + paid * np.maximum(HORIZON - 1 - np.arange(end + 1), 0)
+        best = int(np.argmax(totals[:-1])) if end else 0
+        if end and totals[-1] - totals[best] < least[0]:
+            where = f"{seen.stage_name[its][best]!r} at {np.array(seen.where)[its][best]}"
+            least = (
+                totals[-1] - totals[best],
+                f"{totals[-1]:.4g} in {HORIZON} steps, staying {where} {totals[best]:.4g}",
+            )
+    return Rule(None if least[0] == np.inf else bool(least[0] > EPS), name, least[1])
 
 
 def _drop(seen: Seen) -> Rule:
