@@ -345,8 +345,8 @@ if __name__ == "__main__":
         state["wall_s"] = time.perf_counter() - started
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.save_policies(run, policy, args)
-    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "success": state["after"]}
-    result |= {"best": best, "wall_s": state["wall_s"]}
+    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
+    result |= state["after"] | {"best": best, "wall_s": state["wall_s"]}
     distributed.only_first(runs.write_json)(run / "result.json", result)
     print(f"{state['wall_s'] / 60:.1f} min; {run}")
     writer.close()

@@ -41,6 +41,7 @@ class Args:
 
 
 #: Figures with a line for every run: title, and the tags drawn solid, dashed and dotted.
+OUTCOMES = ("success_before", "success_after", "sampled_before", "sampled_after")  # columns of the table
 LINES = {
     "Success of the training episodes": ("group/success_mean",),
     "Groups: share kept, share in which all got the same": ("group/kept_frac", "group/zero_std_frac"),
@@ -128,9 +129,12 @@ def read_run(folder: Path) -> Run:
     files = [folder / "result.json"]
     files += [folder / "checkpoints" / name / "counters.json" for name in ("latest", "latest.previous")]
     state: dict[str, Any] = next((read_json(file) for file in files if file.is_file()), {})
-    for name in ("success_before", "before", "success_after", "success", "after"):
-        if state.get(name) is not None and not evaluation.is_result(state[name]):
-            raise ValueError(f"{str(folder)!r} is damaged: its {name} is no result of an evaluation")
+    for when in ("before", "after"):  # of a run that has not ended
+        state |= {f"{name}_{when}": its for name, its in (state.get(when) or {}).items()}
+    for name in ("success", "sampled"):  # of one that only evaluates or imitates
+        state |= {f"{name}_after": state[name]} if name in state else {}
+    if not evaluation.are_results({name: state[name] for name in OUTCOMES if name in state}):
+        raise ValueError(f"{str(folder)!r} is damaged: what it says of an evaluation is not a result of one")
     events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
     scalars = {
         tag: np.array([(event.step, event.value) for event in found]).T
@@ -273,14 +277,13 @@ def _success(result: dict[str, Any] | None) -> str:
 def row(run: Run, names: list[str]) -> str:
     """The run's row of the table; ``names``: the arguments that tell it from the others."""
     state, text = run.state, lambda value: html.escape(str(value))
-    before = state.get("success_before") or state.get("before")
-    after = state.get("success_after") or state.get("success") or state.get("after")
+    outcomes = [_success(state.get(name)) for name in OUTCOMES]
     own = [f"{name} {run.args[name]}" for name in names if name in run.args]
     steps, seconds = state.get("env_steps"), state.get("wall_s")
     cells = [
         f'<i style="background: {run.colour}"></i> {text(run.name)}', text(run.args.get("script", "?")),
         text(run.args["suite"]),
-        text(", ".join(map(str, run.task_ids))), text(run.args["seed"]), _success(before), _success(after),
+        text(", ".join(map(str, run.task_ids))), text(run.args["seed"]), *outcomes,
         "" if steps is None else f"{steps:,}", "" if seconds is None else f"{seconds / 60:.1f} min",
         "finished" if run.finished else f"iteration {state.get('iteration', 0)}",
         "<br>".join(map(text, own)),
@@ -308,7 +311,7 @@ def page(runs: list[Run], out: Path, embed_mb: float = 2.0) -> str:
     for k, run in enumerate(runs):
         where = k if len(runs) <= 10 else k / (len(runs) - 1)
         run.colour = matplotlib.colors.to_hex(colours(where))
-    heads = ("run", "script", "suite", "tasks", "seed", "before", "after", "environment steps", "wall time",
+    heads = ("run", "script", "suite", "tasks", "seed", "before", "after", "sampled before", "sampled after", "environment steps", "wall time",
              "state", "arguments that differ")  # fmt: skip
     names = differing(runs)
     sections = []
