@@ -10,6 +10,7 @@ predicts discrete action tokens. What differs, and why:
 - the instruction also scales and shifts the picture tokens (FiLM), which grounds words far sooner.
 """
 
+import math
 import zlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 BINS = 256
-LABEL_WIDTH = 0.1  # standard deviation of a demonstrated action's soft label, in units of full speed
+LEAST_STD = 0.02  # of a token's distribution, in units of full speed; training would narrow it to a bin
 SHIFT = 2  # pixels, most that an imitated image is shifted, of image_size
 ACTION_DIM = 7
 LARGEST = 4096  # of the sizes of a nano policy
@@ -241,14 +242,22 @@ class NanoPolicy(Backbone):
 
     def __init__(self, config: NanoConfig = NanoConfig()) -> None:
         super().__init__(config)
-        self.head = nn.Linear(config.width, ACTION_DIM * BINS)
+        self.head = nn.Linear(config.width, 2 * ACTION_DIM)
         self._initialise()
-        nn.init.normal_(self.head.weight, std=0.1 * config.width**-0.5)  # starts near uniform over the bins
+        nn.init.constant_(self.head.bias[ACTION_DIM:], math.log(0.2))  # starts broad
+        self.centres: Tensor
+        self.register_buffer("centres", token_actions(torch.arange(BINS)), persistent=False)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, C, 7, 256)`` and hidden states ``(B, C, width)`` of prepared inputs."""
+        """Logits ``(B, Q, 7, 256)`` and hidden states ``(B, Q, width)`` of prepared inputs.
+
+        Bins are ordered, so a token's distribution is a normal one, cut into bins: a mean and a standard
+        deviation are predicted. Beyond full speed the mean only makes the outermost bins likelier.
+        """
         hidden = self.hidden(inputs)
-        return self.head(hidden).unflatten(-1, (ACTION_DIM, BINS)), hidden
+        mean, log_std = self.head(hidden).unsqueeze(-1).chunk(2, dim=-2)  # (B, Q, 7, 1)
+        std = LEAST_STD + log_std.clamp(max=0.0).exp()
+        return -0.5 * ((self.centres - mean) / std) ** 2, hidden
 
     @torch.no_grad()
     def sample(
@@ -292,12 +301,10 @@ class NanoPolicy(Backbone):
     def imitation_loss(
         self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
     ) -> Tensor:
-        """Cross-entropy of demonstrated actions ``(B, C, 7)``."""
+        """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
         inputs = self.prepare(obs, instructions)
         if self.training:
             inputs["image"] = shift(inputs["image"], SHIFT, generators)
-        logits = self(inputs)[0]  # (B, Q, 7, 256)
-        target = self.held(actions).to(logits).unsqueeze(-1)  # (B, Q, 7, 1)
-        centres = token_actions(torch.arange(BINS, device=logits.device))  # (256,)
-        labels = (-0.5 * ((centres - target) / LABEL_WIDTH) ** 2).softmax(-1)  # (B, Q, 7, 256)
-        return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+        tokens = self.encode(actions).to(self.centres.device)
+        logprobs = F.log_softmax(self(inputs)[0].flatten(1, 2), dim=-1)  # (B, D, 256)
+        return -logprobs.gather(-1, tokens.unsqueeze(-1)).mean()
