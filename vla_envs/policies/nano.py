@@ -10,7 +10,6 @@ predicts discrete action tokens. What differs, and why:
 - the instruction also scales and shifts the picture tokens (FiLM), which grounds words far sooner.
 """
 
-import math
 import zlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 BINS = 256
-LEAST_STD = 0.02  # of a token's distribution, in units of full speed; training would narrow it to a bin
+LABEL_WIDTH = 0.1  # standard deviation of a demonstrated action's soft label, in units of full speed
+SHARPNESS = 4.0  # of acting against imitating: as much narrower are the variances of what is acted by
 SHIFT = 2  # pixels, most that an imitated image is shifted, of image_size
 ACTION_DIM = 7
 LARGEST = 4096  # of the sizes of a nano policy
@@ -242,22 +242,14 @@ class NanoPolicy(Backbone):
 
     def __init__(self, config: NanoConfig = NanoConfig()) -> None:
         super().__init__(config)
-        self.head = nn.Linear(config.width, 2 * ACTION_DIM)
+        self.head = nn.Linear(config.width, ACTION_DIM * BINS)
         self._initialise()
-        nn.init.constant_(self.head.bias[ACTION_DIM:], math.log(0.2))  # starts broad
-        self.centres: Tensor
-        self.register_buffer("centres", token_actions(torch.arange(BINS)), persistent=False)
+        nn.init.normal_(self.head.weight, std=0.1 * config.width**-0.5)  # starts near uniform over the bins
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, Q, 7, 256)`` and hidden states ``(B, Q, width)`` of prepared inputs.
-
-        Bins are ordered, so a token's distribution is a normal one, cut into bins: a mean and a standard
-        deviation are predicted. Beyond full speed the mean only makes the outermost bins likelier.
-        """
+        """Logits ``(B, C, 7, 256)`` and hidden states ``(B, C, width)`` of prepared inputs."""
         hidden = self.hidden(inputs)
-        mean, log_std = self.head(hidden).unsqueeze(-1).chunk(2, dim=-2)  # (B, Q, 7, 1)
-        std = LEAST_STD + log_std.clamp(max=0.0).exp()
-        return -0.5 * ((self.centres - mean) / std) ** 2, hidden
+        return SHARPNESS * self.head(hidden).unflatten(-1, (ACTION_DIM, BINS)), hidden
 
     @torch.no_grad()
     def sample(
@@ -276,7 +268,7 @@ class NanoPolicy(Backbone):
             generators: One for each instruction, from which it draws; by default torch's own for all.
         """
         logits = self(self.prepare(obs, instructions))[0].flatten(1, 2)  # (B, 56, 256)
-        logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+        logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature > 0 and generators is not None:
             tokens = (logprobs - draw("exponential_", logprobs, generators).log()).argmax(-1)
         elif temperature > 0:
@@ -301,10 +293,12 @@ class NanoPolicy(Backbone):
     def imitation_loss(
         self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
     ) -> Tensor:
-        """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
+        """Cross-entropy of demonstrated actions ``(B, C, 7)``."""
         inputs = self.prepare(obs, instructions)
         if self.training:
             inputs["image"] = shift(inputs["image"], SHIFT, generators)
-        tokens = self.encode(actions).to(self.centres.device)
-        logprobs = F.log_softmax(self(inputs)[0].flatten(1, 2), dim=-1)  # (B, D, 256)
-        return -logprobs.gather(-1, tokens.unsqueeze(-1)).mean()
+        logits = self(inputs)[0]  # (B, Q, 7, 256)
+        target = self.held(actions).to(logits).unsqueeze(-1)  # (B, Q, 7, 1)
+        centres = token_actions(torch.arange(BINS, device=logits.device))  # (256,)
+        labels = (-0.5 * ((centres - target) / LABEL_WIDTH) ** 2).softmax(-1)  # (B, Q, 7, 256)
+        return -(labels * F.log_softmax(logits / SHARPNESS, dim=-1)).sum(-1).mean()
