@@ -42,7 +42,11 @@ def words_of(flags):
 
 
 def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
-    """Demonstrations of random motion, a file as LIBERO's data sets have it; what is in each."""
+    """Demonstrations of random motion, a file as LIBERO's data sets have it; what is in each.
+
+    With ``labels`` as the scripted expert writes them, else as LIBERO: states before the action, observations
+    after it.
+    """
     rng, demos = np.random.default_rng(seed), []
     with h5py.File(path, "w") as file:
         file.create_group("data")
@@ -55,6 +59,9 @@ def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
             }
             if labels:
                 demo["expert_actions"] = rng.uniform(-1, 1, (length, 7))
+            else:
+                states = rng.standard_normal((length + 1, 30))
+                demo["states"], demo["obs/joint_states"] = states[:-1], states[1:, 1:8]
             for name, array in demo.items():
                 file[f"data/demo_{k}/{name}"] = array
             demos.append(demo)

@@ -47,11 +47,96 @@ def test_a_chunk_past_the_end_repeats_the_last_action(tmp_path):
     np.testing.assert_array_equal(demos[1]["actions"][0], np.float32(second["expert_actions"])[[0, 1, 2, 2]])
 
 
-def test_demonstrations_without_labels(tmp_path):
-    """LIBERO's own data sets hold only the executed actions."""
-    written = write_demos(tmp_path / OURS, lengths=(3,), labels=False)
-    demos = load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
-    np.testing.assert_array_equal(demos[0]["actions"][:, 0], np.float32(written[0]["actions"]))
+def edit(path, **parts):
+    """Set parts of the second demonstration (``obs__x`` is ``obs/x``), or without a value delete them."""
+    with h5py.File(path, "a") as file:
+        for name, array in parts.items():
+            del file[f"data/demo_1/{name.replace('__', '/')}"]
+            if array is not None:
+                file[f"data/demo_1/{name.replace('__', '/')}"] = array
+
+
+def test_liberos_own_observations_come_after_the_action(tmp_path):
+    """LIBERO's own data sets hold the observation that an action led to: it belongs to the next action."""
+    written = write_demos(tmp_path / OURS, lengths=(5, 2), labels=False)
+    demos = load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
+    assert [len(demo["actions"]) for demo in demos] == [4, 1]
+    for demo, stored in zip(demos, written):
+        actions = np.float32(stored["actions"])
+        np.testing.assert_array_equal(demo["actions"][:, 0], actions[1:])
+        np.testing.assert_array_equal(demo["actions"][:-1, 1], actions[2:])
+        np.testing.assert_array_equal(demo["image"], np.rot90(stored["obs/agentview_rgb"][:-1], 2, (1, 2)))
+        np.testing.assert_array_equal(demo["state"][:, :6], np.float32(stored["obs/ee_states"][:-1]))
+        np.testing.assert_array_equal(demo["state"][:, 6:], np.float32(stored["obs/gripper_states"][:-1]))
+
+
+def regenerated(path):
+    """As OpenVLA's script writes it: observed before the action, and from the settled scene first."""
+    for k in range(2):
+        joints = path[f"data/demo_{k}/obs/joint_states"]
+        joints[:] = path[f"data/demo_{k}/states"][:, 1:8]
+        joints[0] += 0.01
+
+
+def without_states(path):
+    del path["data/demo_0/states"], path["data/demo_1/states"]
+
+
+def of_other_joints(path):
+    for k in range(2):
+        path[f"data/demo_{k}/obs/joint_states"][:] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "lengths"),
+    [
+        (regenerated, None, [5, 4]),
+        (without_states, True, [5, 4]),
+        (without_states, False, [4, 3]),
+        (regenerated, False, [4, 3]),  # what the file says comes first
+        (without_states, None, "does not show whether observations come before or after"),
+        (of_other_joints, None, "does not show whether observations come before or after"),
+    ],
+)
+def test_what_tells_observations_before_from_after(tmp_path, change, said, lengths):
+    written = write_demos(tmp_path / OURS, lengths=(5, 4), labels=False)
+    with h5py.File(tmp_path / OURS, "a") as file:
+        change(file)
+        if said is not None:
+            file["data"].attrs["obs_before_action"] = said
+    if isinstance(lengths, str):
+        with pytest.raises(ValueError, match=lengths) as error:
+            load_demonstrations(tmp_path, KETCHUP, 2, chunk=1)
+        assert "'obs_before_action'" in str(error.value) and str(tmp_path / OURS) in str(error.value)
+        return
+    demos = load_demonstrations(tmp_path, KETCHUP, 2, chunk=1)
+    assert [len(demo["actions"]) for demo in demos] == lengths
+    shift = 5 - lengths[0]
+    np.testing.assert_array_equal(demos[0]["actions"][:, 0], np.float32(written[0]["actions"])[shift:])
+    np.testing.assert_array_equal(demos[0]["image"][0], np.rot90(written[0]["obs/agentview_rgb"][0], 2))
+
+
+@pytest.mark.parametrize("kind", [str, np.bytes_])
+def test_file_names_may_be_bytes_and_of_windows(tmp_path, kind):
+    write_demos(tmp_path / OURS, lengths=(4,))
+    for folder, name in (("libero_object/", KETCHUP), ("C:\\libero\\", KETCHUP), ("libero_object/", MILK)):
+        with h5py.File(tmp_path / OURS, "a") as file:
+            file["data"].attrs["bddl_file_name"] = kind(folder + name.bddl_file.name)
+        if name is KETCHUP:
+            assert len(load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)) == 1
+        else:
+            with pytest.raises(ValueError, match="shows pick_up_the_milk_and_place_it"):
+                load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
+
+
+def test_upright_pictures_of_the_other_convention(tmp_path):
+    """What robosuite's macros can be set to: not upside down, but a mirror image all the same."""
+    written = write_demos(tmp_path / OURS, lengths=(4,))
+    for convention, turned in (("opengl", np.s_[:, ::-1, ::-1]), ("opencv", np.s_[:, :, ::-1])):
+        with h5py.File(tmp_path / OURS, "a") as file:
+            file["data"].attrs["macros_image_convention"] = convention
+        demos = load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
+        np.testing.assert_array_equal(demos[0]["image"], written[0]["obs/agentview_rgb"][turned])
 
 
 @pytest.mark.parametrize("episodes", [1, 2, 3])
@@ -127,6 +212,37 @@ def too_few(path):
     write_demos(path, lengths=(2,))
 
 
+def data_that_is_no_group(path):
+    with h5py.File(path, "w") as file:
+        file["data"] = np.zeros(3)
+
+
+def demos_that_are_no_groups(path):
+    with h5py.File(path, "w") as file:
+        file["data/demo_0"] = np.zeros(3)
+
+
+def a_link_to_nothing(path):
+    write_demos(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1"]
+        file["data/demo_1"] = h5py.SoftLink("/nowhere")
+
+
+def labels_that_are_a_group(path):
+    write_demos(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1/expert_actions"]
+        file.create_group("data/demo_1/expert_actions")
+
+
+def pictures_that_are_a_group(path):
+    write_demos(path)
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1/obs/agentview_rgb"]
+        file.create_group("data/demo_1/obs/agentview_rgb")
+
+
 @pytest.mark.parametrize(
     ("write", "words"),
     [
@@ -139,6 +255,11 @@ def too_few(path):
         (of_another_task, "shows other.bddl; expected pick_up_the_ketchup"),
         (no_numbers, ""),
         (too_few, "holds 1 demonstrations; expected at least 2"),
+        (data_that_is_no_group, "it has no data/demo_0"),
+        (demos_that_are_no_groups, "it has no data/demo_0/actions"),
+        (a_link_to_nothing, "it has no data/demo_1/actions"),
+        (pictures_that_are_a_group, "it has no data/demo_1/obs/agentview_rgb"),
+        (labels_that_are_a_group, "no whole HDF5 file"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -148,6 +269,77 @@ def test_files_that_will_not_do(tmp_path, write, words):
         load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
     line = str(error.value)
     assert words in line and str(tmp_path / OURS) in line and len(line.splitlines()) == 1
+
+
+PICTURES, ACTIONS = np.zeros((3, 32, 32, 3), np.uint8), np.full((3, 7), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"obs__agentview_rgb": PICTURES[[0, 0, 1, 2]]}, "'obs/agentview_rgb': 4"),  # T + 1 of them
+        ({"obs__ee_states": np.zeros((4, 6))}, "'obs/ee_states': 4"),
+        ({"expert_actions": ACTIONS[:2]}, "'expert_actions': 2"),
+        ({"expert_actions": np.where(np.eye(3, 7), np.nan, 0)}, "expert_actions[0, 0] is nan; expected"),
+        ({"actions": -2 * ACTIONS - 0.1}, "actions[0, 0] is -1.1; expected numbers from -1 to 1"),
+        ({"obs__gripper_states": np.full((3, 2), np.inf)}, "obs/gripper_states[0, 0] is inf; expected"),
+        ({"obs__ee_states": np.full((3, 6), 1e300)}, "obs/ee_states[0, 0] is 1e+300; expected finite"),
+        ({"obs__agentview_rgb": PICTURES / 255}, "agentview_rgb is float64 (3, 32, 32, 3); expected uint8"),
+        ({"obs__agentview_rgb": PICTURES.transpose(0, 3, 1, 2)}, "is uint8 (3, 3, 32, 32); expected uint8"),
+        ({"obs__agentview_rgb": PICTURES[:, 8:]}, "is uint8 (3, 24, 32, 3); expected uint8"),
+        ({"obs__agentview_rgb": PICTURES[:, :0, :0]}, "is uint8 (3, 0, 0, 3); expected uint8 (T, H, H, 3)"),
+        ({"expert_actions": np.ones((3, 7), int)}, "expert_actions is int64 (3, 7); expected floats (T, 7)"),
+        ({"expert_actions": np.ones((3, 8))}, "expert_actions is float64 (3, 8); expected floats (T, 7)"),
+        ({"actions": np.ones(3)}, "actions is float64 (3,); expected floats (T, 7)"),
+        ({"actions": 0.5}, "actions is float64 (); expected floats (T, 7)"),
+        ({"actions": h5py.Empty("f8")}, "actions is float64 None; expected floats (T, 7)"),
+        ({"actions": np.full((3, 7), b"0.5")}, "actions is |S3 (3, 7); expected floats (T, 7)"),
+    ],
+)  # fmt: skip
+def test_demonstrations_that_will_not_do(tmp_path, parts, words):
+    """One line names file and demonstration; also of one that is held out, whose loss would fail later."""
+    write_demos(tmp_path / OURS, lengths=(5, 3))
+    edit(tmp_path / OURS, **parts)
+    with pytest.raises(ValueError) as error:
+        load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
+    line = str(error.value)
+    assert words in line and f"demo_1 in {str(tmp_path / OURS)!r}" in line and len(line.splitlines()) == 1
+    assert len(load_demonstrations(tmp_path, KETCHUP, 1, chunk=2)) == 1  # the first one is whole
+
+
+@pytest.mark.parametrize(("labels", "length"), [(True, 0), (False, 0), (False, 1)])
+def test_demonstrations_without_a_sample(tmp_path, labels, length):
+    write_demos(tmp_path / OURS, lengths=(5, length), labels=labels)
+    with pytest.raises(ValueError, match="at least") as error:
+        load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
+    assert f"demo_1 in {str(tmp_path / OURS)!r} has" in str(error.value)
+
+
+def test_a_file_that_claims_too_much(tmp_path):
+    """A few bytes on the disk stand for 60 GB: nothing of it is read."""
+    write_demos(tmp_path / OURS, lengths=(5, 3))
+    with h5py.File(tmp_path / OURS, "a") as file:
+        demo = file["data/demo_1"]
+        for name in ("actions", "expert_actions", "obs/ee_states", "obs/gripper_states"):
+            width = demo[name].shape[1]
+            del demo[name]
+            demo.create_dataset(name, (20_000_000, width), "f4", chunks=(1000, width))
+        del demo["obs/agentview_rgb"]
+        demo.create_dataset("obs/agentview_rgb", (20_000_000, 32, 32, 3), "u1", chunks=(1, 32, 32, 3))
+    with pytest.raises(ValueError, match=r"demo_1 in .*; expected at most 2147483648 bytes"):
+        load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
+
+
+def test_a_hand_of_another_convention(tmp_path):
+    """Some conversions for OpenVLA have 1 for open and 0 for closed: learnt as it is, no hand would open."""
+    hand = np.hstack([np.zeros((3, 6)), [[1], [0], [0]]])
+    write_demos(tmp_path / OURS, lengths=(3, 3))
+    for name in ("demo_0", "demo_1"):
+        with h5py.File(tmp_path / OURS, "a") as file:
+            file[f"data/{name}/expert_actions"][:] = hand
+    with pytest.raises(ValueError, match="are from 0 to 1; expected -1 to open it") as error:
+        load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
+    assert str(tmp_path) in str(error.value)
 
 
 # ---- Samples of several tasks ------------------------------------------------------------------------
@@ -169,6 +361,14 @@ def test_samples_of_two_tasks(tmp_path):
         np.testing.assert_array_equal(flat[name][:5], ketchup[0][name])
         np.testing.assert_array_equal(flat[name][5:8], ketchup[1][name])
         np.testing.assert_array_equal(flat[name][8:], milk[0][name])
+
+
+def test_pictures_of_two_sizes(tmp_path):
+    write_demos(tmp_path / "LiberoObject_4_demo.hdf5", lengths=(5,))
+    write_demos(tmp_path / "LiberoObject_7_demo.hdf5", lengths=(2,), size=16)
+    demos = [load_demonstrations(tmp_path, task, 1, chunk=2) for task in (KETCHUP, MILK)]
+    with pytest.raises(ValueError, match="LiberoObject 7 have 16 pixels; expected 32, as those of"):
+        samples([KETCHUP, MILK], demos)
 
 
 # ---- LeRobot -----------------------------------------------------------------------------------------
