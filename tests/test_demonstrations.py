@@ -1,15 +1,24 @@
 """Demonstrations to imitate: LIBERO's HDF5 files and LeRobot's data sets."""
 
 import importlib.util
+import io
 import json
 
 import h5py
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 from conftest import write_demos
+from PIL import Image
 
 from vla_envs.demonstrations import load_demonstrations, samples
 from vla_envs.tasks import get_task
+
+try:
+    import pyarrow
+    from pyarrow import parquet
+except ModuleNotFoundError:  # the fixture skips
+    pass
 
 KETCHUP, MILK = get_task("LiberoObject", 4), get_task("LiberoObject", 7)
 OURS, LIBEROS = "LiberoObject_4_demo.hdf5", "pick_up_the_ketchup_and_place_it_in_the_basket_demo.hdf5"
@@ -374,85 +383,261 @@ def test_pictures_of_two_sizes(tmp_path):
 # ---- LeRobot -----------------------------------------------------------------------------------------
 
 
-def test_a_lerobot_data_set_without_its_library(tmp_path, monkeypatch):
+def test_a_lerobot_data_set_without_the_package_that_reads_it(tmp_path, monkeypatch):
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0"}))
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "lerobot" else find_spec(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else find_spec(name, *rest)
     )
-    with pytest.raises(ValueError, match="pip install lerobot") as error:
+    with pytest.raises(ValueError, match="expected what reads it: pip install pyarrow") as error:
         load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
     assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-@pytest.fixture
-def write_lerobot(tmp_path, monkeypatch):
-    """A function that writes a data set with LeRobot's own library: its folder and its episodes, each a task
-    and arrays. ``prefix`` begins the names of what was observed.
+def png(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": "frame.png"}
+
+
+class LeRobot:
+    """A data set in LeRobot's format, of four demonstrations of two tasks, in two files each where it is 3.0.
+
+    Of an even grey each picture, so that a video, too, shows which one it is.
     """
-    library = pytest.importorskip("lerobot.datasets.lerobot_dataset")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # not in the home folder
 
-    def write(prefix="observation."):
-        picture = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]}
-        features = {
-            f"{prefix}images.image": picture,
-            f"{prefix}images.wrist_image": picture,
-            f"{prefix}state": {"dtype": "float32", "shape": (8,), "names": ["state"]},
-            "action": {"dtype": "float32", "shape": (7,), "names": ["action"]},
-        }
-        rng, episodes = np.random.default_rng(0), []
-        folder = tmp_path / "set"
-        data = library.LeRobotDataset.create("local", 20, features, root=folder, use_videos=False)
+    def __init__(self, folder, version="v3.0", videos=False, camera="observation.images.image", fps=20):
+        self.folder, self.camera, self.fps = folder, camera, fps
+        prefix, action = ("observation.", "action") if "." in camera else ("", "actions")
+        self.state, self.action = f"{prefix}state", action
+        rng, self.episodes, frames = np.random.default_rng(0), [], 0
         for task, length in ((MILK, 4), (KETCHUP, 5), (MILK, 2), (KETCHUP, 3)):
-            images = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
-            states = rng.standard_normal((length, 8)).astype(np.float32)
-            actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
-            for image, state, action in zip(images, states, actions):
-                values = (image, 255 - image, state, action)
-                data.add_frame(dict(zip(features, values)) | {"task": task.instruction})
-            data.save_episode()
-            episodes.append((task, images, states, actions))
-        data.finalize()
-        return folder, episodes
+            grey = 20 + 16 * np.arange(frames, frames + length, dtype=np.uint8)  # 14 in all
+            images = np.broadcast_to(grey[:, None, None, None], (length, 32, 32, 3))
+            state, action = rng.standard_normal((length, 8)), rng.uniform(-1, 1, (length, 7))
+            self.episodes.append((task, images, state.astype(np.float32), action.astype(np.float32)))
+            frames += length
+        v3, groups = version == "v3.0", ([0, 1], [2, 3]) if version == "v3.0" else ([0], [1], [2], [3])
+        kind = {"dtype": "video" if videos else "image", "shape": [32, 32, 3]}
+        file = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+        old = "chunk-{episode_chunk:03d}/episode_{episode_index:06d}"
+        self.info = {
+            "codebase_version": version, "fps": fps, "chunks_size": 3, "total_episodes": 4,
+            "data_path": f"data/{file if v3 else old}.parquet",
+            "video_path": f"videos/{'{video_key}/' + file if v3 else old.replace('/', '/{video_key}/')}.mp4",
+            "features": {
+                "wrist": {"dtype": "float32", "shape": [1]}, camera: kind, f"{camera}2": kind,
+                self.state: {"dtype": "float32", "shape": [8]},
+                self.action: {"dtype": "float32", "shape": [7]},
+            },
+        }  # fmt: skip
+        self.rows = []
+        for file_index, group in enumerate(groups):
+            places, start, rows = {"chunk_index": 0, "file_index": file_index}, 0, []
+            for k in group:
+                task, images, state, action = self.episodes[k]
+                row = {"episode_index": k, "tasks": [task.instruction], "length": len(action)}
+                if v3:
+                    row |= {f"data/{name}": place for name, place in places.items()} | {
+                        "stats/action/max": [1.0]
+                    }
+                    if videos:
+                        row |= {f"videos/{camera}/{name}": place for name, place in places.items()}
+                        row[f"videos/{camera}/from_timestamp"] = start / fps
+                self.rows.append(row)
+                for t in range(len(action)):
+                    rows.append(
+                        {
+                            self.state: state[t].tolist(),
+                            self.action: action[t].tolist(),
+                            "timestamp": t / fps,
+                            "frame_index": t,
+                            "episode_index": k,
+                            "index": start + t,
+                            "task_index": 0,
+                        }
+                        | ({} if videos else {camera: png(images[t]), f"{camera}2": png(255 - images[t])})
+                    )
+                start += len(action)  # fmt: skip
+            places |= {"episode_index": group[0], "episode_chunk": group[0] // 3}
+            self.write(self.info["data_path"].format(**places), rows)
+            if videos:
+                path = folder / self.info["video_path"].format(video_key=camera, **places)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shown = np.concatenate([self.episodes[k][1] for k in group])
+                imageio.mimwrite(path, list(shown), fps=fps, macro_block_size=8)
+        self.write_meta()
 
-    return write
+    def write(self, name, rows):
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist(rows)
+        for column in (self.state, self.action):
+            if column in table.column_names:  # LeRobot's are float32
+                index = table.column_names.index(column)
+                narrow = table[column].cast(pyarrow.list_(pyarrow.float32()))
+                table = table.set_column(index, column, narrow)
+        parquet.write_table(table, self.folder / name)
+
+    def write_meta(self):
+        (self.folder / "meta").mkdir(exist_ok=True)
+        (self.folder / "meta" / "info.json").write_text(json.dumps(self.info))
+        if self.info["codebase_version"] == "v3.0":
+            self.write("meta/episodes/chunk-000/file-000.parquet", self.rows)
+        else:
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            (self.folder / "meta" / "episodes.jsonl").write_text(lines)
 
 
-def test_a_lerobot_data_set(write_lerobot):
-    folder, episodes = write_lerobot()
+@pytest.fixture
+def lerobot(tmp_path):
+    """``LeRobot`` in a temporary folder, or a skip."""
+    pytest.importorskip("pyarrow", reason="pyarrow, which reads LeRobot data sets, is not installed")
+    return lambda *args, **kwargs: LeRobot(tmp_path / "set", *args, **kwargs)
+
+
+@pytest.mark.parametrize("videos", [False, True], ids=["images", "videos"])
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
+def test_a_lerobot_data_set(lerobot, version, videos):
+    data = lerobot(version, videos)
     for task in (KETCHUP, MILK):
-        written = [episode[1:] for episode in episodes if episode[0] is task]
-        demos = load_demonstrations(folder, task, 2, chunk=2)
+        written = [episode[1:] for episode in data.episodes if episode[0] is task]
+        demos = load_demonstrations(data.folder, task, 2, chunk=2)
         assert len(demos) == 2
         for demo, (images, states, actions) in zip(demos, written):
             assert set(demo) == {"image", "state", "actions"} and demo["image"].dtype == np.uint8
             assert demo["state"].dtype == demo["actions"].dtype == np.float32
-            np.testing.assert_array_equal(demo["image"], images)  # the first camera, upright
+            np.testing.assert_allclose(demo["image"].astype(int), images.astype(int), atol=6 if videos else 0)
             np.testing.assert_array_equal(demo["state"], states)
             np.testing.assert_array_equal(demo["actions"][:, 0], actions)
             np.testing.assert_array_equal(demo["actions"][:-1, 1], actions[1:])
             np.testing.assert_array_equal(demo["actions"][-1, 1], actions[-1])
 
 
-def test_a_lerobot_data_set_with_too_few(write_lerobot):
-    folder, _ = write_lerobot()
-    assert len(load_demonstrations(folder, KETCHUP, 1, chunk=1)) == 1
+def test_a_lerobot_data_set_with_openpis_names(lerobot):
+    data = lerobot("v2.0", camera="image")
+    demos = load_demonstrations(data.folder, KETCHUP, 2, chunk=1)
+    np.testing.assert_array_equal(demos[1]["actions"][:, 0], data.episodes[3][3])
+    np.testing.assert_array_equal(demos[1]["image"], data.episodes[3][1])
+
+
+def test_upright_pictures_of_a_lerobot_data_set(lerobot):
+    """They are not turned, unlike those of LIBERO's files; rows may come in any order."""
+    data = lerobot("v3.0")
+    shades = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    path = data.folder / "data/chunk-000/file-000.parquet"
+    rows = [row | {data.camera: png(shades)} for row in parquet.read_table(path).to_pylist()]
+    data.write("data/chunk-000/file-000.parquet", rows[::-1])
+    demos = load_demonstrations(data.folder, KETCHUP, 1, chunk=1)
+    np.testing.assert_array_equal(demos[0]["image"], np.stack([shades] * 5))
+    np.testing.assert_array_equal(demos[0]["actions"][:, 0], data.episodes[1][3])
+
+
+def test_a_lerobot_data_set_with_too_few(lerobot):
+    data = lerobot()
+    assert len(load_demonstrations(data.folder, KETCHUP, 1, chunk=1)) == 1
     for task, episodes, found in ((KETCHUP, 3, 2), (get_task("LiberoObject", 0), 1, 0)):
         with pytest.raises(ValueError, match=f"holds {found} demonstrations") as error:
-            load_demonstrations(folder, task, episodes, chunk=1)
+            load_demonstrations(data.folder, task, episodes, chunk=1)
         line = str(error.value)
-        assert str(folder) in line and task.instruction in line and len(line.splitlines()) == 1
+        assert str(data.folder) in line and task.instruction in line and len(line.splitlines()) == 1
+    assert "did you mean 'pick up the" in line
+
+
+def cut(name):
+    """A file that an interrupted download leaves; the first of this name."""
+
+    def cut(data):
+        path = next(data.folder.glob(name))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 9])
+
+    return cut
+
+
+def gone(name):
+    return lambda data: next(data.folder.glob(name)).unlink()
+
+
+def info(**changes):
+    def change(data):
+        data.info |= changes
+        (data.folder / "meta" / "info.json").write_text(json.dumps(data.info))
+
+    return change
+
+
+def each_row(change):
+    """Changed rows of episode 1's file."""
+
+    def rewrite(data):
+        path = data.info["data_path"].format(episode_chunk=0, episode_index=1, chunk_index=0, file_index=0)
+        data.write(path, [row | change(row) for row in parquet.read_table(data.folder / path).to_pylist()])
+
+    return rewrite
+
+
+def video(fps, frames):
+    def rewrite(data):
+        path = next(data.folder.glob(MP4))
+        imageio.mimwrite(path, [np.zeros((32, 32, 3), np.uint8)] * frames, fps=fps, macro_block_size=8)
+
+    return rewrite
+
+
+def longer(data):
+    data.rows[1]["length"] = 6
+    data.write_meta()
+
+
+def without_tasks(data):
+    for row in data.rows:
+        del row["tasks"]
+    data.write_meta()
+
+
+DATA, MP4, META = "data/*/file-000.parquet", "videos/*/*/file-000.mp4", "meta/episodes/*/*.parquet"
+PICTURE = "observation.images.image"
+SMALL = np.zeros((8, 9, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("prefix", "version"), [("", "v3.0"), ("observation.", "v2.1")], ids=["other names", "older version"]
-)
-def test_a_lerobot_data_set_of_another_layout(write_lerobot, prefix, version):
-    folder, _ = write_lerobot(prefix)
-    path = folder / "meta" / "info.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"codebase_version": version}))
+    ("version", "videos", "harm", "words"),
+    [
+        ("v3.0", False, info(codebase_version="v1.6"), "codebase_version is 'v1.6'; expected 'v2.0'"),
+        ("v3.0", False, info(codebase_version=3), "codebase_version is '3'"),
+        ("v3.0", False, info(codebase_version="v2.1"), "episodes.jsonl"),
+        ("v3.0", False, info(features=[]), "episode 1 of"),
+        ("v3.0", False, info(data_path="{nothing}"), "episode 1 of"),
+        ("v3.0", False, info(total_episodes=5), "meta lists 4 episodes; expected 5"),
+        ("v3.0", False, info(features={"action": {"dtype": "float32"}}), "expected pictures"),
+        ("v3.0", False, cut("meta/info.json"), "cannot be read"),
+        ("v3.0", False, cut(DATA), "episode 1 of"),
+        ("v3.0", False, gone(DATA), "episode 1 of"),
+        ("v3.0", False, cut(META), "cannot be read"),
+        ("v3.0", False, gone(META), "meta lists 0 episodes; expected 4"),
+        ("v3.0", False, without_tasks, "cannot be read: KeyError"),
+        ("v2.1", False, cut("meta/episodes.jsonl"), "cannot be read"),
+        ("v2.1", False, longer, "has 5 frames of it; expected 0 to 5"),
+        ("v2.1", False, each_row(lambda row: {"frame_index": 0}), "has 5 frames of it; expected 0 to 4"),
+        ("v2.1", False, each_row(lambda row: {"episode_index": 2}), "has 0 frames of it; expected 0 to 4"),
+        ("v2.1", False, each_row(lambda row: {"action": [np.nan] * 7}), "action[0, 0] is nan; expected"),
+        ("v2.1", False, each_row(lambda row: {"action": [0.5] * row["frame_index"]}), "episode 1 of"),
+        ("v2.1", False, each_row(lambda row: {"action": [0.5] * 6}), "is float64 (5, 6); expected floats"),
+        ("v2.1", False, each_row(lambda row: {"action": None}), "action is object (5,); expected floats"),
+        ("v2.1", False, each_row(lambda row: {PICTURE: {"bytes": b"x"}}), "episode 1 of"),
+        ("v2.1", False, each_row(lambda row: {PICTURE: png(SMALL)}), "is uint8 (5, 8, 9, 3); expected"),
+        ("v2.1", False, each_row(lambda row: {PICTURE: png(SMALL[row["frame_index"] :])}), "sizes"),
+        ("v3.0", True, each_row(lambda row: {"timestamp": 0.0}), "its timestamps are not 1/20 s apart"),
+        ("v3.0", True, video(10, 9), "has 10.0 frames per second; expected 20"),
+        ("v3.0", True, video(20, 7), "has 3 frames from 0.2 s on; expected 5"),
+        ("v3.0", True, cut(MP4), "cannot be decoded"),
+        ("v3.0", True, gone(MP4), "there is no video"),
+    ],
+)  # fmt: skip
+def test_a_lerobot_data_set_that_will_not_do(lerobot, version, videos, harm, words):
+    data = lerobot(version, videos)
+    harm(data)
     with pytest.raises(ValueError) as error:
-        load_demonstrations(folder, KETCHUP, 1, chunk=1)
-    assert str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1
+        load_demonstrations(data.folder, KETCHUP, 1, chunk=1)
+    line = str(error.value)
+    assert words in line and str(data.folder) in line and len(line.splitlines()) == 1 and len(line) < 500

@@ -250,14 +250,14 @@ def _read_lerobot(folder: Path, task: Task, episodes: int) -> list[Episode]:
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
-            f"{str(folder)!r} is a LeRobot data set; expected the package that reads it: pip install pyarrow"
+            f"{str(folder)!r} is a LeRobot data set; expected what reads it: pip install pyarrow"
         )
     with _named(f"LeRobot data set {str(folder)!r} cannot be read"):
         info = json.loads((folder / "meta" / "info.json").read_text())
-        rows = _lerobot_episodes(folder, info["codebase_version"])
-    of_task = [row for row in rows if list(row["tasks"]) == [task.instruction]]
+        rows = _lerobot_episodes(folder, info)
+        of_task = [row for row in rows if list(row["tasks"]) == [task.instruction]]
+        shown = sorted({str(name) for row in rows for name in row["tasks"]})
     if len(of_task) < episodes:
-        shown = sorted({name for row in rows for name in map(str, row["tasks"])})
         near = "" if of_task else nearest(task.instruction, shown)
         raise ValueError(
             f"{str(folder)!r} holds {len(of_task)} demonstrations of {task.instruction!r};"
@@ -302,8 +302,9 @@ def _parquet(path: Path, columns: list[str] | None = None, filters: Any = None) 
     return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
 
 
-def _lerobot_episodes(folder: Path, version: str) -> list[dict[str, Any]]:
+def _lerobot_episodes(folder: Path, info: dict[str, Any]) -> list[dict[str, Any]]:
     """What the data set says of each episode, in their order."""
+    version = str(info["codebase_version"])
     if re.match(r"v2\.[01]\b", version):
         lines = (folder / "meta" / "episodes.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
@@ -313,35 +314,42 @@ def _lerobot_episodes(folder: Path, version: str) -> list[dict[str, Any]]:
             rows += _parquet(path).to_pylist()
     else:
         raise ValueError(f"codebase_version is {version!r}; expected 'v2.0', 'v2.1' or 'v3.0'")
+    if len(rows) != info["total_episodes"]:
+        raise ValueError(
+            f"meta lists {len(rows)} episodes; expected {info['total_episodes']} as info.json says"
+        )
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
 def _read_lerobot_episode(folder: Path, info: dict[str, Any], row: dict[str, Any]) -> Episode:
     """One episode: its pictures, states and actions, as they are stored."""
-    number, features = int(row["episode_index"]), info["features"]
+    features = info["features"]
     camera = next((name for name, each in features.items() if each["dtype"] in ("image", "video")), None)
     state = next((name for name in ("observation.state", "state") if name in features), None)
     action = next((name for name in ("action", "actions") if name in features), None)
     if camera is None or state is None or action is None:
         raise ValueError(f"it has {list(features)}; expected pictures, observation.state and action")
-    places = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000)}
-    chunk, file = "{}/chunk_index", "{}/file_index"
-    data = {"chunk_index": row.get(chunk.format("data")), "file_index": row.get(file.format("data"))}
+
+    def place(template: str, of: str) -> Path:
+        """A file: in version 2 one for each episode, in version 3 one that ``row`` names."""
+        number = int(row["episode_index"])
+        names = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000)}
+        names |= {name: row.get(f"{of}/{name}") for name in ("chunk_index", "file_index")}
+        return folder / template.format(video_key=camera, **names)
+
     in_video = features[camera]["dtype"] == "video"
-    path = folder / info["data_path"].format(**places, **data)
     columns = [state, action, "timestamp", "frame_index", *([] if in_video else [camera])]
-    table = _parquet(path, columns, [("episode_index", "=", number)]).sort_by("frame_index")
+    path = place(info["data_path"], "data")
+    table = _parquet(path, columns, [("episode_index", "=", row["episode_index"])]).sort_by("frame_index")
     if table["frame_index"].to_pylist() != list(range(row["length"])):
         raise ValueError(f"{str(path)!r} has {len(table)} frames of it; expected 0 to {row['length'] - 1}")
     if in_video:
-        times = table["timestamp"].to_numpy()
-        if not np.allclose(np.diff(times) * info["fps"], 1.0, atol=0.25):
-            raise ValueError(f"its timestamps are not 1/{info['fps']} s apart")
+        times, fps = table["timestamp"].to_numpy(), info["fps"]
+        if not np.allclose(np.diff(times) * fps, 1.0, atol=0.25):
+            raise ValueError(f"its timestamps are not 1/{fps} s apart")
         video = f"videos/{camera}"
-        data = {"chunk_index": row.get(chunk.format(video)), "file_index": row.get(file.format(video))}
-        path = folder / info["video_path"].format(video_key=camera, **places, **data)
-        start = float(row.get(f"{video}/from_timestamp", 0.0)) + float(times[0])
-        image = _video_frames(path, start, len(table), info["fps"])
+        start = row.get(f"{video}/from_timestamp", 0.0) + times[0]
+        image = _video_frames(place(info["video_path"], video), start, len(table), fps)
     else:
         image = _pictures([each["bytes"] for each in table[camera].to_pylist()])
     return {
