@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import sys
 
 import h5py
 import imageio.v2 as imageio
@@ -641,3 +642,21 @@ def test_a_lerobot_data_set_that_will_not_do(lerobot, version, videos, harm, wor
         load_demonstrations(data.folder, KETCHUP, 1, chunk=1)
     line = str(error.value)
     assert words in line and str(data.folder) in line and len(line.splitlines()) == 1 and len(line) < 500
+
+
+@pytest.mark.parametrize(
+    ("videos", "limits", "words"),
+    [
+        (False, {"MOST_ROWS": 8}, "claims 9 rows"),
+        (False, {"MOST_BYTES": 300}, "expected at most 8388608 and 300"),
+        (True, {"MOST_BYTES": 14_000}, "has pictures of 32 x 32 pixels"),  # 15 kB of them
+    ],
+)
+def test_a_lerobot_data_set_that_claims_too_much(lerobot, videos, limits, words, monkeypatch):
+    data = lerobot(videos=videos)
+    demonstrations = sys.modules[load_demonstrations.__module__]
+    for name, limit in limits.items():
+        monkeypatch.setattr(demonstrations, name, limit)
+    with pytest.raises(ValueError, match=words) as error:
+        load_demonstrations(data.folder, KETCHUP, 1, chunk=1)
+    assert str(data.folder) in str(error.value)

@@ -25,6 +25,7 @@ from vla_envs.tasks import Task, nearest
 Episode = dict[str, NDArray[Any]]
 
 MOST_BYTES = 2**31  # of one part of a demonstration; at 256 pixels LIBERO's longest has 1e8 of pictures
+MOST_ROWS = 2**23  # of a file of LeRobot's; all of LIBERO's demonstrations have under 2**21 control steps
 #: HDF5: attribute of ``data``, whether observation t is what action t was chosen from.
 OBS_BEFORE_ACTION = "obs_before_action"
 
@@ -291,14 +292,16 @@ def _parquet(path: Path, columns: list[str] | None = None, filters: Any = None) 
 
     with pq.ParquetFile(path) as file:
         stored, names = file.metadata, file.schema_arrow.names
-        groups = [stored.row_group(i) for i in range(stored.num_row_groups)]
-        claimed = sum(group.column(i).num_values for group in groups for i in range(stored.num_columns))
+        size = sum(stored.row_group(i).total_byte_size for i in range(stored.num_row_groups))  # unpacked
     if columns is None:
         columns = [name for name in names if not name.startswith("stats/")]
     if missing := sorted(set(columns) - set(names)):
         raise ValueError(f"{str(path)!r} has no {missing[0]}")
-    if claimed > MOST_BYTES // 8:
-        raise ValueError(f"{str(path)!r} claims {claimed} values; expected at most {MOST_BYTES // 8}")
+    if not (0 <= stored.num_rows <= MOST_ROWS and 0 <= size <= MOST_BYTES):
+        raise ValueError(
+            f"{str(path)!r} claims {stored.num_rows} rows of {size} bytes; expected at most {MOST_ROWS} and"
+            f" {MOST_BYTES}"
+        )
     return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
 
 
