@@ -25,6 +25,7 @@ from vla_envs.culling import Culling, possible
 from vla_envs.tasks import nearest
 
 EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
+EMPTY = '<mujoco><visual><global offwidth="1" offheight="1"/><quality shadowsize="0"/></visual></mujoco>'
 #: What each backend needs.
 NEEDS = {
     "egl": "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri",
@@ -129,9 +130,9 @@ class _Context:
             from OpenGL import GL
 
             self.device = GL.glGetString(GL.GL_RENDERER).decode()  # type: ignore[attr-defined]
-            empty = mujoco.MjModel.from_xml_string("<mujoco/>")
+            model = mujoco.MjModel.from_xml_string(EMPTY)
             mujoco.MjrContext(
-                empty, mujoco.mjtFontScale.mjFONTSCALE_50
+                model, mujoco.mjtFontScale.mjFONTSCALE_50
             ).free()  # fails where MuJoCo cannot draw
 
     def _display(self, surfaceless: bool) -> Any:
@@ -238,9 +239,7 @@ def opengl() -> OpenGL:
         tried, failures = [], []
         for backend in _backends():
             if pyopengl and backend in ("egl", "osmesa") and pyopengl.lower() != backend:
-                failures.append(
-                    f"{backend} wants PYOPENGL_PLATFORM={backend}, or none, and it is {pyopengl!r}"
-                )
+                failures.append(f"{backend}: PYOPENGL_PLATFORM is {pyopengl!r}, expected {backend!r} or none")
                 continue
             tried.append(backend)
             loaded = set(sys.modules)
