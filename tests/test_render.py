@@ -368,7 +368,10 @@ def first_time(monkeypatch):
     ("variables", "words"),
     [
         ({"MUJOCO_GL": "elg"}, r"^MUJOCO_GL is 'elg'; expected one of \[.*\]; did you mean 'egl'\?$"),
-        ({"MUJOCO_EGL_DEVICE_ID": "99"}, r"^MUJOCO_EGL_DEVICE_ID is 99; expected a number below \d+:"),
+        (
+            {"MUJOCO_EGL_DEVICE_ID": "99"},
+            r"^MUJOCO_EGL_DEVICE_ID is 99; expected a number below \d+: EGL's devices$",
+        ),
         ({"MUJOCO_EGL_DEVICE_ID": "x"}, r"^MUJOCO_EGL_DEVICE_ID is 'x'; expected a number from 0 up$"),
         ({"LOCAL_RANK": "-1"}, r"^LOCAL_RANK is '-1'; expected a number from 0 up$"),
     ],

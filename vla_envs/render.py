@@ -34,21 +34,7 @@ NEEDS = {
     "cgl": "cgl is macOS's",
 }
 #: What MuJoCo takes in ``MUJOCO_GL`` beside these names; the backend is then the first that works.
-NO_BACKEND = (
-    "",
-    "glx",
-    "wgl",
-    "enable",
-    "enabled",
-    "on",
-    "true",
-    "1",
-    "disable",
-    "disabled",
-    "off",
-    "false",
-    "0",
-)
+NO_BACKEND = "glx wgl enable enabled on true 1 disable disabled off false 0".split()
 
 
 class OpenGL:
@@ -108,7 +94,8 @@ class _Context:
     def __init__(self, backend: str, surfaceless: bool = False) -> None:
         # MuJoCo's module once more, for us alone: the display that it keeps, and what we change in it.
         spec: Any = importlib.util.find_spec(f"mujoco.{backend}")
-        self._backend, self._module = backend, importlib.util.module_from_spec(spec)
+        self._backend = backend
+        self._module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._module)
         self._module.GLContext.free = lambda self: None  # lives as long as the process
         self.lock = threading.Lock()
@@ -130,10 +117,9 @@ class _Context:
             from OpenGL import GL
 
             self.device = GL.glGetString(GL.GL_RENDERER).decode()  # type: ignore[attr-defined]
+            # Fails where MuJoCo cannot draw though OpenGL can.
             model = mujoco.MjModel.from_xml_string(EMPTY)
-            mujoco.MjrContext(
-                model, mujoco.mjtFontScale.mjFONTSCALE_50
-            ).free()  # fails where MuJoCo cannot draw
+            mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50).free()
 
     def _display(self, surfaceless: bool) -> Any:
         """EGL's display, of a device or Mesa's surfaceless one. It may be others' too, so nobody ends it."""
@@ -165,12 +151,16 @@ class _Context:
             return lambda: None
         egl = module.EGL
         context = egl.eglGetCurrentContext()
-        surfaces = [egl.eglGetCurrentSurface(which) for which in (egl.EGL_DRAW, egl.EGL_READ) if context]
-        display = egl.eglGetCurrentDisplay()
+        held = context and (
+            egl.eglGetCurrentDisplay(),
+            egl.eglGetCurrentSurface(egl.EGL_DRAW),
+            egl.eglGetCurrentSurface(egl.EGL_READ),
+            context,
+        )
 
         def again() -> None:
             with contextlib.suppress(module.error.GLError):
-                if context and egl.eglMakeCurrent(display, *surfaces, context):
+                if held and egl.eglMakeCurrent(*held):
                     return
             if egl.eglGetCurrentContext():
                 none = egl.EGL_NO_SURFACE, egl.EGL_NO_SURFACE, egl.EGL_NO_CONTEXT
@@ -181,8 +171,8 @@ class _Context:
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """This context is current in this thread until the end of the block, then what was before."""
-        again = back = self._remember()
-        try:
+        back = self._remember()
+        with contextlib.ExitStack() as stack:
             try:
                 self.gl.make_current()
             except Exception:
@@ -192,11 +182,10 @@ class _Context:
                 if not window:
                     raise
                 glfw.make_context_current(None)
-                again = lambda: (back(), glfw.make_context_current(window))  # noqa: E731
+                stack.callback(glfw.make_context_current, window)
                 self.gl.make_current()
+            stack.callback(back)
             yield
-        finally:
-            again()
 
     def drop(self, buffers: mujoco.MjrContext) -> None:
         """Free ``buffers``, which live in this context, now or, while a thread draws, after its picture."""
@@ -270,7 +259,7 @@ def _backends() -> list[str]:
     wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
     if wanted in NEEDS:
         return [wanted]
-    if wanted not in NO_BACKEND:
+    if wanted and wanted not in NO_BACKEND:
         names = list(NEEDS)
         raise ValueError(f"MUJOCO_GL is {wanted!r}; expected one of {names}{nearest(wanted, names)}")
     return ["cgl"] if platform.system() == "Darwin" else ["egl", "osmesa", "glfw"]
@@ -307,7 +296,7 @@ def _gpu() -> str | None:
     """
     wanted, devices = _number("MUJOCO_EGL_DEVICE_ID"), len(_egl_devices())
     if wanted is not None:
-        if wanted >= devices:
+        if 0 < devices <= wanted:
             raise ValueError(
                 f"MUJOCO_EGL_DEVICE_ID is {wanted}; expected a number below {devices}: EGL's devices"
             )
