@@ -88,15 +88,19 @@ class OpenGL:
         return context
 
 
+def _module_of_our_own(name: str) -> Any:
+    """A module once more, for us alone: MuJoCo's keep a display, and we change what they do."""
+    spec: Any = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class _Context:
     """One OpenGL context, and what waits to be freed in it."""
 
     def __init__(self, backend: str, surfaceless: bool = False) -> None:
-        # MuJoCo's module once more, for us alone: the display that it keeps, and what we change in it.
-        spec: Any = importlib.util.find_spec(f"mujoco.{backend}")
-        self._backend = backend
-        self._module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self._module)
+        self._backend, self._module = backend, _module_of_our_own(f"mujoco.{backend}")
         self._module.GLContext.free = lambda self: None  # lives as long as the process
         self.lock = threading.Lock()
         self._dropped: list[mujoco.MjrContext] = []
