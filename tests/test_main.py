@@ -1,6 +1,7 @@
 """``python -m vla_envs``: the doctor and the cache."""
 
 import email.message
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,20 @@ def test_without_pytorch_the_rest_is_still_checked():
     assert "pip install" in next(line for line in out if "gpu" in line) and out[-1] == "exit 1"
 
 
+def test_the_package_of_the_opengl_that_was_asked_for(tmp_path):
+    """And what is wrong with it, here a library that is none."""
+    for name in ("libOSMesa.so", "libOSMesa.so.8"):
+        (tmp_path / name).write_text("no library")
+    environment = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
+    environment |= {"MUJOCO_GL": "osmesa", "LD_LIBRARY_PATH": str(tmp_path)}
+    code = "import vla_envs.__main__ as main\ntry: main.opengl()\nexcept RuntimeError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == (
+        "no OpenGL to draw with; osmesa: its library cannot be loaded; "
+        "on Debian or Ubuntu: apt-get install libosmesa6\n"
+    ), done.stderr
+
+
 @pytest.mark.parametrize("needed", [["nowhere"], ["torch>99"], ["numpy>=2", "nowhere==3; extra == 'dev'"]])
 def test_requirements_are_the_packages(monkeypatch, needed):
     known = email.message.Message()
@@ -75,7 +90,8 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
 
     monkeypatch.setattr("gymnasium.make", lambda *args, **kwargs: Env())
     picture = np.zeros((128, 128, 3), np.uint8)
-    assert main.picture()[0] == "mend"
+    state, words = main.picture()
+    assert state == "mend" and "libosmesa6" in words
     picture = np.arange(128 * 128 * 3, dtype=np.uint8).reshape(128, 128, 3)
     state, words = main.picture()
     assert state == "note" and "harmless" in words and main.PICTURE in words

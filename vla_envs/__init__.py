@@ -7,13 +7,16 @@ import os
 
 from gymnasium.envs.registration import register
 
-# MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not installed;
-# vla_envs/render.py does it later, and says what is missing.
-_backend = os.environ.pop("MUJOCO_GL", None)
-import mujoco  # noqa: F401
+try:
+    import mujoco
+except Exception:
+    # MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not there;
+    # vla_envs/render.py does it later, and says what is missing.
+    _backend = os.environ.pop("MUJOCO_GL", None)
+    import mujoco  # noqa: F401
 
-if _backend is not None:
-    os.environ["MUJOCO_GL"] = _backend
+    if _backend is not None:
+        os.environ["MUJOCO_GL"] = _backend
 
 from vla_envs.env import LiberoEnv
 from vla_envs.rewards import FactsReward

@@ -74,14 +74,14 @@ def picture(cache: bool = True) -> tuple[str, str]:
     """A picture's checksum."""
     import gymnasium as gym
 
+    from vla_envs.render import NEEDS, opengl
+
     env = gym.make("vla_envs/LiberoObject-v0", task_id=4, cache=cache)
     obs, _ = env.reset(options={"init_state_id": 0})
     env.close()
     if obs["image"].std() < 10:
-        return (
-            MEND,
-            "OpenGL draws nothing: try MUJOCO_GL=osmesa (apt-get install libosmesa6), or another driver",
-        )
+        other = "egl" if opengl().backend == "osmesa" else "osmesa"
+        return MEND, f"OpenGL draws nothing: try another driver, or MUJOCO_GL={other}; {NEEDS[other]}"
     checksum = hashlib.sha256(obs["image"].tobytes()).hexdigest()[:12]
     if checksum == PICTURE:
         return OK, f"{checksum}, as known"
