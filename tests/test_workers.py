@@ -142,9 +142,15 @@ def test_an_argument_that_does_not_exist():
 
 def test_a_reward_that_cannot_be_sent_later():
     envs = make(2)
-    for change in (envs.unwrapped.set_reward, lambda reward: vla_envs.FactsReward(envs, reward)):
-        with pytest.raises(ValueError, match="cannot be sent to a worker"):
-            change(lambda facts: facts["success"])
+    with pytest.raises(ValueError, match="cannot be sent to a worker"):
+        envs.unwrapped.set_reward(lambda facts: facts["success"])
+    envs.close()
+
+
+def test_a_wrappers_reward_is_not_sent():
+    envs = vla_envs.FactsReward(make(2), lambda facts: -facts["gripper_to_object"])
+    envs.reset(seed=0)
+    assert (envs.step(np.zeros((3, 7)))[1] < 0).all()
     envs.close()
 
 

@@ -124,8 +124,8 @@ class LiberoEnv(FromArguments, gym.Env):
 def make(**arguments: Any) -> LiberoEnv:
     """The environment of ``gym.make``, with the ``max_episode_steps`` that it was given.
 
-    ``gym.make`` hands that argument to its ``TimeLimit`` alone, which counts decisions. It is taken from where
-    ``gym.make`` has it, so that control steps are counted as everywhere else; ``TimeLimit`` never comes first.
+    ``gym.make`` hands that argument to its ``TimeLimit`` alone, which counts decisions. It is read from
+    ``gym.make``'s variables, so that control steps count, as everywhere else; ``TimeLimit`` is never first.
     """
     caller = sys._getframe(1).f_locals
     limit = caller.get("max_episode_steps")

@@ -21,7 +21,15 @@ from vla_envs.control import ControlState, Views, run_chunk
 from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.inputs import as_array, as_numbers, in_short
 from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names, warn_of_recorded_states
+from vla_envs.rewards import (
+    Reward,
+    all_stage_names,
+    binary,
+    evaluate_reward,
+    resolve_reward,
+    stage_names,
+    warn_of_recorded_states,
+)
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import get_task
 
@@ -296,7 +304,7 @@ def check_generators(value: Any, num_envs: int) -> list[np.random.Generator | No
     """
     several = list(value) if isinstance(value, Sequence) else [value]
     if len(several) != num_envs or not all(isinstance(rng, np.random.Generator) for rng in several):
-        raise ValueError(f"np_random is {in_short(value)}; expected {num_envs} of NumPy's generators in a list")
+        raise ValueError(f"np_random is {in_short(value)}; expected {num_envs} np.random.Generator in a list")
     return several
 
 
@@ -437,8 +445,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         #: Seconds spent so far, by kind of work, in the proportion of the threads' time.
         self.seconds = {"physics": 0.0, "render": 0.0}
-        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage of ``multi_stage``
-        #: it then was in, whatever the reward.
+        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in:
+        #: one of ``multi_stage``'s, whatever the reward.
         self.stages: Counter[str] = Counter()
         for scene in scenes.values():
             self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
@@ -496,12 +504,12 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         return tuple(rng for rng in self._rngs if rng is not None)
 
     @np_random.setter
-    def np_random(self, value: Sequence[np.random.Generator]) -> None:
+    def np_random(self, value: Any) -> None:
         self._rngs = check_generators(value, self.num_envs)
         self._seeds = [-1] * self.num_envs
 
-    @property  # type: ignore[override]
-    def np_random_seed(self) -> tuple[int, ...]:
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
         """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
         _ = self.np_random  # makes those that there are not yet
         return tuple(self._seeds)

@@ -231,11 +231,11 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         return tuple(rng for part in self._call("np_random") for rng in part)
 
     @np_random.setter
-    def np_random(self, value: Sequence[np.random.Generator]) -> None:
+    def np_random(self, value: Any) -> None:
         self._call("set_np_random", self._split(check_generators(value, self.num_envs)))
 
-    @property  # type: ignore[override]
-    def np_random_seed(self) -> tuple[int, ...]:
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
         """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
         return tuple(seed for part in self._call("np_random_seed") for seed in part)
 

@@ -286,9 +286,7 @@ class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
     def _stages(self) -> dict[str, NDArray[Any]]:
         return {"stage": self._stage.copy(), "stage_name": self._stage_name.astype(str)}
 
-    def reset(
-        self, *, seed: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
         obs, info = self.env.reset(seed=seed, options=options)
         if self._reward is not binary and (options or {}).get("init_state_id") is not None:
