@@ -202,11 +202,9 @@ def test_the_wrapper_and_autoreset(make_vec, drop, mode):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_wrapper_and_the_last_info_of_an_episode(make_vec, workers):
     """One environment's episode ends in the step; its last stage is the reward's, and was paid."""
-    arguments = {"autoreset_mode": "SameStep", "max_episode_steps": 1, "workers": workers}
-    own, envs = (
-        make_vec(2, reward=with_stages, **arguments),
-        FactsReward(make_vec(2, **arguments), with_stages),
-    )
+    arguments = {"autoreset_mode": "SameStep", "max_episode_steps": 1}
+    own = make_vec(2, reward=with_stages, **arguments)
+    envs = FactsReward(make_vec(2, workers=workers, **arguments), with_stages)
     for _ in range(2):
         expected, got = (each.reset(seed=0) and each.step(np.tile(STILL, (2, 1))) for each in (own, envs))
         assert got[1].tolist() == expected[1].tolist() and (got[1] < 0).all()
