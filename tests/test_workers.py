@@ -1,5 +1,6 @@
 """Environments split over processes: the same results, and what happens when one of the processes dies."""
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -142,10 +143,36 @@ def test_an_argument_that_does_not_exist():
 
 def test_a_reward_that_cannot_be_sent_later():
     envs = make(2)
-    for change in (envs.unwrapped.set_reward, lambda reward: vla_envs.FactsReward(envs, reward)):
-        with pytest.raises(ValueError, match="cannot be sent to a worker"):
-            change(lambda facts: facts["success"])
+    with pytest.raises(ValueError, match="cannot be sent to a worker"):
+        envs.unwrapped.set_reward(lambda facts: facts["success"])
     envs.close()
+
+
+def test_a_copy_has_workers_of_its_own(shared):
+    expected = shared.reset(seed=5)
+    copied = copy.deepcopy(shared)
+    same(copied.reset(seed=5), expected)
+    copied.close()
+    shared.step(np.zeros((3, 7)))
+
+
+def test_a_wrappers_reward_is_not_sent(shared):
+    envs = vla_envs.FactsReward(shared, lambda facts: -facts["gripper_to_object"])
+    envs.reset(seed=0)
+    assert (envs.step(np.zeros((3, 7)))[1] < 0).all()
+
+
+def test_the_workers_random_generators(shared):
+    shared.reset(seed=[5, 3, 8])
+    assert shared.np_random_seed == (5, 3, 8)
+    before = shared.np_random
+    shared.reset()
+    qpos = shared.qpos
+    shared.np_random = before
+    shared.reset()
+    assert np.array_equal(shared.qpos, qpos) and shared.np_random_seed == (-1, -1, -1)
+    with pytest.raises(ValueError, match=r"np_random is .*; expected 3 np.random.Generator"):
+        shared.np_random = before[:2]
 
 
 def test_a_worker_that_dies_is_named():

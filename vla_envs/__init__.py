@@ -29,7 +29,8 @@ __all__ = ["FactsReward", "LiberoEnv", "LiberoVectorEnv"]
 for _suite in SUITES:
     register(
         id=f"vla_envs/{_suite}-v0",
-        entry_point="vla_envs.env:LiberoEnv",
+        entry_point="vla_envs.env:make",
         vector_entry_point="vla_envs.workers:make",
+        max_episode_steps=200,
         kwargs={"suite": _suite},
     )

@@ -2,11 +2,11 @@
 
 import os
 import time
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +21,15 @@ from vla_envs.control import ControlState, Views, run_chunk
 from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.inputs import as_array, as_numbers, in_short
 from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
+from vla_envs.rewards import (
+    Reward,
+    all_stage_names,
+    binary,
+    evaluate_reward,
+    resolve_reward,
+    stage_names,
+    warn_of_recorded_states,
+)
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import get_task
 
@@ -50,6 +58,19 @@ class Settled:
     reason: str = ""  # why it could not be settled, and is the init state itself
 
 
+class FromArguments:
+    """A copy of an environment, and one read from a pickle, is made from the arguments, and not yet reset.
+
+    MuJoCo's memory, threads and OpenGL cannot be copied; Gymnasium's own MuJoCo environments do the same.
+    """
+
+    spec: Any
+    _arguments: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._arguments), (), {"spec": self.spec}
+
+
 class Simulation:
     """One environment: a scene's shared model with data of its own."""
 
@@ -64,6 +85,9 @@ class Simulation:
         self.origin = np.zeros(len(scene.goal.kind))
         self.last_good = np.empty(mujoco.mj_stateSize(scene.model, _PHYSICS))
         self._addresses = (scene.model._address, self.data._address)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Simulation cannot be copied, as it holds addresses; expected its environment")
 
     def restore(self, state: NDArray[np.float64]) -> None:
         """Put joints and fixtures as in ``state`` (``Scene``), everything at rest: ``set_init_state``."""
@@ -250,11 +274,7 @@ def check_reset(
         if s is not None and (isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 0):
             raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
     if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
-        warnings.warn(
-            "init_state_id names the states that every published evaluation uses, and a reward other "
-            "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
-            stacklevel=3,
-        )
+        warn_of_recorded_states(stacklevel=4)
     return mask, ids, [None if s is None else int(s) for s in seeds]
 
 
@@ -276,6 +296,18 @@ def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> ND
     return np.clip(array, -1.0, 1.0)
 
 
+def check_generators(value: Any, num_envs: int) -> list[np.random.Generator | None]:
+    """``value`` as one random generator per environment.
+
+    Raises:
+        ValueError: When it is anything else.
+    """
+    several = list(value) if isinstance(value, Sequence) else [value]
+    if len(several) != num_envs or not all(isinstance(rng, np.random.Generator) for rng in several):
+        raise ValueError(f"np_random is {in_short(value)}; expected {num_envs} np.random.Generator in a list")
+    return several
+
+
 def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
     """Observation and action space of one environment.
 
@@ -293,7 +325,7 @@ def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.
     return observation, gym.spaces.Box(-1.0, 1.0, shape, np.float32)
 
 
-class LiberoVectorEnv(VectorEnv):
+class LiberoVectorEnv(FromArguments, VectorEnv):
     """LIBERO tasks as a Gymnasium vector environment, simulated by threads in one process.
 
     Environments of a task share one compiled model. An environment that has finished is neither stepped
@@ -353,6 +385,7 @@ class LiberoVectorEnv(VectorEnv):
         render_mode: str | None = None,
         cache: bool = True,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
         if num_threads is None:
             num_threads = available_cores()
         for name, value, least in (
@@ -394,7 +427,7 @@ class LiberoVectorEnv(VectorEnv):
         self.settle_steps, self.settle_gripper, self.render_mode = settle_steps, settle_gripper, render_mode
         self.metadata = {
             "render_modes": ["rgb_array"],
-            "render_fps": max(1, round(20 / action_chunk)),
+            "render_fps": 20 / action_chunk,
             "autoreset_mode": self.autoreset_mode,
         }
         self.set_reward(reward)
@@ -412,12 +445,14 @@ class LiberoVectorEnv(VectorEnv):
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         #: Seconds spent so far, by kind of work, in the proportion of the threads' time.
         self.seconds = {"physics": 0.0, "render": 0.0}
-        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
+        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in:
+        #: one of ``multi_stage``'s, whatever the reward.
         self.stages: Counter[str] = Counter()
         for scene in scenes.values():
             self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._seeds = [-1] * num_envs  # Gymnasium's number for a seed that is not known
         self._obs = {
             name: np.zeros((num_envs, *space.shape), space.dtype)  # type: ignore[arg-type, misc]
             for name, space in self.single_observation_space.items()
@@ -425,6 +460,7 @@ class LiberoVectorEnv(VectorEnv):
         self._facts = {name: np.zeros(num_envs) for name in FACTS}
         self._facts["goals"] += [len(simulation.scene.goal.kind) for simulation in self.simulations]
         self._stage = np.zeros(num_envs, np.int64)
+        self._stage_name = np.full(num_envs, "", object)
         self._init_state_id = np.full(num_envs, -1)
         self._steps = np.zeros(num_envs, np.int64)
         self._terminated = np.zeros(num_envs, bool)
@@ -455,6 +491,28 @@ class LiberoVectorEnv(VectorEnv):
         for i, row in enumerate(rows):
             qpos[i, : len(row)] = row
         return qpos
+
+    @property  # type: ignore[override]
+    def np_random(self) -> tuple[np.random.Generator, ...]:
+        """The random generators ``(N,)`` that draw placements, one per environment as in ``SyncVectorEnv``.
+
+        They can be set, to N generators.
+        """
+        for i in range(self.num_envs):
+            if self._rngs[i] is None:
+                self._rngs[i], self._seeds[i] = seeding.np_random()
+        return tuple(rng for rng in self._rngs if rng is not None)
+
+    @np_random.setter
+    def np_random(self, value: Any) -> None:
+        self._rngs = check_generators(value, self.num_envs)
+        self._seeds = [-1] * self.num_envs
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
+        _ = self.np_random  # makes those that there are not yet
+        return tuple(self._seeds)
 
     def _parallel(self, work: Callable[[int], tuple[float, float]], indices: Iterable[int]) -> None:
         """Call ``work``, which returns its seconds of physics and of drawing, on each index, on threads."""
@@ -494,7 +552,7 @@ class LiberoVectorEnv(VectorEnv):
         return {
             "success": self._terminated.copy(),
             "stage": self._stage.copy(),
-            "stage_name": stage_names(self._facts),
+            "stage_name": self._stage_name.astype(str),
             "init_state_id": self._init_state_id.copy(),
             "facts": {name: values.copy() for name, values in self._facts.items()},
             "instruction": np.array(self.instructions),
@@ -505,6 +563,7 @@ class LiberoVectorEnv(VectorEnv):
     def set_reward(self, reward: str | Reward) -> None:
         """Pay ``reward``, as the constructor takes it, from the next step on."""
         self._reward = resolve_reward(reward)
+        self._arguments["reward"] = reward
 
     # ---- Gymnasium -------------------------------------------------------------------------------
 
@@ -538,7 +597,8 @@ class LiberoVectorEnv(VectorEnv):
             scene, state_id = self.simulations[i].scene, ids[i]
             rng = self._rngs[i]
             if rng is None or seeds[i] is not None:
-                rng = self._rngs[i] = seeding.np_random(seeds[i])[0]
+                rng, self._seeds[i] = seeding.np_random(seeds[i])
+                self._rngs[i] = rng
             if state_id is None:
                 state = scene.sample_init_state(rng)
             else:
@@ -578,7 +638,7 @@ class LiberoVectorEnv(VectorEnv):
             self._settled.popitem(last=False)
         if indices:  # the others may never have been reset
             facts = {name: values[indices] for name, values in self._facts.items()}
-            self._stage[indices] = evaluate_reward(self._reward, facts)[1]
+            _, self._stage[indices], self._stage_name[indices] = evaluate_reward(self._reward, facts)
 
     def step(
         self, actions: ArrayLike
@@ -629,10 +689,10 @@ class LiberoVectorEnv(VectorEnv):
             return stepped_at - start, time.perf_counter() - stepped_at
 
         self._parallel(advance, alive)
-        reward, stage = evaluate_reward(self._reward, self._facts)
+        reward, stage, stage_name = evaluate_reward(self._reward, self._facts)
         diverged = np.array([bool(reason) for reason in self._reason])
         moved = np.flatnonzero(~(frozen | diverged))
-        self._stage[moved] = stage[moved]
+        self._stage[moved], self._stage_name[moved] = stage[moved], stage_name[moved]
         self.stages.update(stage_names(self._facts)[moved].tolist())
         reward = np.where(frozen | diverged, 0.0, reward)
         terminated, truncated = self._terminated.copy(), self._truncated.copy()

@@ -20,9 +20,11 @@ from numpy.typing import ArrayLike, NDArray
 from vla_envs.rewards import Reward
 from vla_envs.tasks import nearest
 from vla_envs.vector import (
+    FromArguments,
     LiberoVectorEnv,
     available_cores,
     check_actions,
+    check_generators,
     check_int,
     check_open,
     check_reset,
@@ -56,7 +58,7 @@ def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVector
     return LiberoWorkersEnv(num_envs, int(workers), **arguments)
 
 
-class LiberoWorkersEnv(VectorEnv):
+class LiberoWorkersEnv(FromArguments, VectorEnv):
     """The interface of ``LiberoVectorEnv``; consecutive environments are those of one process.
 
     Observations come through shared memory, actions and infos through pipes. Processes are started by
@@ -81,6 +83,7 @@ class LiberoWorkersEnv(VectorEnv):
         reward: str | Reward = "binary",
         **arguments: Any,
     ) -> None:
+        self._arguments = {k: v for k, v in locals().items() if k not in ("self", "arguments")} | arguments
         check_int("num_envs", num_envs, 1)
         if num_envs < workers:
             raise ValueError(f"num_envs is {num_envs}; expected at least one for each of {workers} workers")
@@ -220,6 +223,21 @@ class LiberoWorkersEnv(VectorEnv):
         _check_sent(reward)
         self._call("set_reward", [reward] * len(self._pipes))
         self._learning = reward != "binary"
+        self._arguments["reward"] = reward
+
+    @property  # type: ignore[override]
+    def np_random(self) -> tuple[np.random.Generator, ...]:
+        """Copies of the workers' random generators ``(N,)``; what is set goes to the workers."""
+        return tuple(rng for part in self._call("np_random") for rng in part)
+
+    @np_random.setter
+    def np_random(self, value: Any) -> None:
+        self._call("set_np_random", self._split(check_generators(value, self.num_envs)))
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
+        return tuple(seed for part in self._call("np_random_seed") for seed in part)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -334,7 +352,9 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
 
     methods = {
         "reset": reset, "step": step, "render": envs.render, "set_reward": envs.set_reward,
-        "qpos": lambda: envs.qpos,
+        "qpos": lambda: envs.qpos, "np_random": lambda: envs.np_random,
+        "np_random_seed": lambda: envs.np_random_seed,
+        "set_np_random": lambda rngs: setattr(envs, "np_random", rngs),
     }  # fmt: skip
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:

@@ -72,7 +72,7 @@ def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule],
 
     name = "finite numbers, one per environment"
     try:
-        values, stages = evaluate_reward(watched, facts)
+        values, stages, _ = evaluate_reward(watched, facts)
         again = evaluate_reward(watched, facts)
         backwards = evaluate_reward(watched, {name: fact[::-1] for name, fact in facts.items()})
         alone = evaluate_reward(watched, {name: fact[:1] for name, fact in facts.items()})
