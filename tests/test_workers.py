@@ -153,6 +153,16 @@ def test_an_interrupted_call_leaves_no_answer_behind(shared, interrupt, monkeypa
         assert info["init_state_id"].tolist() == [5, 6, 7] and envs.steps.tolist() == [1] * 3
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_ctrl_c_does_not_reach_a_worker(shared):
+    """From its start on: it holds back what its parent's thread held back, before a line of Python runs."""
+    for process in shared._processes:
+        with open(f"/proc/{process.pid}/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+        assert int(status["SigBlk"], 16) & 1 << signal.SIGINT - 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # here it does
+
+
 def test_an_exception_of_one_worker_leaves_no_answer_behind(shared, monkeypatch):
     envs = shared
     envs.reset(seed=0)
@@ -248,11 +258,11 @@ def test_a_forked_process_is_refused(shared):
 
 
 def test_an_exception_that_cannot_be_sent():
-    class Unknown(OSError):
+    class UnknownError(OSError):
         """Of no module that another process finds."""
 
     assert isinstance(_sendable(ValueError("x")), ValueError)
-    assert repr(_sendable(Unknown("no display"))) == "RuntimeError('Unknown: no display')"
+    assert repr(_sendable(UnknownError("no display"))) == "RuntimeError('UnknownError: no display')"
 
 
 def test_recorded_states_with_a_reward_to_learn_from_give_a_warning(shared):
@@ -281,6 +291,20 @@ def test_bad_arguments(settings, words):
     with pytest.raises(ValueError, match=words):
         make(**settings)
     assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_an_interrupt_while_workers_start_ends_them(monkeypatch):
+    """At once, though they are still busy with starting."""
+    started = []
+
+    def receive(self, k):
+        started.extend(self._processes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LiberoWorkersEnv, "_receive", receive)
+    with pytest.raises(KeyboardInterrupt):
+        make(2)
+    assert [process.exitcode for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_an_argument_that_does_not_exist():

@@ -43,7 +43,7 @@ def check_compiled() -> None:
     They would do nothing then, and the robot stand still.
     """
     if not isinstance(run_chunk, numba.core.dispatcher.Dispatcher):
-        raise RuntimeError("NUMBA_DISABLE_JIT is set; expected it unset: only compiled code can call MuJoCo here")
+        raise RuntimeError("NUMBA_DISABLE_JIT is set; expected it unset: the simulator needs compiled code")
 
 
 class Views(NamedTuple):

@@ -283,12 +283,12 @@ def check_actions(
 
 
 def warn_when_all_wait(envs: Any) -> None:
-    """Warn, once per environment, that a step does nothing: all of ``envs`` have finished, and none is reset."""
+    """Warn, once, that a step of ``envs`` does nothing: all have finished, and none is reset."""
     if envs.autoreset_mode == AutoresetMode.DISABLED and not envs.warned and envs.frozen.all():
         envs.warned = True
         warnings.warn(
-            "every environment has finished: with autoreset_mode 'Disabled' a step does nothing, with reward 0,"
-            " until they are reset; gym.make_vec also takes 'NextStep' and 'SameStep'",
+            "every environment has finished: with autoreset_mode 'Disabled' a step does nothing, with reward"
+            " 0, until they are reset; gym.make_vec also takes 'NextStep' and 'SameStep'",
             stacklevel=4,
         )
 
@@ -622,8 +622,8 @@ class LiberoVectorEnv(VectorEnv):
             ValueError: When an action is NaN, no number or of the wrong shape; nothing is changed then.
                 Values outside [-1, 1] are clipped, as LIBERO does. Also when a reward function fails; it is
                 called when the actions have been executed.
-            gymnasium.error.ResetNeeded: Before the first reset, and after a step that an interrupt or an error
-                (of a reward function too) has ended in its midst.
+            gymnasium.error.ResetNeeded: Before the first reset, and after a step that an interrupt or an
+                error, of a reward function too, has ended in its midst.
         """
         check_open(self)
         checked = check_actions(actions, self.action_space.shape, self._ready)  # type: ignore[arg-type]

@@ -8,10 +8,11 @@ import pickle
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -105,10 +106,14 @@ class LiberoWorkersEnv(VectorEnv):
             for name, space in self.observation_space.items()  # type: ignore[attr-defined]
         }
         self._obs = _arrays(memory, self.observation_space)
-        self._processes, self._pipes = [], []
-        self._crew = Crew(workers)  # a thread talks to each worker: no answer stays in a pipe, nor half of one
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._crew = Crew(workers)  # a thread for each pipe: nothing stays in one, nor half of it
 
         def start(_: int) -> None:
+            if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C reaches no worker
+                resource_tracker.ensure_running()  # which lets it through again
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for part in self._slices:
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -129,6 +134,7 @@ class LiberoWorkersEnv(VectorEnv):
             self._crew.do(start, [0])
             facts = [self._receive(k) for k in range(workers)]
         except BaseException:
+            self._kill()  # those that still start would be waited for
             self.close()
             raise
         self.metadata = facts[0]["metadata"]
@@ -180,9 +186,8 @@ class LiberoWorkersEnv(VectorEnv):
                 words = how or f"ended with status {code}"
                 self._end()
                 self.closed = True
-                raise RuntimeError(
-                    f"worker {k} (environments {part.start} to {part.stop - 1}, process {process.pid}) {words}"
-                )
+                whose = f"environments {part.start} to {part.stop - 1}, process {process.pid}"
+                raise RuntimeError(f"worker {k} ({whose}) {words}")
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
@@ -284,13 +289,16 @@ class LiberoWorkersEnv(VectorEnv):
         if not self._crew.is_ours():
             return
         if self._crew.is_left_working():  # nobody waits for the answer any more
-            for process in self._processes:
-                process.kill()
+            self._kill()
         self._close()
 
     @alone
     def _close(self) -> None:
         self._end()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
 
     def _end(self) -> None:
         for pipe in self._pipes:
