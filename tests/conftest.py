@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,6 +31,27 @@ def ctrl_c():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def interrupt(ctrl_c):
+    """A function for another thread: raises Ctrl-C in the main thread, and returns when that has happened."""
+    wanted, raised = threading.Event(), threading.Event()
+
+    def handler(*_):
+        if wanted.is_set():
+            wanted.clear()
+            raised.set()
+            raise KeyboardInterrupt
+
+    def interrupt():
+        raised.clear()
+        wanted.set()
+        while not raised.wait(0.05):  # a signal that comes just before a thread waits does not wake it
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, handler)
+    return interrupt
 
 
 def words_of(flags):

@@ -1,10 +1,11 @@
 """``LiberoVectorEnv``: many LIBERO environments in one process."""
 
 import os
+import threading
 import time
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,10 +18,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.control import ControlState, Views, run_chunk
+from vla_envs.control import ControlState, Views, check_compiled, run_chunk
 from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.inputs import as_array, as_numbers, in_short
-from vla_envs.render import Renderer
+from vla_envs.render import Renderer, opengl
 from vla_envs.rewards import (
     Reward,
     all_stage_names,
@@ -32,6 +33,7 @@ from vla_envs.rewards import (
 )
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import get_task
+from vla_envs.threads import Crew, alone
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
@@ -274,16 +276,18 @@ def check_reset(
         if s is not None and (isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 0):
             raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
     if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
-        warn_of_recorded_states(stacklevel=4)
+        warn_of_recorded_states(stacklevel=5)
     return mask, ids, [None if s is None else int(s) for s in seeds]
 
 
-def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> NDArray[np.float64]:
+def check_actions(
+    actions: ArrayLike, shape: tuple[int, ...], ready: NDArray[np.bool_]
+) -> NDArray[np.float64]:
     """``actions`` as numbers in [-1, 1].
 
     Raises:
         ValueError: When they are not of ``shape``, or NaN.
-        gymnasium.error.ResetNeeded: When an environment has never been reset (``ready``).
+        gymnasium.error.ResetNeeded: When some environments are not ``ready`` (N,).
     """
     array = as_numbers(actions, "actions are", f"numbers of shape {shape}")
     if array.shape != shape:
@@ -291,8 +295,11 @@ def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> ND
     if np.isnan(array).any():
         where = np.unique(np.argwhere(np.isnan(array))[:, 0]).tolist()
         raise ValueError(f"actions of environments {where} are NaN; expected numbers in [-1, 1]")
-    if not ready:
-        raise gym.error.ResetNeeded("step was called before reset")
+    if not ready.all():
+        raise gym.error.ResetNeeded(
+            f"step was called before reset of environments {in_short(np.flatnonzero(~ready).tolist())}, which"
+            " are new, or were left in the middle of a call by an interrupt or an error"
+        )
     return np.clip(array, -1.0, 1.0)
 
 
@@ -306,6 +313,17 @@ def check_generators(value: Any, num_envs: int) -> list[np.random.Generator | No
     if len(several) != num_envs or not all(isinstance(rng, np.random.Generator) for rng in several):
         raise ValueError(f"np_random is {in_short(value)}; expected {num_envs} np.random.Generator in a list")
     return several
+
+
+def warn_when_all_wait(envs: Any) -> None:
+    """Warn, once, that a step of ``envs`` does nothing: all have finished, and none is reset."""
+    if envs.autoreset_mode == AutoresetMode.DISABLED and not envs.warned and envs.frozen.all():
+        envs.warned = True
+        warnings.warn(
+            "every environment has finished: with autoreset_mode 'Disabled' a step does nothing, with reward"
+            " 0, until they are reset; gym.make_vec also takes 'NextStep' and 'SameStep'",
+            stacklevel=4,
+        )
 
 
 def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
@@ -359,6 +377,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     Raises:
         ValueError: For an argument that does not exist or does not fit; says what was expected.
+        RuntimeError: Where ``NUMBA_DISABLE_JIT`` is set.
 
     Example:
         >>> import gymnasium as gym, vla_envs
@@ -386,6 +405,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         cache: bool = True,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        check_compiled()
         if num_threads is None:
             num_threads = available_cores()
         for name, value, least in (
@@ -430,6 +450,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "render_fps": 20 / action_chunk,
             "autoreset_mode": self.autoreset_mode,
         }
+        self._crew = Crew(num_threads)
         self.set_reward(reward)
         scenes = {
             task: load_scene(suite, task, str(assets), quality, cache) for task in dict.fromkeys(task_ids)
@@ -442,7 +463,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         }
         self._renderers: dict[tuple[int, int], Renderer] = {}
         self._settled: OrderedDict[tuple[int, bytes], Settled] = OrderedDict()
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._renderers_lock = threading.Lock()
         #: Seconds spent so far, by kind of work, in the proportion of the threads' time.
         self.seconds = {"physics": 0.0, "render": 0.0}
         #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in:
@@ -465,8 +486,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         self._steps = np.zeros(num_envs, np.int64)
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
-        self._ready = np.zeros(num_envs, bool)  # has been reset at least once
+        self._ready = np.zeros(num_envs, bool)  # has been reset, and no call has ended in its midst since
         self._reason = [""] * num_envs  # why an episode ended early
+        self.warned = False  # of a step that does nothing
 
     # ---- Reading the simulation ------------------------------------------------------------------
 
@@ -481,6 +503,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         return self._steps.copy()
 
     @property
+    @alone
     def qpos(self) -> NDArray[np.float64]:
         """Joint positions ``(N, nq)`` in LIBERO's order (m, rad, unit quaternions).
 
@@ -517,10 +540,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
     def _parallel(self, work: Callable[[int], tuple[float, float]], indices: Iterable[int]) -> None:
         """Call ``work``, which returns its seconds of physics and of drawing, on each index, on threads."""
         start = time.perf_counter()
-        if self._pool is None:
-            spent = [work(i) for i in indices]
-        else:
-            spent = [future.result() for future in [self._pool.submit(work, i) for i in indices]]
+        spent = self._crew.do(work, indices)
         physics, render = np.sum(spent, axis=0) if spent else (0.0, 0.0)
         took = time.perf_counter() - start
         self.seconds["physics"] += took * physics / max(physics + render, 1e-12)
@@ -529,9 +549,10 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
     def _renderer(self, i: int, size: int) -> Renderer:
         scene = self.simulations[i].scene
         key = (id(scene), size)
-        if key not in self._renderers:
-            self._renderers[key] = Renderer(scene.model, size, scene.burners)
-        return self._renderers[key]
+        with self._renderers_lock:
+            if key not in self._renderers:
+                self._renderers[key] = Renderer(scene.model, size, scene.burners)
+            return self._renderers[key]
 
     def _draw(self, i: int) -> dict[str, NDArray[np.uint8]]:
         """Environment ``i``, as each camera sees it."""
@@ -560,6 +581,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "reason": np.array(self._reason),
         }
 
+    @alone
     def set_reward(self, reward: str | Reward) -> None:
         """Pay ``reward``, as the constructor takes it, from the next step on."""
         self._reward = resolve_reward(reward)
@@ -567,6 +589,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     # ---- Gymnasium -------------------------------------------------------------------------------
 
+    @alone
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -581,6 +604,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
+            RuntimeError: As every method, when another call has not ended, or in a forked process.
         """
         check_open(self)
         recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
@@ -591,6 +615,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
     def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
         """Reset ``indices``: settle the init states not seen lately, then copy, draw each once, and read."""
         indices = list(indices)
+        self._ready[indices] = False  # until all is done
         keys: dict[int, tuple[int, bytes]] = {}
         to_settle: dict[tuple[int, bytes], tuple[int, NDArray[np.float64]]] = {}
         for i in indices:
@@ -609,8 +634,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
                 to_settle.setdefault(keys[i], (i, state))
 
         work = {i: (key, state) for key, (i, state) in to_settle.items()}
-        for i in work:
-            self._renderer(i, self.image_size)  # made by the calling thread
+        opengl()  # made by the calling thread
 
         def settle(i: int) -> tuple[float, float]:
             (key, state), simulation = work[i], self.simulations[i]
@@ -632,14 +656,15 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             self._steps[i] = 0
             self._reason[i] = settled.reason  # in a scene that cannot settle there is nothing to play
             self._terminated[i], self._truncated[i] = False, bool(settled.reason)
-            self._ready[i] = True
             self._observe(i)
         while len(self._settled) > max(64, self.num_envs):
             self._settled.popitem(last=False)
         if indices:  # the others may never have been reset
             facts = {name: values[indices] for name, values in self._facts.items()}
             _, self._stage[indices], self._stage_name[indices] = evaluate_reward(self._reward, facts)
+        self._ready[indices] = True
 
+    @alone
     def step(
         self, actions: ArrayLike
     ) -> tuple[
@@ -649,7 +674,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
         Returns:
             Observations, rewards ``(N,)``, terminated ``(N,)`` (success), truncated ``(N,)`` (the step
-            limit), and infos. A frozen environment keeps its observation and flags, with reward 0.
+            limit), and infos. A frozen environment keeps its observation and flags, with reward 0; when all
+            are frozen in mode ``DISABLED``, the first step gives a warning.
             An environment whose simulation diverges is truncated, with reward 0 and the last observation
             before; ``info["diverged"]`` (N,) bool and ``info["reason"]`` (N,) say so until it is reset.
 
@@ -657,11 +683,21 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             ValueError: When an action is NaN, no number or of the wrong shape; nothing is changed then.
                 Values outside [-1, 1] are clipped, as LIBERO does. Also when a reward function fails; it is
                 called when the actions have been executed.
-            gymnasium.error.ResetNeeded: Before the first reset.
+            gymnasium.error.ResetNeeded: Before the first reset, and after a step that an interrupt or an
+                error, of a reward function too, has ended in its midst.
         """
         check_open(self)
-        chunks = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
-        chunks = chunks.reshape(self.num_envs, self.action_chunk, 7)
+        checked = check_actions(actions, self.action_space.shape, self._ready)  # type: ignore[arg-type]
+        warn_when_all_wait(self)
+        return self._step(checked)
+
+    def _step(
+        self, actions: NDArray[np.float64]
+    ) -> tuple[
+        dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+    ]:
+        chunks = actions.reshape(self.num_envs, self.action_chunk, 7)
+        self._ready[:] = False  # until all is done
         frozen = self.frozen
         restarted = frozen & (self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP)
         if restarted.any():
@@ -700,6 +736,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and self.frozen.any():
             extra = self._final()
             self._reset(np.flatnonzero(self.frozen), [None] * self.num_envs, [None] * self.num_envs)
+        self._ready[:] = True
         return self._observation(), reward, terminated, truncated, self._info() | extra
 
     def _final(self) -> dict[str, Any]:
@@ -715,19 +752,26 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "_final_info": done.copy(),
         }
 
+    @alone
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
         if self.render_mode is None:
             return None
-        return tuple(
-            self._renderer(i, FRAME_SIZE).draw(simulation.data, CAMERAS["image"])
-            for i, simulation in enumerate(self.simulations)
-        )
+        opengl()  # made by the calling thread
+
+        def draw(i: int) -> NDArray[np.uint8]:
+            return self._renderer(i, FRAME_SIZE).draw(self.simulations[i].data, CAMERAS["image"])
+
+        return tuple(self._crew.do(draw, range(self.num_envs)))
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop the threads and free the pictures' memory."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        """Stop the threads and free the pictures' memory; both are another process's in a forked one."""
+        if self._crew.is_ours():
+            self._close()
+
+    @alone
+    def _close(self) -> None:
+        self._crew.close()
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
