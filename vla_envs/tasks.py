@@ -6,6 +6,7 @@ terminal when no configuration file exists.
 
 import difflib
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,9 +75,9 @@ def _task_map() -> dict[str, list[str]]:
 def num_tasks(suite: str) -> int:
     """Number of tasks in a suite."""
     if not isinstance(suite, str) or suite not in SUITES:
-        raise ValueError(
-            f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(str(suite), list(SUITES))}"
-        )
+        papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
+        hint = nearest(papers_name, list(SUITES))
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {list(SUITES)}{hint}")
     return len(_task_map()[SUITES[suite]])
 
 
