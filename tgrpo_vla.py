@@ -483,6 +483,8 @@ def check(args: Args) -> Args:
     args = runs.fill_in_evaluation(runs.fill_in_length(args))
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
+    if args.preset and all(getattr(args, name) == getattr(Args, name) for name in PRESETS[args.preset]):
+        raise ValueError("preset is for the command line; expected Args(**PRESETS[preset])")
     if not args.clip and (args.clip_low, args.clip_high) != (Args.clip_low, Args.clip_high):
         raise ValueError("--no-clip clips nothing; expected neither --clip-low nor --clip-high with it")
     if args.alphas == "auto" and (args.alpha1 is not None or args.alpha2 is not None):

@@ -49,9 +49,10 @@ class Task:
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, whatever the case, or nothing."""
+    lower = {each.lower(): each for each in valid}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    return f"; did you mean {lower[close[0]]!r}?" if close else ""
 
 
 def libero_folder() -> Path:
