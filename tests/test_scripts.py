@@ -733,8 +733,8 @@ def test_grpo_with_nothing_to_learn_from(start, capfd):
 
 def test_ppos_critic_learns_alone_at_first(start, monkeypatch):
     run = stop(start, monkeypatch, "ppo_vla", stop_after_saving, 1, critic_warmup=1)
-    learnt, before = tensors(run, TRAINED), load_policy("nano").state_dict()
-    assert all(torch.equal(learnt[f"policy.{name}"], value) for name, value in before.items())
+    learnt, before = tensors(run, TRAINED), load_policy("nano").named_parameters()
+    assert all(torch.equal(learnt[f"policy.{name}"], parameter) for name, parameter in before)
     critic = {name: value for name, value in learnt.items() if name.startswith("critic.")}
     assert len(critic) == 4 and critic["critic.2.weight"].abs().max() > 0  # it started at 0
 
