@@ -33,7 +33,7 @@ def parse_args(args_type: type[ArgsT], default: ArgsT | None = None) -> ArgsT:
     prog = f"python -m {main.__spec__.name.removesuffix('.__main__')}" if main.__spec__ else None
     try:
         with contextlib.redirect_stderr(errors):
-            defaults = {} if default is None else {"default": default}
+            defaults: dict[str, Any] = {} if default is None else {"default": default}
             args: Any = tyro.cli(args_type, prog=prog, description=main.__doc__, **defaults)
             texts = {name: _at_home(value) for name, value in vars(args).items()}
             return dataclasses.replace(args, **texts)
