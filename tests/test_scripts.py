@@ -980,7 +980,7 @@ def expect_error(start, capfd, script, words, **flags):
         ({"resume": "/no/such/folder", "evaluate": None}, "--checkpoint"),
         ({"compare": "/no/such/folder"}, "--evaluate"),
         ({"num_iteration": 2}, "num-iteration"),
-        ({"task_id": 9, "task_ids": (4, 7)}, "task_id is 9 beside task_ids (4, 7)"),
+        ({"task_id": 9, "task_ids": 4}, "task_id is 9 beside task_ids (4,)"),
         ({"lora_rank": 32}, "expected it with --train lora"),
         ({"suite": "LiberoLong"}, "did you mean 'Libero10'"),
         ({"assets": "~/no/such/folder"}, str(Path("~/no/such/folder").expanduser())),

@@ -47,7 +47,7 @@ def main(args: Args) -> bool:
     if args.check is None:
         for name in ("plot", "demonstrations", "episodes", "seed"):
             if getattr(args, name) != getattr(Args, name):
-                raise ValueError(f"--{name} belongs to a check; expected it with --check FILE.py:FUNCTION")
+                raise ValueError(f"--{name} belongs to a check; expected --check FILE.py:FUNCTION")
         print(prompt(task), end="")
         return True
     check_numbers(args, "episodes", above=True)
