@@ -49,6 +49,7 @@ from vla_envs.policies import adapters, load_policy
 # The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1); 0.3, 0.7 elsewhere.
 PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
                 (0.3, 0.7), (10.0, 1.0), (10.0, 1.0), (0.3, 0.7), (0.3, 0.7))  # fmt: skip
+PRESETS = {"paper": {"stop": "group", "clip": False, "update_every": "step", "target_kl": 1e9}}
 FIT_START = [[1.0, 0.0, 0.3], [0.0, 1.0, 0.7]]  # of --alphas auto: 0.3, 0.7 with the weight of a trajectory
 FIT_MEMORY = 0.9  # of what earlier batches have shown, in every iteration
 
@@ -61,7 +62,7 @@ class Args:
     run_dir: Path | None = None
     """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
-    """Folder of a stopped run to go on with, with its own arguments"""
+    """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
     evaluate: bool = False
     """Only evaluate --checkpoint, greedy and sampled"""
     compare: Path | None = None
@@ -80,8 +81,8 @@ class Args:
     # ---- Environment ----
     suite: str = "LiberoObject"
     """LIBERO suite"""
-    task_id: int = 4
-    """Task in the suite, from 0"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4]"""
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
@@ -90,8 +91,8 @@ class Args:
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True
     """Keep compiled scenes on disk; without, they are built anew"""
-    max_episode_steps: int = 200
-    """Control steps until an episode ends without success"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
     """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
@@ -104,12 +105,12 @@ class Args:
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
-    lora_rank: int = 32
-    """LoRA's r"""
-    last_k: int = 1
-    """Blocks trained in full with --train lora+last-k"""
-    adapter: str = "adapter"
-    """Name of the LoRA adapter: its folder in checkpoints/"""
+    lora_rank: int | None = None
+    """LoRA's r [32]"""
+    last_k: int | None = None
+    """Blocks trained in full with --train lora+last-k [1]"""
+    adapter: str | None = None
+    """Name of the LoRA adapter: its folder in checkpoints/ [adapter]"""
     shared_adapter: tuple[Path, ...] = ()
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
@@ -131,7 +132,7 @@ class Args:
     group_by: Literal["time", "stage"] = "time"
     """The step term compares members at the same decision, or as far into the same stage: the same reward"""
     preset: Literal["paper"] | None = None
-    """paper: --stop group --no-clip --update-every step --target-kl 1e9; nano needs --learning-rate 1e-4"""
+    """paper: --stop group --no-clip --update-every step --target-kl 1e9, unless given otherwise"""
     return_mode: Literal["sum", "mean"] = "sum"
     """A trajectory's reward: the sum over its steps, or their mean"""
     stop: Literal["each", "group"] = "each"
@@ -143,7 +144,7 @@ class Args:
     total_env_steps: int | None = None
     """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
     num_iterations: int | None = None
-    """Iterations of collecting and updating [as many as --total-env-steps takes]"""
+    """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
@@ -155,7 +156,7 @@ class Args:
     update_epochs: int = 1
     """Passes over a batch"""
     minibatch_size: int = 256
-    """Decisions an optimiser step (B)"""
+    """Decisions an optimiser step (B), unless --update-every step"""
     micro_batch_size: int | None = None
     """Decisions that go through the policy at once; gradients of a minibatch's add up [all of them]"""
     clip_low: float = 0.2
@@ -166,8 +167,8 @@ class Args:
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
-    target_kl: float | None = None
-    """An update stops when its approximate KL a ratio exceeds this [0.05; --preset paper: never]"""
+    target_kl: float = 0.05
+    """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
 
@@ -479,30 +480,29 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
 
 def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
+    args = runs.fill_in_evaluation(runs.fill_in_length(args))
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
-    if args.target_kl is None:
-        args = dataclasses.replace(args, target_kl=0.05 if args.preset is None else 1e9)
-    if args.preset == "paper":
-        args = dataclasses.replace(args, stop="group", clip=False, update_every="step")
+    if args.preset and all(getattr(args, name) == getattr(Args, name) for name in PRESETS[args.preset]):
+        raise ValueError("preset is for the command line; expected Args(**PRESETS[preset])")
+    if not args.clip and (args.clip_low, args.clip_high) != (Args.clip_low, Args.clip_high):
+        raise ValueError("--no-clip clips nothing; expected neither --clip-low nor --clip-high with it")
     if args.alphas == "auto" and (args.alpha1 is not None or args.alpha2 is not None):
         raise ValueError("--alphas auto finds alpha1 and alpha2; expected neither of them to be given")
     known = dict(enumerate(PAPER_ALPHAS)) if args.suite == "LiberoObject" else {}
-    task_ids = args.task_ids or (args.task_id,)
-    paper1, paper2 = known.get(task_ids[0], (0.3, 0.7)) if len(task_ids) == 1 else (0.3, 0.7)
+    paper1, paper2 = known.get(args.task_id, (0.3, 0.7)) if len(args.task_ids) == 1 else (0.3, 0.7)
     alpha1 = paper1 if args.alpha1 is None else args.alpha1
     alpha2 = paper2 if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all() or alpha1 == alpha2 == 0:
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers, not both 0")
-    runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
-    if args.alphas == "given":
-        args = dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
-    return runs.fill_in_evaluation(runs.fill_in_length(args))
+    return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2) if args.alphas == "given" else args
 
 
 if __name__ == "__main__":
     args = runs.parse_args(Args)
+    if args.preset:  # its arguments are defaults
+        args = runs.parse_args(Args, Args(**PRESETS[args.preset]))
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
@@ -519,12 +519,12 @@ if __name__ == "__main__":
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
-        run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
-    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
+        run, state = runs.start(args, __file__, learner, optimizer)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:

@@ -1,5 +1,6 @@
 """Rewards on hand-written facts, and the ways to hand one to an environment."""
 
+import sys
 from functools import partial
 
 import gymnasium as gym
@@ -323,6 +324,16 @@ def test_a_file_with_a_dataclass_in_it(tmp_path):
         "def scaled(facts):\n    return Scale().factor * facts['success']\n"
     )
     assert resolve_reward(f"{path}:scaled")({"success": np.ones(2)}).tolist() == [2, 2]
+
+
+def test_a_file_may_import_its_neighbour(tmp_path):
+    (tmp_path / "its_neighbour.py").write_text("FACTOR = 3.0\n")
+    (tmp_path / "scaled.py").write_text(
+        "from its_neighbour import FACTOR\n\n\ndef scaled(facts):\n    return FACTOR * facts['success']\n"
+    )
+    before = list(sys.path)
+    assert resolve_reward(f"{tmp_path / 'scaled.py'}:scaled")({"success": np.ones(2)}).tolist() == [3, 3]
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

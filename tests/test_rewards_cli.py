@@ -239,6 +239,7 @@ def test_without_matplotlib(monkeypatch, tmp_path):
             "expected --demonstrations FILE.hdf5",
         ),
         ({"plot": "reward.png"}, "expected --check"),
+        ({"episodes": 3}, "--episodes belongs to a check; expected --check"),
         ({"suite": "Libero"}, "suite 'Libero' is unknown"),
         ({"task_id": 10}, "task_id 10 does not exist"),
     ],

@@ -6,7 +6,6 @@ has them): numbers and JSON, never pickles.
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
     if _found and _found.origin and "+cpu" not in Path(_found.origin).with_name("version.py").read_text():
         sys.modules["torchvision"] = None  # type: ignore[assignment]
 
+from vla_envs.files import whole
 from vla_envs.policies.adapters import merged
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
@@ -200,9 +200,8 @@ def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False)
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

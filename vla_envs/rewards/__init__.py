@@ -112,7 +112,7 @@ def all_stage_names(joint: Sequence[bool]) -> list[str]:
 def resolve_reward(reward: str | Reward) -> Reward:
     """The reward function behind ``"binary"``, ``"multi_stage"``, a callable or ``path/to/file.py:function``.
 
-    A file is Python code of the user's own and is run as such.
+    A file is Python code of the user's own and is run as such; it may import the files beside it.
 
     Raises:
         ValueError: When there is no such reward, file or function, or the file does not run.
@@ -134,11 +134,15 @@ def resolve_reward(reward: str | Reward) -> Reward:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)  # it may import what lies beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"reward file {path!r} does not run: {words}; expected Python code") from error
+    finally:
+        sys.path.remove(folder)
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
