@@ -30,6 +30,7 @@ from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.tasks import nearest
 
 MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have some kB
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 
@@ -171,6 +172,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file, read once its header has the names and shapes of ``expected``.
 
+    Numbers of floating point may have another precision, but whole numbers are none of them.
+
     Args:
         path: The file.
         expected: Tensors like those to read; on ``"meta"`` they take no memory.
@@ -187,11 +190,14 @@ def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False)
                 raise ValueError(
                     f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
                 )
-            for name in names:
-                shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(expected[name].shape)
+            for name in sorted(names):
+                claim, like = file.get_slice(name), expected[name]
+                shape, wanted = tuple(claim.get_shape()), tuple(like.shape)
                 if shape != wanted:
                     raise ValueError(f"{name} has shape {shape}; expected {wanted}")
-            return {name: file.get_tensor(name) for name in names}
+                if like.is_floating_point() and claim.get_dtype() not in FLOATS:
+                    raise ValueError(f"{name} is of {claim.get_dtype()}; expected one of {FLOATS}")
+            return {name: file.get_tensor(name) for name in sorted(names)}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged or does not fit: {' '.join(str(error).split())}"
