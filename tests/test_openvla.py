@@ -531,10 +531,13 @@ def test_adapter_off_is_the_policy_without_it(tiny, kind):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_activations_are_computed_again_with_the_adapters_of_their_task(tiny, kind, tmp_path, reference):
-    """Also where a pass without the trained adapter, for a KL term, came between forward and backward."""
+    """Also where a pass without the trained adapter, for a KL term, came between forward and backward.
+
+    And with the layers and heads that tasks have of their own.
+    """
     folders = {}
-    for i, sentence in enumerate(SENTENCES):
-        policy = make_trainable(load_policy(kind, tiny), "lora", rank=2).train()
+    for i, (sentence, train) in enumerate(zip(SENTENCES, ("lora", "lora+last-k", "lora+head"))):
+        policy = make_trainable(load_policy(kind, tiny), train, rank=2).train()
         torch.manual_seed(i)
         optimise(policy, steps=3)
         save_adapter(policy, tmp_path / str(i))
@@ -651,16 +654,37 @@ def test_half_precision(tiny, kind):
     assert merged(policy).keys() == OpenVLAModel(tiny_config()).state_dict().keys()
 
 
-def test_peft_reads_the_adapter(tiny, tmp_path):
+@pytest.mark.parametrize("train", ["lora", "lora+head", "lora+last-k"])
+def test_peft_reads_the_adapter(tiny, tmp_path, train):
     import peft
 
-    policy = make_trainable(load_policy("openvla", tiny), "lora")
+    policy = make_trainable(load_policy("openvla", tiny), train)
     optimise(policy)
     save_adapter(policy, tmp_path / "adapter")
     config = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 16, 0.0)
     theirs = peft.PeftModel.from_pretrained(load_policy("openvla", tiny), str(tmp_path / "adapter"))
-    assert torch.equal(loss_of(theirs.base_model.model), loss_of(policy))
+    close(loss_of(theirs.base_model.model), loss_of(policy))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "proj"])
+def test_adapters_of_other_layers_than_ours(tiny, kind, tmp_path, name):
+    """Of the head, the words and, by the same name as in the towers, the patches."""
+    import peft
+
+    theirs = peft.get_peft_model(load_policy(kind, tiny), peft.LoraConfig(r=2, target_modules=[name]))
+    for key, parameter in theirs.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    policy = make_trainable(
+        load_policy(kind, tiny), "lora", below=dict.fromkeys(SENTENCES, tmp_path / "adapter")
+    )
+    other = load_policy(kind, tiny)
+    plain = loss_of(other)
+    other.load_state_dict(merged(policy))
+    torch.testing.assert_close(loss_of(policy), loss_of(other), atol=1e-4, rtol=1e-5)
+    assert (loss_of(other) - plain).abs() > 1e-3
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
         modules = {_plain(key) for key, _ in policy.named_modules()}
         inside = tuple(f"{key}." for key in modules if key.endswith(tuple(in_full)))  # as peft finds them
         _inject(config, policy, name)
-        fresh = peft.get_peft_model_state_dict(policy, adapter_name=name)
+        fresh = peft.get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
         expected = {key: value for key, value in fresh.items() if not key.startswith(inside)}
         expected |= {key: p for key, p in weights.items() if key.startswith(inside)}
         prefix, file = "base_model.model.", folder / "adapter_model.safetensors"

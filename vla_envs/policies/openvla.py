@@ -29,12 +29,32 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vla_envs.policies import read_json, write_json
+from vla_envs.inputs import in_short
+from vla_envs.policies import FLOATS, read_json, write_json
 from vla_envs.policies.nano import draw
 from vla_envs.policies.pictures import openvla_pixels
 
 BINS = 256
 ACTION_DIM = 7
+
+
+LARGEST = 2**20  # of the sizes of an OpenVLA
+MOST_LAYERS = 1024
+
+
+def check_sizes(config: Any, names: str, least: int = 1) -> None:
+    """Refuse sizes of ``config`` that are not whole numbers, or absurdly large.
+
+    Raises:
+        ValueError: Names the first, and what was expected.
+    """
+    for name in names.split():
+        value, most = (
+            getattr(config, name),
+            MOST_LAYERS if name in ("depth", "num_hidden_layers") else LARGEST,
+        )
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name} is {in_short(value)}; expected an int from {least} to {most}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,15 @@ class ViTConfig:
     cls_token: bool = False
     layer_scale: bool = False
 
+    def __post_init__(self) -> None:
+        check_sizes(self, "dim depth heads mlp_dim image_size patch_size")
+        if self.dim % self.heads or self.image_size % self.patch_size:
+            raise ValueError(
+                f"dim {self.dim} must divide by heads {self.heads}, image_size {self.image_size} by patch_size"
+                f" {self.patch_size}"
+            )
+        check_sizes(self, "registers", least=0)
+
 
 @dataclass
 class OpenVLAConfig:
@@ -62,10 +91,23 @@ class OpenVLAConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "OpenVLAConfig":
-        """Of a checkpoint's ``config.json``; towers of other sizes have entries ``dino`` and ``siglip``."""
+        """Of a checkpoint's ``config.json``; towers of other sizes have entries ``dino`` and ``siglip``.
+
+        Raises:
+            ValueError: When a size is missing or is none.
+        """
         stored = read_json(folder / "config.json")
+        for name in ("text_config", *(tower for tower in ("dino", "siglip") if tower in stored)):
+            if not isinstance(stored.get(name), dict):
+                raise ValueError(f"its {name} is {in_short(stored.get(name))}; expected an object of sizes")
         towers = {name: ViTConfig(**stored[name]) for name in ("dino", "siglip") if name in stored}
-        return cls(**towers, llm=LlamaConfig(**stored["text_config"]))
+        # Dropout would make an update's policy another one than the rollout's.
+        llm = LlamaConfig(**stored["text_config"] | {"attention_dropout": 0.0})
+        check_sizes(
+            llm, "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+            " vocab_size"
+        )  # fmt: skip
+        return cls(**towers, llm=llm)
 
 
 # ---- The network -------------------------------------------------------------------------------------
@@ -514,7 +556,10 @@ class OpenVLAPolicy(OpenVLAModel):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., 256) float32 of the action tokens."""
-        return F.linear(hidden, self.head.weight[self.first : self.first + BINS]).float()
+        rows = slice(self.first, self.first + BINS)
+        if hasattr(self.head, "lora_A"):  # of an adapter that was made elsewhere
+            return self.head(hidden)[..., rows].float()
+        return F.linear(hidden, self.head.weight[rows]).float()
 
     def _append(self, x: Tensor, mask: Tensor | None, more: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sequences (B, S, width) and their mask (B, S), longer by ``more`` (B, K, width)."""
