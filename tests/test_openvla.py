@@ -773,6 +773,121 @@ def test_statistics_of_one_suite(damaged):
     assert load_policy("openvla", damaged, "meta").q01.tolist() == Q01
 
 
+def write_statistics(folder, **suites):
+    (folder / "dataset_statistics.json").write_text(json.dumps(suites))
+
+
+def test_the_suite_decides_between_statistics(damaged, capsys):
+    file = damaged / "dataset_statistics.json"
+    stored = json.loads(file.read_text())["libero_object"]
+    shifted = {"action": stored["action"] | {"q01": [q - 1 for q in Q01]}}
+    write_statistics(damaged, libero_10=stored, libero_object_no_noops=shifted, libero_goal=stored, bridge={})
+    assert load_policy("openvla", damaged, "meta", suite="LiberoObject").q01.tolist() == [q - 1 for q in Q01]
+    assert load_policy("openvla", damaged, "meta", suite="LiberoGoal").q01.tolist() == Q01
+    with pytest.raises(ValueError, match=r"'libero_goal'.*; expected libero_spatial"):
+        load_policy("openvla", damaged, "meta", suite="LiberoSpatial")
+    assert "statistics" not in capsys.readouterr().out
+    write_statistics(damaged, libero_goal=stored)
+    assert load_policy("openvla", damaged, "meta", suite="LiberoObject").q01.tolist() == Q01
+    out = capsys.readouterr().out
+    assert "LiberoObject is played with action statistics of libero_goal, the only ones" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"q01": Q01[:6]}, "q01 of libero_object in its dataset_statistics.json is [-0.54"),
+        ({"q99": [*Q99[:6], float("nan")]}, "nan]; expected 7 finite numbers"),
+        ({"q99": [*Q99[:6], "1"]}, "'1']; expected 7 finite numbers"),
+        ({"q01": None}, "q01 of libero_object in its dataset_statistics.json is None; expected 7"),
+        ({"q01": [[0.0] * 7]}, "q01 of"),
+        ({"q01": Q99, "q99": Q01}, "expected at most q99"),
+        ({"mask": [True] * 6}, "mask of libero_object"),
+        ({"mask": ["no"] * 7}, "mask of libero_object"),
+    ],
+    ids=str,
+)
+def test_statistics_that_do_not_fit(damaged, changes, words):
+    write_statistics(damaged, libero_object={"action": {"q01": Q01, "q99": Q99} | changes})
+    assert words in refusal(damaged, "meta")
+
+
+@pytest.mark.parametrize("content", [{}, {"libero_object": []}, {"libero_object": {"action": [1]}}], ids=str)
+def test_statistics_that_are_none(damaged, content):
+    write_statistics(damaged, **content)
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"norm_stats": [content]}))
+    assert "norm_stats" in refusal(damaged, "meta") or "expected q01 and q99" in refusal(damaged, "meta")
+
+
+def test_a_direction_that_is_never_moved_in(damaged):
+    still = {"q01": [0.0] * 7, "q99": [0.0] * 6 + [1.0]}
+    write_statistics(damaged, libero_object={"action": still})
+    policy = load_policy("openvla", damaged)
+    tokens = policy.encode(torch.zeros(1, 1, 7))
+    assert np.array_equal(policy.decode(tokens)[0, 0, :6], np.zeros(6))
+
+
+def set_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DINO = asdict(TINY["dino"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config": None}, "text_config is None; expected an object of sizes"),
+        ({"text_config": {**TEXT, "num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
+        ({"text_config": {**TEXT, "hidden_size": -32}}, "hidden_size is -32"),
+        ({"text_config": {**TEXT, "hidden_size": "32"}}, "hidden_size"),
+        ({"text_config": {**TEXT, "vocab_size": 128}}, "vocab_size is 128; expected an int from 320"),
+        ({"text_config": {**TEXT, "vocab_size": "512"}}, "vocab_size"),
+        ({"text_config": {**TEXT, "num_attention_heads": 5}}, "heads"),
+        ({"text_config": {**TEXT, "hidden_act": "gelou"}}, "gelou"),
+        ({"dino": [1]}, "dino is [1]; expected an object of sizes"),
+        ({"dino": DINO | {"depth": 2.5}}, "depth is 2.5; expected an int from 1"),
+        ({"dino": DINO | {"dim": 10**12}}, "dim is 1000000000000"),
+        ({"dino": DINO | {"heads": 7}}, "must divide by heads 7"),
+        ({"dino": DINO | {"colour": 7}}, "colour"),
+        ({"dino": DINO | {"patch_size": 28}}, "[(28, 28), (28, 14)]; expected the same"),
+        ({"text_config": {**TEXT, "num_key_value_heads": 3}}, "must divide by num_key_value_heads 3"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit(damaged, changes, words):
+    set_config(damaged, **changes)
+    assert words in refusal(damaged, "meta")
+
+
+def test_dropout_of_a_configuration_is_none_of_ours(damaged, kind):
+    """The policy of the update would be another one than the rollout's."""
+    expected = loss_of(load_policy(kind, damaged).train())
+    set_config(damaged, text_config={**TEXT, "attention_dropout": 0.5})
+    assert torch.equal(loss_of(load_policy(kind, damaged).train()), expected)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"a": 3}, {"a": "../x.safetensors"}], ids=str)
+def test_an_index_that_names_no_files(damaged, content):
+    (damaged / INDEX).write_text(json.dumps({"weight_map": content}))
+    assert INDEX in refusal(damaged) or "3' is damaged or missing" in refusal(damaged)
+
+
+def test_shards_that_do_not_fit(damaged):
+    file = damaged / "model-00001-of-00004.safetensors"
+    sound = file.read_bytes()
+    tensors = safetensors.torch.load(sound)
+    name = next(iter(tensors))
+    safetensors.torch.save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    assert f"{name} is of I8; expected one of F64, F32, F16, BF16" in refusal(damaged)
+    file.write_bytes(sound[:-9])
+    assert f"{str(file)!r} is damaged or missing" in refusal(damaged)
+    file.unlink()
+    assert f"{str(file)!r} is damaged or missing" in refusal(damaged)
+
+
 def test_memory_is_named_and_missing_memory_refused(tiny, monkeypatch, capsys):
     load_policy("openvla", tiny)
     assert "G parameters in float32 take" in capsys.readouterr().out

@@ -70,7 +70,11 @@ def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
 
 
 def load_policy(
-    name: str, checkpoint: str | Path | None = None, device: str = "cpu", cudagraphs: bool = False
+    name: str,
+    checkpoint: str | Path | None = None,
+    device: str = "cpu",
+    cudagraphs: bool = False,
+    suite: str | None = None,
 ) -> Any:
     """A policy with the weights of ``checkpoint``, or those shipped.
 
@@ -80,13 +84,15 @@ def load_policy(
             published format, or a repository of the Hugging Face hub.
         device: Where its parameters go; on ``"meta"`` the checkpoint is checked and nothing kept.
         cudagraphs: Whether rollouts of ``openvla`` on a GPU replay CUDA graphs, one a token.
+        suite: LIBERO suite that it is going to play; of an ``openvla`` with action statistics of several it
+            decides.
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
     _check_name(name)
     if name not in SHIPPED:
-        policy = _load_openvla(name, checkpoint, device)
+        policy = _load_openvla(name, checkpoint, device, suite)
         policy.cudagraphs = cudagraphs
         return policy
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
@@ -115,13 +121,13 @@ def load_policy(
     return to_device(policy, device)
 
 
-def _load_openvla(name: str, checkpoint: str | Path | None, device: str) -> Any:
+def _load_openvla(name: str, checkpoint: str | Path | None, device: str, suite: str | None) -> Any:
     if checkpoint is None:
         return new_policy(name)
     from vla_envs.policies.openvla import OpenVLAPolicy  # takes seconds, so only where it is used
 
     try:
-        policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device)
+        policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device, suite=suite)
     except Exception as error:  # as above
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded: {reason}") from error
@@ -169,10 +175,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_claim(name: str, claim: Any, like: Tensor) -> None:
+    """Compare what a safetensors file says of a tensor with what is expected.
+
+    Raises:
+        ValueError: When it has another shape, or no numbers of floating point, whatever their precision.
+    """
+    shape, wanted = tuple(claim.get_shape()), tuple(like.shape)
+    if shape != wanted:
+        raise ValueError(f"{name} has shape {shape}; expected {wanted}")
+    if like.is_floating_point() and claim.get_dtype() not in FLOATS:
+        raise ValueError(f"{name} is of {claim.get_dtype()}; expected one of {', '.join(FLOATS)}")
+
+
 def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file, read once its header has the names and shapes of ``expected``.
-
-    Numbers of floating point may have another precision, but whole numbers are none of them.
 
     Args:
         path: The file.
@@ -191,12 +208,7 @@ def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False)
                     f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
                 )
             for name in sorted(names):
-                claim, like = file.get_slice(name), expected[name]
-                shape, wanted = tuple(claim.get_shape()), tuple(like.shape)
-                if shape != wanted:
-                    raise ValueError(f"{name} has shape {shape}; expected {wanted}")
-                if like.is_floating_point() and claim.get_dtype() not in FLOATS:
-                    raise ValueError(f"{name} is of {claim.get_dtype()}; expected one of {FLOATS}")
+                check_claim(name, file.get_slice(name), expected[name])
             return {name: file.get_tensor(name) for name in sorted(names)}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(
