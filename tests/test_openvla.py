@@ -40,6 +40,7 @@ from vla_envs.policies.openvla import (
     write_weights,
 )
 from vla_envs.policies.pictures import openvla_pictures, openvla_pixels
+from vla_envs.runs import save_training_state
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("OPENVLA_REFERENCE", ROOT.parent / "shared" / "openvla_reference"))
@@ -700,6 +701,21 @@ def test_saved_and_loaded_again(tiny, kind, tmp_path):
     close(loss_of(loaded).detach(), loss_of(policy).detach())
     for name in ("config.json", "dataset_statistics.json", "tokenizer.json"):
         assert (tmp_path / "a" / "final" / name).read_bytes() == (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize("train", ["lora+head", "all"])
+def test_the_state_of_a_run_is_a_policy(tiny, kind, tmp_path, train):
+    policy = make_trainable(load_policy(kind, tiny), train, rank=4)
+    optimise(policy)
+    args = {"policy": kind, "checkpoint": str(tiny), "train": train, "lora_rank": 4, "last_k": 1}
+    args |= {"suite": "LiberoObject", "task_ids": [4]}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
+    latest = tmp_path / "checkpoints" / "latest"
+    save_training_state(latest, policy, optimizer, {})
+    loaded = load_policy(kind, latest, suite="LiberoObject")
+    assert all(torch.equal(value, merged(policy)[name]) for name, value in loaded.state_dict().items())
+    assert load_policy(kind, latest, "meta").head.weight.is_meta
 
 
 def test_shards_and_their_index(tiny):

@@ -207,7 +207,11 @@ def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Pat
 
     ``evaluate`` is the script's own.
     """
-    other = load_policy(args.policy, args.compare, args.device, args.cudagraphs) if args.compare else None
+    other = (
+        load_policy(args.policy, args.compare, args.device, args.cudagraphs, args.suite)
+        if args.compare
+        else None
+    )
     result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "protocol": args.protocol}
     for name, temperature in {"greedy": 0.0, "sampled": args.eval_temperature}.items():
         if name == "greedy" or temperature > 0:

@@ -30,7 +30,9 @@ from vla_envs.policies import (
     SHIPPED,
     adapters,
     count_parameters,
+    is_training_state,
     load_policy,
+    note_tasks,
     read_json,
     read_tensors,
     replace_folder,
@@ -113,7 +115,9 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     if given.compare and not given.evaluate:
         raise ValueError("compare names a second checkpoint; expected it with --evaluate")
     if given.compare:
-        load_policy(given.policy, given.compare, "meta")  # fails now rather than after the first evaluation
+        load_policy(
+            given.policy, given.compare, "meta", suite=given.suite
+        )  # fails now rather than after the first evaluation
     check_numbers(args, "eval_temperature", above=False)
     task_ids = given.task_ids or (given.task_id,)
     if len({get_task(given.suite, task_id) for task_id in task_ids}) < len(task_ids):
@@ -135,6 +139,32 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
         given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
         train=train, device=distributed.device(device),
     )  # fmt: skip
+
+
+def starting_policy(args: Any) -> Any:
+    """The policy that ``args`` start from, or evaluate; says where that may be another than is expected.
+
+    Raises:
+        ValueError: When there is none, or it cannot be trained.
+    """
+    if not args.evaluate and is_training_state(args.checkpoint):
+        raise ValueError(
+            f"checkpoint {str(args.checkpoint)!r} is the state of a run, which changes while that goes on;"
+            f" expected it with --evaluate, or --resume {args.checkpoint.parent.parent}"
+        )
+    policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
+    say = distributed.only_first(print)
+    if args.evaluate and args.checkpoint is None:
+        say(f"no --checkpoint: evaluating the one that is shipped, {SHIPPED[args.policy]}")
+    known = getattr(policy, "made_for", None) or {}
+    others = [task_id for task_id in args.task_ids if task_id not in known.get(args.suite, [])]
+    if known and others:
+        made_for = ", ".join(f"{suite} {' '.join(map(str, task_ids))}" for suite, task_ids in known.items())
+        say(
+            f"policy {args.policy!r}: its checkpoint was made for the tasks {made_for}, and not for"
+            f" {args.suite} {' '.join(map(str, others))}"
+        )
+    return policy
 
 
 def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
@@ -431,6 +461,7 @@ def save_policies(run: Path, policy: Any, args: Any) -> None:
 
     Adapters of several tasks below a shared one make a whole policy for each: ``final_task_4`` and so on.
     """
+    note_tasks(policy, args.suite, args.task_ids)
     if args.train.startswith("lora"):
         adapters.save_adapter(policy, run / "checkpoints" / args.adapter)
     if not args.merge:
@@ -488,6 +519,8 @@ def _write_training_state(
             partial.mkdir(parents=True)
             tensors = {name: p.cpu().contiguous() for name, p in adapters.trainable_state(policy).items()}
             safetensors.torch.save_file(tensors, partial / "trained.safetensors")
+            fixed = {name: b.to("cpu", copy=True) for name, b in policy.named_buffers()}
+            safetensors.torch.save_file(fixed, partial / "buffers.safetensors")
             safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
             write_json(partial / "counters.json", counters)
             replace_folder(partial, folder)

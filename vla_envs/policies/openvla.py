@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vla_envs.inputs import as_numbers, in_short
-from vla_envs.policies import check_claim, read_json, write_json
+from vla_envs.policies import check_claim, instead, read_json, write_json
 from vla_envs.policies.nano import draw
 from vla_envs.policies.pictures import openvla_pixels
 from vla_envs.tasks import SUITES
@@ -333,7 +333,7 @@ def fetch(checkpoint: str | Path, *patterns: str) -> Path:
     if folder.is_dir():
         missing = [name for name in ("config.json", INDEX) if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"it has no {' and no '.join(missing)}")
+            raise ValueError(f"it has no {' and no '.join(missing)}{instead(folder)}")
         return folder
     try:
         return Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns)))
