@@ -169,7 +169,7 @@ def _load_state(name: str, checkpoint: Any, device: str, suite: str | None) -> A
             raise ValueError(f"its run is of policy {in_short(args.get('policy'))}")
         if args.get("shared_adapter"):
             raise ValueError("its run trains above the adapters of tasks; expected final_task_K, of its end")
-        train = args.get("train")
+        train = args["train"]
         policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
         trained = (
             policy if train == "all" else make_trainable(policy, train, args["lora_rank"], args["last_k"])
@@ -186,7 +186,7 @@ def _load_state(name: str, checkpoint: Any, device: str, suite: str | None) -> A
             weights = merged(trained)
             policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
             policy.load_state_dict(weights)
-        note_tasks(policy, args.get("suite"), args.get("task_ids"))
+        note_tasks(policy, args["suite"], args["task_ids"])
     except Exception as error:  # as above
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the state of a run in {str(folder)!r} cannot be loaded: {reason}") from error

@@ -112,11 +112,9 @@ class OpenVLAConfig:
         check_sizes(llm, "hidden_size intermediate_size num_hidden_layers")
         check_sizes(llm, "num_attention_heads num_key_value_heads")
         check_sizes(llm, "vocab_size", least=BINS + 64)
-        if llm.num_attention_heads % llm.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {llm.num_attention_heads} must divide by num_key_value_heads"
-                f" {llm.num_key_value_heads}"
-            )
+        heads: Any = (llm.num_attention_heads, llm.num_key_value_heads)
+        if heads[0] % heads[1]:
+            raise ValueError(f"num_attention_heads {heads[0]} must divide by num_key_value_heads {heads[1]}")
         return cls(**towers, llm=llm)
 
 
