@@ -488,26 +488,27 @@ def test_states_of_runs_that_are_no_policy(checkpoint):
     assert "args.json" in refusal("nano", latest)
 
 
-def test_a_run_says_what_it_starts_from(checkpoint, capsys):
+def test_a_run_says_what_it_starts_from(checkpoint):
     """Where that may be another than is expected: the shipped policy, one of other tasks, a passing state."""
     common = {"evaluate": False, "device": "cpu", "cudagraphs": False}
 
     def said(policy="nano", checkpoint=None, suite="LiberoObject", task_ids=(4,), **given):
         names = {"policy": policy, "checkpoint": checkpoint, "suite": suite, "task_ids": task_ids}
-        runs.starting_policy(SimpleNamespace(**common | names | given))
-        return capsys.readouterr().out
+        args = SimpleNamespace(**common | names | given)
+        policy = runs.starting_policy(args)
+        return runs.remarks(args, torch.nn.ModuleDict({"policy": policy}).policy)
 
-    assert said() == said(policy="flow") == ""
+    assert said() == said(policy="flow") == []
     shipped = f"evaluating the one that is shipped, {SHIPPED['nano']}"
-    assert said(evaluate=True) == f"no --checkpoint: {shipped}\n"
+    assert said(evaluate=True) == [f"no --checkpoint: {shipped}"]
     words = "its checkpoint was made for the tasks LiberoObject 4, and not for LiberoObject 7"
-    assert said(policy="flow", task_ids=(4, 7)) == f"policy 'flow': {words}\n"
+    assert said(policy="flow", task_ids=(4, 7)) == [f"policy 'flow': {words}"]
     goal = {"suite": "LiberoGoal", "task_ids": (0,)}
-    assert "LiberoObject 0 1 2 3 4 5 6 7 8 9, and not for LiberoGoal 0" in said(**goal)
-    assert said(checkpoint=checkpoint, **goal) == ""  # nobody knows
+    assert "LiberoObject 0 1 2 3 4 5 6 7 8 9, and not for LiberoGoal 0" in said(**goal)[0]
+    assert said(checkpoint=checkpoint, **goal) == []  # nobody knows
     policy = load_policy("nano", checkpoint)
     latest = save_state(checkpoint.parent / "run", Run(checkpoint=str(checkpoint)), policy)
-    assert said(checkpoint=latest, evaluate=True) == ""
+    assert said(checkpoint=latest, evaluate=True) == []
     with pytest.raises(ValueError, match=r"is the state of a run, .*; expected it with --evaluate, or"):
         said(checkpoint=latest)
 

@@ -142,7 +142,7 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
 
 
 def starting_policy(args: Any) -> Any:
-    """The policy that ``args`` start from, or evaluate; says where that may be another than is expected.
+    """The policy that ``args`` start from, or evaluate.
 
     Raises:
         ValueError: When there is none, or it cannot be trained.
@@ -152,19 +152,23 @@ def starting_policy(args: Any) -> Any:
             f"checkpoint {str(args.checkpoint)!r} is the state of a run, which changes while that goes on;"
             f" expected it with --evaluate, or --resume {args.checkpoint.parent.parent}"
         )
-    policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
-    say = distributed.only_first(print)
+    return load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
+
+
+def remarks(args: Any, policy: Any) -> list[str]:
+    """Where ``policy``, with which ``args`` start, may be another than is expected, each in one line."""
+    lines = []
     if args.evaluate and args.checkpoint is None:
-        say(f"no --checkpoint: evaluating the one that is shipped, {SHIPPED[args.policy]}")
+        lines.append(f"no --checkpoint: evaluating the one that is shipped, {SHIPPED[args.policy]}")
     known = getattr(policy, "made_for", None) or {}
     others = [task_id for task_id in args.task_ids if task_id not in known.get(args.suite, [])]
     if known and others:
         made_for = ", ".join(f"{suite} {' '.join(map(str, task_ids))}" for suite, task_ids in known.items())
-        say(
+        lines.append(
             f"policy {args.policy!r}: its checkpoint was made for the tasks {made_for}, and not for"
             f" {args.suite} {' '.join(map(str, others))}"
         )
-    return policy
+    return lines
 
 
 def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
@@ -305,6 +309,8 @@ def start(
     distributed.same_parameters(learner)
     distributed.gather_parameters(learner)
     distributed.only_first(write_json)(run / "args.json", {"script": script} | dataclasses.asdict(args))
+    for remark in remarks(args, getattr(learner, "policy", learner)):  # PPO's is beside a critic
+        distributed.only_first(print)(remark)
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         print(f"{run}: {training}")
