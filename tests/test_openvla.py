@@ -891,6 +891,21 @@ def test_an_index_that_names_no_files(damaged, content):
     assert INDEX in refusal(damaged) or "3' is damaged or missing" in refusal(damaged)
 
 
+def test_words_of_another_model(damaged):
+    file = damaged / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    words = stored["model"]["vocab"]
+    for vocabulary, said in (
+        ({("_" if word == "▁" else word): i for word, i in words.items()}, "is without ['▁']"),
+        (words | {f"word{i}": i for i in range(len(words), 600)}, "has 600 words, of 512 that it embeds"),
+    ):
+        stored["model"]["vocab"] = vocabulary
+        file.write_text(json.dumps(stored))
+        assert said in refusal(damaged, "meta")
+    file.write_text("{")
+    assert "cannot be loaded" in refusal(damaged, "meta")
+
+
 def test_shards_that_do_not_fit(damaged):
     file = damaged / "model-00001-of-00004.safetensors"
     sound = file.read_bytes()

@@ -519,7 +519,14 @@ class OpenVLAPolicy(OpenVLAModel):
         policy: Any = cls.from_pretrained(checkpoint, dtype=dtype, device=device)
         policy.parallel = parallel
         policy.q01, policy.q99, policy.normalised = statistics
-        policy.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        policy.tokenizer = words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        missing = [word for word in ("▁", "</s>") if words.token_to_id(word) is None]
+        count, most = words.get_vocab_size(), policy.config.llm.vocab_size
+        if missing or count > most:
+            raise ValueError(
+                f"its tokenizer.json has {count} words, of {most} that it embeds, and is without {missing};"
+                " expected Llama's"
+            )
         policy.dtype = policy.head.weight.dtype
         kept = (
             path for path in folder.iterdir() if path.suffix in (".json", ".model") and path.name != INDEX
