@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import demonstrations, distributed, evaluation, runs
-from vla_envs.policies import adapters, load_policy, new_policy, to_device
+from vla_envs.policies import adapters, new_policy, to_device
 from vla_envs.tasks import get_task
 
 
@@ -270,7 +270,7 @@ if __name__ == "__main__":
         if new:
             policy = to_device(new_policy(args.policy), args.device)
         else:
-            policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
+            policy = runs.starting_policy(args)
         args = runs.fill_in_chunk(args, policy)
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)

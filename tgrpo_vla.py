@@ -44,7 +44,7 @@ from torch import Tensor
 
 import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
-from vla_envs.policies import adapters, load_policy
+from vla_envs.policies import adapters
 
 # The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1); 0.3, 0.7 elsewhere.
 PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
@@ -506,7 +506,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
-        policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
+        policy = runs.starting_policy(args)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them

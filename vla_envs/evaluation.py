@@ -220,7 +220,9 @@ def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Pat
     """
     with one_line_errors():
         print(f"{run}: evaluating {args.checkpoint or f'the shipped {args.policy}'}")
-        other = load_policy(args.policy, args.compare, args.device, args.cudagraphs) if args.compare else None
+        other = None
+        if args.compare:
+            other = load_policy(args.policy, args.compare, args.device, args.cudagraphs, args.suite)
         result = about(args)
         for name, temperature in {"greedy": 0.0, "sampled": args.eval_temperature}.items():
             if name == "greedy" or temperature > 0:

@@ -32,7 +32,9 @@ from vla_envs.policies import (
     SHIPPED,
     adapters,
     count_parameters,
+    is_training_state,
     load_policy,
+    note_tasks,
     read_json,
     read_tensors,
     replace_folder,
@@ -170,7 +172,8 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
     if given.compare and not given.evaluate:
         raise ValueError("compare names a second checkpoint; expected it with --evaluate")
     if given.compare:
-        load_policy(given.policy, given.compare, "meta")  # fails now rather than after the first evaluation
+        # Fails now rather than after the first evaluation.
+        load_policy(given.policy, given.compare, "meta", suite=given.suite)
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
     if not (given.evaluate or given.merge or train == "lora"):
@@ -187,6 +190,33 @@ def fill_in_evaluation(args: ArgsT) -> ArgsT:
         raise ValueError("cudagraphs does not go with --train all or --shared-adapter; expected --train lora")
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, train=train, device=distributed.device(device)
+    )
+
+
+def starting_policy(args: Any) -> Any:
+    """The policy that ``args`` start from, or evaluate.
+
+    Raises:
+        ValueError: When there is none, or it cannot be trained.
+    """
+    if not args.evaluate and is_training_state(args.checkpoint):
+        raise ValueError(
+            f"checkpoint {str(args.checkpoint)!r} is the state of a run, which changes while that goes on;"
+            f" expected it with --evaluate, or --resume {args.checkpoint.parent.parent}"
+        )
+    return load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
+
+
+def remark(args: Any, policy: Any) -> str:
+    """A line that says when ``policy`` plays other tasks than its checkpoint was made for, else ``""``."""
+    known = getattr(policy, "made_for", None) or {}
+    others = [task_id for task_id in args.task_ids if task_id not in known.get(args.suite, [])]
+    if not known or not others:
+        return ""
+    made_for = ", ".join(f"{suite} {' '.join(map(str, task_ids))}" for suite, task_ids in known.items())
+    return (
+        f"policy {args.policy!r}: its checkpoint was made for the tasks {made_for}, and not for"
+        f" {args.suite} {' '.join(map(str, others))}"
     )
 
 
@@ -337,6 +367,8 @@ def start(
     distributed.same_parameters(learner)
     distributed.gather_parameters(learner)
     distributed.only_first(write_json)(run / "args.json", contents)
+    if words := remark(args, getattr(learner, "policy", learner)):  # PPO's is beside a critic
+        distributed.only_first(print)(words)
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         print(f"{run}: {training}")
@@ -493,6 +525,7 @@ def save_policies(run: Path, policy: Any, args: Any) -> None:
 
     Adapters of several tasks below a shared one make a whole policy for each: ``final_task_4`` and so on.
     """
+    note_tasks(policy, args.suite, args.task_ids)
     if args.train.startswith("lora"):
         adapters.save_adapter(policy, run / "checkpoints" / args.adapter)
     if not args.merge:
@@ -549,6 +582,8 @@ def _write_training_state(
             partial.mkdir(parents=True)
             tensors = {name: p.cpu().contiguous() for name, p in adapters.trainable_state(policy).items()}
             safetensors.torch.save_file(tensors, partial / "trained.safetensors")
+            fixed = {name: b.to("cpu", copy=True) for name, b in policy.named_buffers()}
+            safetensors.torch.save_file(fixed, partial / "buffers.safetensors")
             safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
             write_json(partial / "counters.json", counters)
             replace_folder(partial, folder)

@@ -42,8 +42,9 @@ class FlowConfig(NanoConfig):
         super().__post_init__()
         if self.noise not in ("sde", "fixed"):
             raise ValueError(f"noise {self.noise!r} is unknown; expected 'sde' or 'fixed'")
-        if not 0 < self.noise_level < float("inf"):
-            raise ValueError(f"noise_level is {self.noise_level!r}; expected a number above 0")
+        level: Any = self.noise_level
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < float("inf"):
+            raise ValueError(f"noise_level is {level!r}; expected a number above 0")
 
 
 class FlowHead(nn.Module):

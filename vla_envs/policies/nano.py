@@ -109,6 +109,8 @@ class Backbone(nn.Module):
 
     image_size = 128  # pixels, of the rendered picture
     own_pictures = False  # a protocol's processing comes first
+    #: Tasks that it was trained on, by suite; None where its checkpoint does not say.
+    made_for: dict[str, list[int]] | None = None
     #: Linear layers that LoRA adapts: those of the transformer's blocks, never the head.
     lora_targets = r".*blocks\.\d+\.(qkv|proj|fc1|fc2)"
 
