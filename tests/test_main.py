@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vla_envs.__main__ as main
-from vla_envs import scene
+from vla_envs import caches
 
 
 def run(*words):
@@ -126,7 +126,7 @@ def test_a_folder_of_assets_that_is_none(monkeypatch):
 
 
 def test_clearing_the_cache(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scene, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(caches, "cache_folder", lambda: tmp_path)
     for name in ("a.mjb", "a.json", "a.lock", "keep.txt"):
         (tmp_path / name).write_bytes(np.zeros(1000))
     assert "1 compiled scenes" in main.cache()[1]

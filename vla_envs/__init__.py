@@ -7,6 +7,10 @@ import os
 
 from gymnasium.envs.registration import register
 
+from vla_envs.caches import prepare_libraries
+
+prepare_libraries()
+
 # MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not installed;
 # vla_envs/render.py does it later, and says what is missing.
 _backend = os.environ.pop("MUJOCO_GL", None)

@@ -181,14 +181,19 @@ def assets() -> tuple[str, str]:
 
 def cache() -> tuple[str, str]:
     """The compiled scenes on disk, and checkpoints that were downloaded."""
-    from vla_envs.scene import cache_folder
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = cache_folder()
+    from vla_envs.caches import cache_folder, user_folder
+
+    folder, usual, hub = cache_folder(), user_folder("vla_envs"), Path(HF_HUB_CACHE)
     words = f"{len(list(folder.glob('*.mjb')))} compiled scenes in {folder} ({_size(folder)})"
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        words += f"; numba's code in {named}"
     checkpoints = [path for path in hub.glob("models--*") if "openvla" in path.name]
     if checkpoints:
         words += f"; {len(checkpoints)} checkpoints in {hub} ({_size(*checkpoints)})"
+    if folder != usual:
+        return NOTE, f"{words}; {usual} cannot be written: to keep them, name a folder in XDG_CACHE_HOME"
     return OK, words
 
 
@@ -236,7 +241,7 @@ def doctor(use_cache: bool = True) -> int:
 
 def clear_cache() -> None:
     """Remove the compiled scenes."""
-    from vla_envs.scene import cache_folder
+    from vla_envs.caches import cache_folder
 
     print(f"removing {cache()[1]}")
     for path in cache_folder().iterdir():
