@@ -1,6 +1,7 @@
 """``python -m vla_envs``: the doctor and the cache."""
 
 import email.message
+import importlib.metadata
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import vla_envs.__main__ as main
-from vla_envs import caches
+from vla_envs import machine
 
 
 def run(*words):
@@ -63,6 +64,32 @@ def test_requirements_are_the_packages(monkeypatch, needed):
     else:
         state, words = main.versions()
         assert state == "mend" and needed[0].split(">")[0] in words and "pip install" in words
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "fits"),
+    [
+        ("2.13.0+cpu", "0.28.0+cpu", True),
+        ("2.13.0+cpu", "0.28.0", False),  # PyPI's, beside PyTorch's CPU build
+        ("2.13.0", "0.28.0", True),  # both PyPI's
+        ("2.13.0+cu130", "0.28.0", True),
+        ("2.10.0", "0.28.0", False),  # something has changed one of them
+    ],
+)
+def test_torchvision_beside_pytorch(monkeypatch, torch, torchvision, fits):
+    real, versions = main.importlib.metadata.version, {"torch": torch, "torchvision": torchvision}
+    monkeypatch.setattr(main.importlib.metadata, "version", lambda name: versions.get(name) or real(name))
+    monkeypatch.setattr(main.importlib.metadata, "requires", lambda name: ["numpy", "torch==2.13.0"])
+    state, words = main.versions()
+    assert state == ("ok" if fits else "note")
+    assert (f"torchvision {torchvision} does not fit torch {torch}" in words) is not fits
+
+
+def test_the_torchvision_that_is_installed_loads_if_it_fits():
+    if not list(importlib.metadata.distributions(name="torchvision")):
+        pytest.skip("torchvision is not installed")
+    done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True)
+    assert (done.returncode == 0) is (machine.torchvision_misfit() is None)
 
 
 def test_pictures_that_are_empty_or_another(monkeypatch):
@@ -126,7 +153,7 @@ def test_a_folder_of_assets_that_is_none(monkeypatch):
 
 
 def test_clearing_the_cache(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(caches, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
     for name in ("a.mjb", "a.json", "a.lock", "keep.txt"):
         (tmp_path / name).write_bytes(np.zeros(1000))
     assert "1 compiled scenes" in main.cache()[1]

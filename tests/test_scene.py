@@ -17,7 +17,7 @@ from scipy.stats import ks_2samp
 
 import vla_envs.scene
 from vla_envs.assets import write_builtin
-from vla_envs.caches import cache_folder
+from vla_envs.machine import cache_folder
 from vla_envs.scene import check_versions, load_scene, resolve_assets
 from vla_envs.tasks import recorded_init_states
 

@@ -7,7 +7,7 @@ import os
 
 from gymnasium.envs.registration import register
 
-from vla_envs.caches import prepare_libraries
+from vla_envs.machine import prepare_libraries
 
 prepare_libraries()
 

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.machine import torchvision_misfit
 from vla_envs.vector import available_cores
 
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
@@ -56,7 +57,11 @@ def versions() -> tuple[str, str]:
     if wrong:
         return MEND, f"{'; '.join(wrong)}: {INSTALL}"
     shown = ("mujoco", "robosuite", "hf-libero", "torch", "gymnasium", "numpy", "numba")
-    return OK, ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
+    words = ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
+    if misfit := torchvision_misfit():
+        why = "transformers and peft fail to load in a program that has not imported vla_envs.policies before"
+        return NOTE, f"{words}; {misfit}: {why}; install both from one index, as the README has it"
+    return OK, words
 
 
 def opengl() -> tuple[str, str]:
@@ -183,7 +188,7 @@ def cache() -> tuple[str, str]:
     """The compiled scenes on disk, and checkpoints that were downloaded."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from vla_envs.caches import cache_folder, user_folder
+    from vla_envs.machine import cache_folder, user_folder
 
     folder, usual, hub = cache_folder(), user_folder("vla_envs"), Path(HF_HUB_CACHE)
     words = f"{len(list(folder.glob('*.mjb')))} compiled scenes in {folder} ({_size(folder)})"
@@ -241,7 +246,7 @@ def doctor(use_cache: bool = True) -> int:
 
 def clear_cache() -> None:
     """Remove the compiled scenes."""
-    from vla_envs.caches import cache_folder
+    from vla_envs.machine import cache_folder
 
     print(f"removing {cache()[1]}")
     for path in cache_folder().iterdir():

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vla_envs.caches import session_folder, writable
 from vla_envs.inputs import in_short
+from vla_envs.machine import session_folder, writable
 from vla_envs.tasks import nearest
 
 QUALITIES = ("exact", "fast")

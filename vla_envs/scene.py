@@ -26,9 +26,9 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.caches import cache_folder
 from vla_envs.control import Arm
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, turn
+from vla_envs.machine import cache_folder
 from vla_envs.real_assets import QUALITIES, check_files, resolve_assets, simplify
 from vla_envs.tasks import Task, get_task, libero_folder, nearest, recorded_init_states
 

@@ -1,12 +1,14 @@
-"""Where things are kept from one run to the next, and what takes their place where nothing can be written."""
+"""What the machine and the installation offer: places that can be written, libraries that fit each other."""
 
 import getpass
+import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
 
 import numba
 import platformdirs
+from packaging.requirements import Requirement
 
 
 def writable(folder: Path) -> bool:
@@ -61,3 +63,20 @@ def prepare_libraries() -> None:
     named = os.environ.get("NUMBA_CACHE_DIR")
     if not writable(Path(named).absolute() if named else user_folder("numba")):
         numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = str(session_folder() / "numba")
+
+
+def torchvision_misfit() -> str | None:
+    """What is wrong where torchvision cannot be loaded beside the installed PyTorch; imports neither.
+
+    LIBERO's dependencies bring PyPI's torchvision. Beside PyTorch's CPU build, or a version that it was not
+    made for, it fails, and transformers, and peft with it, fail to load anything at all.
+    """
+    try:
+        torch, torchvision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    needs = map(Requirement, importlib.metadata.requires("torchvision") or [])
+    made_for = all(need.specifier.contains(torch, prereleases=True) for need in needs if need.name == "torch")
+    if made_for and (torchvision.endswith("+cpu") or not torch.endswith("+cpu")):
+        return None
+    return f"torchvision {torchvision} does not fit torch {torch}"
