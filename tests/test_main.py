@@ -2,14 +2,18 @@
 
 import email.message
 import importlib.metadata
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vla_envs.__main__ as main
 from vla_envs import machine
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*words):
@@ -60,10 +64,30 @@ def test_requirements_are_the_packages(monkeypatch, needed):
         known["Requires-Dist"] = line
     monkeypatch.setattr(main.importlib.metadata, "metadata", lambda name: known)
     if needed[0] == "numpy>=2":
-        assert main.versions()[0] == "ok"
+        assert main.versions()[0] != "mend"
     else:
         state, words = main.versions()
         assert state == "mend" and needed[0].split(">")[0] in words and "pip install" in words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP there")
+@pytest.mark.parametrize(("policy", "spins"), [(None, "2000"), ("ACTIVE", None)])
+def test_pytorchs_threads_soon_sleep_unless_told_otherwise(policy, spins):
+    """What its OpenMP says when it is loaded; a script imports vla_envs first."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    done = subprocess.run(
+        [sys.executable, "sft_vla.py", "--help"], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0 and "GOMP_SPINCOUNT" in done.stderr
+    assert ("GOMP_SPINCOUNT = '2000'" in done.stderr) is (spins == "2000")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*_vla.py")), ids=lambda path: path.stem)
+def test_scripts_import_vla_envs_before_pytorch(script):
+    lines = script.read_text().splitlines()
+    ours = next(k for k, line in enumerate(lines) if line.startswith("import vla_envs"))
+    assert ours < lines.index("import torch")
 
 
 @pytest.mark.parametrize(

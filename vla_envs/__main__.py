@@ -115,13 +115,16 @@ def speed(cache: bool = True) -> tuple[str, str]:
 def threads() -> tuple[str, str]:
     """Cores, and what limits their use."""
     cores = available_cores()
-    limits = [
-        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
-    ]
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    limits = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     words = f"{cores} of {os.cpu_count()} cores: {cores} simulator threads"
     if hasattr(os, "getloadavg"):
         words += f"; load {os.getloadavg()[0]:.1f}"
-    return OK, "; ".join([words] + ([f"PyTorch has {', '.join(limits)}"] if limits else []))
+    if limits:
+        words += f"; PyTorch has {', '.join(limits)}"
+    if "OMP_NUM_THREADS" not in os.environ:
+        words += "; beside other programs that compute, OMP_NUM_THREADS=1 is faster"
+    return OK, words
 
 
 def memory() -> tuple[str, str]:

@@ -10,6 +10,8 @@ import numba
 import platformdirs
 from packaging.requirements import Requirement
 
+SPINS = "2000"  # some microseconds, longer than most waits; none at all makes training a fifth slower
+
 
 def writable(folder: Path) -> bool:
     """Whether something can be put into ``folder``, which need not exist yet."""
@@ -51,11 +53,15 @@ def cache_folder() -> Path:
 
 
 def prepare_libraries() -> None:
-    """Give numba and PyTorch what their caches need where there is none, in this process and its children.
+    """Tell libraries what they take from the environment, in this process and its children.
 
     numba takes it for an error to find no place for compiled code (robosuite, in the child that builds a
-    scene, has some too); PyTorch before 2.13, that the user has no name.
+    scene, has some too); PyTorch before 2.13, that the user has no name. PyTorch's threads would wait for
+    each other at full speed, also for one whose core another program has: they sleep sooner if this is set
+    when PyTorch is imported.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         getpass.getuser()
     except (KeyError, OSError):

@@ -274,7 +274,9 @@ def start(
     run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
     distributed.same_parameters(learner)
     distributed.gather_parameters(learner)
-    distributed.only_first(write_json)(run / "args.json", {"script": script} | dataclasses.asdict(args))
+    # Sums are rounded by how many threads share them: other numbers of threads give other runs.
+    made_by = {"script": script, "torch_threads": torch.get_num_threads()}
+    distributed.only_first(write_json)(run / "args.json", made_by | dataclasses.asdict(args))
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         print(f"{run}: {training}")
