@@ -33,13 +33,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
 from vla_envs.policies import adapters
 

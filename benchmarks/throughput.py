@@ -227,7 +227,8 @@ def memory_per_environment(args: Args) -> float:
 def main(args: Args) -> None:
     """Measure both sides and print the table."""
     # LIBERO's import asks a question unless it finds a configuration: give it one of its own.
-    scratch = Path(tempfile.mkdtemp(prefix="vla_envs-"))
+    temporary = tempfile.TemporaryDirectory(prefix="vla_envs-")
+    scratch = Path(temporary.name)
     write_libero_config(scratch)
     os.environ["LIBERO_CONFIG_PATH"] = str(scratch)
     os.environ.setdefault("MUJOCO_GL", "egl")

@@ -793,6 +793,7 @@ def test_a_run_of_another_script(tmp_path):
     with pytest.raises(ValueError, match=r"run' is a run of x_vla\.py; expected one of y_vla\.py"):
         runs.start(Started(resume=run), "y_vla", *training(steps=0))
     older = json.loads((run / "args.json").read_text())
+    assert older.pop("torch_threads") == torch.get_num_threads()
     del older["script"]
     write_json(run / "args.json", older)
     assert runs.start(Started(resume=run), "y_vla", *training(steps=0)) == (run, state)

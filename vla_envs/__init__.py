@@ -7,6 +7,10 @@ import os
 
 from gymnasium.envs.registration import register
 
+from vla_envs.machine import prepare_libraries
+
+prepare_libraries()
+
 try:
     import mujoco
 except Exception:

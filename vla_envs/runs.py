@@ -333,13 +333,15 @@ def start(
         leave_on_interrupt()
     trainable, total = count_parameters(learner)
     training = f"training {trainable:,} of {total:,} parameters"
-    contents = {"script": script} | dataclasses.asdict(args) | {"resume": None}
+    # Sums are rounded by how many threads share them: other numbers of threads give other runs.
+    made_by = {"script": script, "torch_threads": torch.get_num_threads()}
+    contents = made_by | dataclasses.asdict(args) | {"resume": None}
     contents = json.loads(json.dumps(contents, default=str))
     if args.resume:
         before = read_json(args.resume / "args.json")
-        made_by = before.get("script", script)
-        if made_by != script:
-            raise ValueError(f"{str(args.resume)!r} is a run of {made_by}.py; expected one of {script}.py")
+        its_script = before.get("script", script)
+        if its_script != script:
+            raise ValueError(f"{str(args.resume)!r} is a run of {its_script}.py; expected one of {script}.py")
         latest = args.resume / "checkpoints" / "latest"
         loaded = load_training_state(latest, learner, optimizer)
         for name in ("iteration", "env_steps", "episodes", "wall_s", "evaluated"):
@@ -654,7 +656,7 @@ def load_args(args: ArgsT) -> ArgsT:
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json{hint}")
     known = get_type_hints(type(args))
     values = read_json(run / "args.json")
-    made_by = values.pop("script", None)
+    made_by, _ = values.pop("script", None), values.pop("torch_threads", None)
     if unknown := sorted(values.keys() - known.keys()):
         raise ValueError(
             f"{str(run / 'args.json')!r} has {', '.join(unknown)}, which this script does not know; expected"

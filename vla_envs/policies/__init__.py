@@ -4,7 +4,6 @@ A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (``openv
 has them): numbers and JSON, never pickles.
 """
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -16,12 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-# LIBERO's dependencies bring PyPI's torchvision. Beside a CPU build of torch it cannot be loaded, and
-# transformers, which peft imports, then fails to load anything: hide it. Nothing here uses it.
-if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
-    _found = importlib.util.find_spec("torchvision")
-    if _found and _found.origin and "+cpu" not in Path(_found.origin).with_name("version.py").read_text():
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
+from vla_envs.machine import torchvision_misfit
+
+if "torchvision" not in sys.modules and torchvision_misfit():
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # hidden: nothing here uses it
 
 from vla_envs.files import whole
 from vla_envs.inputs import in_short

@@ -301,10 +301,20 @@ class OpenVLAModel(nn.Module):
         if mask is not None:
             sees = sees & mask[:, None, None, :]
             positions = mask.cumsum(1) - 1
-        return self.language_model.model(
-            inputs_embeds=x, attention_mask=sees, position_ids=positions, past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state  # fmt: skip
+        return self.llama(x, sees, positions, cache)
+
+    def llama(self, x: Tensor, sees: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
+        """Llama's last hidden states (B, S, width) of ``x`` (B, S, width), as transformers would have it.
+
+        Args:
+            x: (B, S, width).
+            sees: (B, 1, S, keys) bool, what each position attends to; None: itself and those before it.
+            positions: (B, S); None: 0, 1, ...
+            cache: Where keys and values go.
+        """
+        # The cache by its place: its name was ``past_key_values`` until transformers 5.23.
+        out = self.language_model.model(None, sees, positions, cache, x, use_cache=cache is not None)
+        return out.last_hidden_state
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
         """Logits (B, P + L, vocabulary) of every next token.
@@ -795,14 +805,13 @@ class Decoder:
 
     def _step(self) -> None:
         """From ``tokens`` to ``logits``, and one position on."""
-        llama = self.policy.language_model.model
         self.present.index_fill_(1, self.where, True)
         present = self.present[: self.batch]
-        hidden = llama(
-            inputs_embeds=llama.embed_tokens(self.tokens[: self.batch, None] + self.policy.first),
-            attention_mask=present[:, None, None], position_ids=present.sum(1, keepdim=True) - 1,
-            past_key_values=self._cache(self.batch), use_cache=True,
-        ).last_hidden_state  # fmt: skip
+        tokens = self.tokens[: self.batch, None] + self.policy.first
+        hidden = self.policy.llama(
+            self.policy.language_model.model.embed_tokens(tokens), present[:, None, None],
+            present.sum(1, keepdim=True) - 1, self._cache(self.batch),
+        )  # fmt: skip
         self.logits[: self.batch] = self.policy._logits(hidden[:, -1])
         self.where += 1
 
