@@ -33,15 +33,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
-from vla_envs.policies import adapters, load_policy
+from vla_envs.policies import adapters
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Args:
     run_dir: Path | None = None
     """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
-    """Folder of a stopped run to go on with, with its own arguments"""
+    """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
     evaluate: bool = False
     """Only evaluate --checkpoint, greedy and sampled"""
     compare: Path | None = None
@@ -71,8 +71,8 @@ class Args:
     # ---- Environment ----
     suite: str = "LiberoObject"
     """LIBERO suite"""
-    task_id: int = 4
-    """Task in the suite, from 0"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4]"""
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
@@ -81,8 +81,8 @@ class Args:
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True
     """Keep compiled scenes on disk; without, they are built anew"""
-    max_episode_steps: int = 200
-    """Control steps until an episode ends without success"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
     """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
@@ -95,12 +95,12 @@ class Args:
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
-    lora_rank: int = 32
-    """LoRA's r"""
-    last_k: int = 1
-    """Blocks trained in full with --train lora+last-k"""
-    adapter: str = "adapter"
-    """Name of the LoRA adapter: its folder in checkpoints/"""
+    lora_rank: int | None = None
+    """LoRA's r [32]"""
+    last_k: int | None = None
+    """Blocks trained in full with --train lora+last-k [1]"""
+    adapter: str | None = None
+    """Name of the LoRA adapter: its folder in checkpoints/ [adapter]"""
     shared_adapter: tuple[Path, ...] = ()
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
@@ -122,7 +122,7 @@ class Args:
     total_env_steps: int | None = None
     """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
     num_iterations: int | None = None
-    """Iterations of collecting and updating [as many as --total-env-steps takes]"""
+    """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
@@ -404,7 +404,6 @@ def check(args: Args) -> Args:
             f"keep_low, keep_high are {args.keep_low}, {args.keep_high}; expected 0 <= low <= high <= 1"
         )
     runs.check_numbers(args, "max_rounds", above=True)
-    runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
     return runs.fill_in_evaluation(runs.fill_in_length(args))
 
@@ -414,7 +413,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
-        policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
+        policy = runs.starting_policy(args)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
@@ -427,12 +426,12 @@ if __name__ == "__main__":
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
-        run, state = runs.start(args, "grpo_vla", learner, optimizer)
-    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
+        run, state = runs.start(args, __file__, learner, optimizer)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:

@@ -34,14 +34,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
-from vla_envs.policies import adapters, load_policy
+from vla_envs.policies import adapters
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Args:
     run_dir: Path | None = None
     """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
-    """Folder of a stopped run to go on with, with its own arguments"""
+    """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
     evaluate: bool = False
     """Only evaluate --checkpoint, greedy and sampled"""
     compare: Path | None = None
@@ -71,8 +71,8 @@ class Args:
     # ---- Environment ----
     suite: str = "LiberoObject"
     """LIBERO suite"""
-    task_id: int = 4
-    """Task in the suite, from 0"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4]"""
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
@@ -81,8 +81,8 @@ class Args:
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True
     """Keep compiled scenes on disk; without, they are built anew"""
-    max_episode_steps: int = 200
-    """Control steps until an episode ends without success"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
     """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
@@ -95,12 +95,12 @@ class Args:
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
-    lora_rank: int = 32
-    """LoRA's r"""
-    last_k: int = 1
-    """Blocks trained in full with --train lora+last-k"""
-    adapter: str = "adapter"
-    """Name of the LoRA adapter: its folder in checkpoints/"""
+    lora_rank: int | None = None
+    """LoRA's r [32]"""
+    last_k: int | None = None
+    """Blocks trained in full with --train lora+last-k [1]"""
+    adapter: str | None = None
+    """Name of the LoRA adapter: its folder in checkpoints/ [adapter]"""
     shared_adapter: tuple[Path, ...] = ()
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
@@ -122,11 +122,11 @@ class Args:
     value_clip: float = 0.2
     """A value moves by at most this from the old one before its loss stops falling"""
     critic_warmup: int = 2
-    """Iterations in which only the critic learns"""
+    """Iterations in which only the critic learns, at most all but the run's last"""
     total_env_steps: int | None = None
     """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
     num_iterations: int | None = None
-    """Iterations of collecting and updating [as many as --total-env-steps takes]"""
+    """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 64
     """Scenes a batch (G)"""
     group_size: int = 1
@@ -430,10 +430,8 @@ def update(
 def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
     if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
-        raise ValueError(
-            f"gamma, gae_lambda are {args.gamma}, {args.gae_lambda}; expected numbers from 0 to 1"
-        )
-    runs.check_numbers(args, "clip_low clip_high critic_warmup", above=False)
+        raise ValueError(f"gamma, gae_lambda are {args.gamma}, {args.gae_lambda}; expected 0 to 1")
+    runs.check_numbers(args, "critic_warmup", above=False)
     runs.check_numbers(args, "group_size value_learning_rate value_clip", above=True)
     runs.check_training(args)
     return runs.fill_in_evaluation(runs.fill_in_length(args))
@@ -444,7 +442,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
-        policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
+        policy = runs.starting_policy(args)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
@@ -460,12 +458,12 @@ if __name__ == "__main__":
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
-        run, state = runs.start(args, "ppo_vla", learner, optimizer)
-    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
+        run, state = runs.start(args, __file__, learner, optimizer)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
@@ -487,12 +485,13 @@ if __name__ == "__main__":
 
         start = time.perf_counter()
         policy.train()
-        fraction = min(1.0 - done, max(iteration - args.critic_warmup, 0) / args.warmup_iterations)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
+        alone = iteration <= args.critic_warmup and runs.done(state, args) < 1.0
+        fraction = min(1.0 - done, max(iteration - args.critic_warmup, 1) / args.warmup_iterations)
+        optimizer.param_groups[0]["lr"] = 0.0 if alone else args.learning_rate * fraction
         b = samples_of(policy, critic, batch, args)
         minibatches = runs.minibatches(batch, args)
         with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
-            losses = update(policy, critic, optimizer, b, minibatches, iteration <= args.critic_warmup, args)
+            losses = update(policy, critic, optimizer, b, minibatches, alone, args)
         update_s = time.perf_counter() - start
 
         if args.eval_every and iteration % args.eval_every == 0:

@@ -25,15 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import demonstrations, distributed, evaluation, runs
-from vla_envs.policies import adapters, load_policy, new_policy, to_device
+from vla_envs.policies import adapters, new_policy, to_device
 from vla_envs.tasks import get_task
 
 
@@ -45,7 +45,7 @@ class Args:
     run_dir: Path | None = None
     """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
-    """Folder of a stopped run to go on with, with its own arguments"""
+    """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
     evaluate: bool = False
     """Only evaluate --checkpoint, greedy and sampled"""
     compare: Path | None = None
@@ -64,8 +64,8 @@ class Args:
     # ---- Environment ----
     suite: str = "LiberoObject"
     """LIBERO suite"""
-    task_id: int = 4
-    """Task in the suite, from 0"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4]"""
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
@@ -74,8 +74,8 @@ class Args:
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True
     """Keep compiled scenes on disk; without, they are built anew"""
-    max_episode_steps: int = 200
-    """Control steps until an episode ends without success"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
     """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
@@ -88,12 +88,12 @@ class Args:
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
-    lora_rank: int = 32
-    """LoRA's r"""
-    last_k: int = 1
-    """Blocks trained in full with --train lora+last-k"""
-    adapter: str = "adapter"
-    """Name of the LoRA adapter: its folder in checkpoints/"""
+    lora_rank: int | None = None
+    """LoRA's r [32]"""
+    last_k: int | None = None
+    """Blocks trained in full with --train lora+last-k [1]"""
+    adapter: str | None = None
+    """Name of the LoRA adapter: its folder in checkpoints/ [adapter]"""
     shared_adapter: tuple[Path, ...] = ()
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
@@ -242,11 +242,11 @@ def ended(state: dict[str, Any], args: Args) -> bool:
 
 def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
-    task_ids = args.task_ids or (args.task_id,)
-    episodes = args.episodes * len(task_ids) if len(args.episodes) == 1 else args.episodes
-    if len(episodes) != len(task_ids) or min(episodes) < 1:
+    args = runs.fill_in_evaluation(args)
+    episodes = args.episodes * len(args.task_ids) if len(args.episodes) == 1 else args.episodes
+    if len(episodes) != len(args.task_ids) or min(episodes) < 1:
         raise ValueError(
-            f"episodes are {args.episodes}; expected one number above 0, or one for each of {task_ids}"
+            f"episodes are {args.episodes}; expected one number above 0, or one for each of {args.task_ids}"
         )
     if args.train.startswith(("lora", "head")) and args.checkpoint is None and not args.evaluate:
         raise ValueError(f"train is {args.train}: the rest would stay random; expected all, or --checkpoint")
@@ -257,7 +257,7 @@ def check(args: Args) -> Args:
         args, "num_iterations iteration_steps minibatch_size learning_rate warmup_frac max_grad_norm"
         " lora_rank last_k temperature", above=True
     )  # fmt: skip
-    return runs.fill_in_evaluation(dataclasses.replace(args, episodes=episodes))
+    return dataclasses.replace(args, episodes=episodes)
 
 
 if __name__ == "__main__":
@@ -270,7 +270,7 @@ if __name__ == "__main__":
         if new:
             policy = to_device(new_policy(args.policy), args.device)
         else:
-            policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
+            policy = runs.starting_policy(args)
         args = runs.fill_in_chunk(args, policy)
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
         policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
@@ -297,12 +297,12 @@ if __name__ == "__main__":
         )  # fmt: skip
         states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
-        run, state = runs.start(args, "sft_vla", learner, optimizer)
-    writer = runs.make_writer(run, state["iteration"] * args.iteration_steps + 1 if args.resume else None)
+        run, state = runs.start(args, __file__, learner, optimizer)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
+    writer = runs.make_writer(run, state["iteration"] * args.iteration_steps + 1 if args.resume else None)
     assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     print(f"{len(samples['actions']):,} samples")
     started = time.perf_counter() - state["wall_s"]
@@ -345,8 +345,7 @@ if __name__ == "__main__":
         state["wall_s"] = time.perf_counter() - started
         runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
     runs.save_policies(run, policy, args)
-    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
-    result |= state["after"] | {"best": best, "wall_s": state["wall_s"]}
+    result = evaluation.about(args) | state["after"] | {"best": best, "wall_s": state["wall_s"]}
     distributed.only_first(runs.write_json)(run / "result.json", result)
     print(f"{state['wall_s'] / 60:.1f} min; {run}")
     writer.close()

@@ -18,7 +18,8 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
     (--ratio-level action: one a decision).
  3. One epoch of minibatches over the whole batch (--update-every step: Algorithm 1's update a decision step).
  4. A step at which all members get the same reward has advantage 0; the share of such steps is logged.
-    --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2.
+    --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2
+    (vla_envs/training/tgrpo_extras.py).
  5. A finished member keeps its last reward until its group's last member ends, or one that hovers over the
     goal would earn more than one that finishes (--return-mode sum: over its own steps; mean: their mean).
  6. The policy decides a chunk of C control steps at once; the step reward is that of the chunk's last one.
@@ -38,20 +39,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
-import vla_envs  # noqa: F401  (registers the environments)
 from vla_envs import distributed, evaluation, runs
-from vla_envs.policies import adapters, load_policy
+from vla_envs.policies import adapters
+from vla_envs.training import tgrpo_extras
 
-# The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9 (it counts from 1), the best of several trainings.
+# The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9, for --preset paper.
 PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
                 (0.3, 0.7), (10.0, 1.0), (10.0, 1.0), (0.3, 0.7), (0.3, 0.7))  # fmt: skip
-FIT_START = [[1.0, 0.0, 0.3], [0.0, 1.0, 0.7]]  # of --alphas auto: 0.3, 0.7 with the weight of a trajectory
-FIT_MEMORY = 0.9  # of what earlier batches have shown, in every iteration
+PRESETS = {"paper": {"stop": "group", "clip": False, "update_every": "step", "update_epochs": 1,
+                     "target_kl": 1e9}}  # fmt: skip
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Args:
     run_dir: Path | None = None
     """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
-    """Folder of a stopped run to go on with, with its own arguments"""
+    """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
     evaluate: bool = False
     """Only evaluate --checkpoint, greedy and sampled"""
     compare: Path | None = None
@@ -81,8 +83,8 @@ class Args:
     # ---- Environment ----
     suite: str = "LiberoObject"
     """LIBERO suite"""
-    task_id: int = 4
-    """Task in the suite, from 0"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4]"""
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
     assets: str = "builtin"
@@ -91,8 +93,8 @@ class Args:
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True
     """Keep compiled scenes on disk; without, they are built anew"""
-    max_episode_steps: int = 200
-    """Control steps until an episode ends without success"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
     """Control steps a decision (C); has to fit the policy [the policy's]"""
     num_threads: int | None = None
@@ -105,12 +107,12 @@ class Args:
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
     """What is trained: lora, head, lora+head, lora+last-k or all"""
-    lora_rank: int = 32
-    """LoRA's r"""
-    last_k: int = 1
-    """Blocks trained in full with --train lora+last-k"""
-    adapter: str = "adapter"
-    """Name of the LoRA adapter: its folder in checkpoints/"""
+    lora_rank: int | None = None
+    """LoRA's r [32]"""
+    last_k: int | None = None
+    """Blocks trained in full with --train lora+last-k [1]"""
+    adapter: str | None = None
+    """Name of the LoRA adapter: its folder in checkpoints/ [adapter]"""
     shared_adapter: tuple[Path, ...] = ()
     """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
     merge: bool = True
@@ -132,9 +134,9 @@ class Args:
     group_by: Literal["time", "stage"] = "time"
     """The step term compares members at the same decision, or as far into the same stage: the same reward"""
     preset: Literal["paper"] | None = None
-    """paper: --stop group --no-clip --update-every step --target-kl 1e9; nano needs --learning-rate 1e-4"""
+    """paper: --stop group --no-clip --update-every step --update-epochs 1 --target-kl 1e9, its alphas"""
     return_mode: Literal["held", "sum", "mean"] = "held"
-    """A trajectory's reward: summed until its group ends, a finished member's last one held; over its own steps; their mean"""
+    """A trajectory's reward: the sum until its group ends, over its own steps alone, or their mean"""
     stop: Literal["each", "group"] = "each"
     """each: every environment runs to its own end; group: all stop at a member's success"""
     update_every: Literal["batch", "step"] = "batch"
@@ -144,7 +146,7 @@ class Args:
     total_env_steps: int | None = None
     """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
     num_iterations: int | None = None
-    """Iterations of collecting and updating [as many as --total-env-steps takes]"""
+    """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
@@ -156,7 +158,7 @@ class Args:
     update_epochs: int = 1
     """Passes over a batch"""
     minibatch_size: int = 256
-    """Decisions an optimiser step (B)"""
+    """Decisions an optimiser step (B), unless --update-every step"""
     micro_batch_size: int | None = None
     """Decisions that go through the policy at once; gradients of a minibatch's add up [all of them]"""
     clip_low: float = 0.2
@@ -167,8 +169,8 @@ class Args:
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
-    target_kl: float | None = None
-    """An update stops when its approximate KL a ratio exceeds this [0.05; --preset paper: never]"""
+    target_kl: float = 0.05
+    """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
 
@@ -221,42 +223,19 @@ def trajectory_advantages(
     """
     returns = (rewards.double() * alive).sum(dim=0)  # (N,)
     if return_mode == "held":
-        playing = alive.unflatten(1, (-1, group_size)).any(dim=2).repeat_interleave(group_size, dim=1)  # (T, N)
+        playing = (
+            alive.unflatten(1, (-1, group_size)).any(dim=2).repeat_interleave(group_size, dim=1)
+        )  # (T, N)
         returns = (held_rewards(rewards, alive) * playing).sum(dim=0)  # (N,)
     if return_mode == "mean":
         returns = returns / alive.sum(dim=0).clamp(min=1)  # (N,), of a group left out 0
     return group_advantages(returns, group_size, eps=0.0)  # (N,)
 
 
-def stage_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
-    """Equation 6 by stage, (T, N): the k-th decisions that members take in a stage are compared, for every k.
-
-    The stage in which a decision is taken is the reward of the decision before. A member that has left the
-    stage keeps the reward with which it left in the statistics; one that never was there is not in them.
-    """
-    stages = torch.cat([torch.full_like(rewards[:1], -torch.inf), rewards[:-1]])  # (T, N)
-    advantages = group_advantages(torch.zeros_like(rewards), group_size)  # (T, N)
-    for stage in stages[alive.bool()].unique():
-        inside = alive.bool() & (stages == stage)  # (T, N)
-        order = (~inside).byte().argsort(dim=0, stable=True)  # (T, N) decisions in the stage come first
-        for group in torch.arange(rewards.shape[1]).split(group_size):
-            members = group[inside[:, group].any(dim=0)]  # (K,) or fewer
-            if len(members) > 1:
-                when = order[:, members]  # (T, K)
-                its, taken = rewards[:, members].gather(0, when), inside[:, members].gather(0, when)  # (T, K)
-                scores = step_advantages(its, taken, len(members))  # (T, K)
-                advantages[:, members] += torch.zeros_like(scores).scatter(0, when, scores)
-    return advantages
-
-
-def tgrpo_advantages(
-    rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float,
-    return_mode: str = "held", group_by: str = "time",
-) -> Tensor:  # fmt: skip
+def tgrpo_advantages(rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float) -> Tensor:
     """Equation 8, (T, N); 0 where not alive."""
-    compare = stage_advantages if group_by == "stage" else step_advantages
-    step = compare(rewards, alive, group_size)  # (T, N)
-    trajectory = trajectory_advantages(rewards, alive, group_size, return_mode)  # (N,)
+    step = step_advantages(rewards, alive, group_size)  # (T, N)
+    trajectory = trajectory_advantages(rewards, alive, group_size)  # (N,)
     return (alpha1 * step + alpha2 * trajectory) * alive  # (T, N)
 
 
@@ -385,31 +364,6 @@ def stop_groups(batch: dict[str, Any], group_size: int) -> dict[str, Any]:
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
-def fit_alphas(fit: Any, batch: dict[str, Any], args: Args) -> tuple[list[list[float]], list[float]]:
-    """alpha1, alpha2 with which the two terms predict success best, by least squares; a negative one is 0.
-
-    Success is standardised within groups as the terms are: where all members succeed or all fail it says
-    nothing, and what other groups have shown is used. Trajectories count alike, those of older batches less.
-
-    Args:
-        fit: (2, 3), sums of products until now: of the step and the trajectory term with both and success.
-
-    Returns:
-        ``fit`` with this batch, and the two weights.
-    """
-    rewards, alive, settings = batch["rewards"], batch["alive"], (args.return_mode, args.group_by)
-    step, trajectory = (
-        tgrpo_advantages(rewards, alive, args.group_size, *alphas, *settings) for alphas in ((1, 0), (0, 1))
-    )  # (T, N), (T, N)
-    outcome = group_advantages(batch["success"].float(), args.group_size).expand(alive.shape)  # (T, N)
-    told = alive & (outcome != 0)  # (T, N)
-    samples = torch.stack([step, trajectory, outcome])[:, told].double()  # (3, S)
-    weights = (1.0 / alive.sum(dim=0)).expand(alive.shape)[told]  # (S,)
-    products = (samples[:2] * weights) @ samples.T  # (2, 3)
-    sums = FIT_MEMORY * torch.tensor(fit, dtype=torch.float64) + distributed.gather(products[None]).sum(dim=0)
-    return sums.tolist(), torch.linalg.solve(sums[:, :2], sums[:, 2]).clamp(min=0.0).tolist()
-
-
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
     obs = {name: b[name][inds] for name in ("image", "state")}
@@ -492,34 +446,33 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
 
 def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
+    args = runs.fill_in_evaluation(runs.fill_in_length(args))
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
-    if args.target_kl is None:
-        args = dataclasses.replace(args, target_kl=0.05 if args.preset is None else 1e9)
-    if args.preset == "paper":
-        args = dataclasses.replace(args, stop="group", clip=False, update_every="step")
+    if args.preset and all(getattr(args, name) == getattr(Args, name) for name in PRESETS[args.preset]):
+        raise ValueError("preset is for the command line; expected Args(**PRESETS[preset])")
+    if not args.clip and (args.clip_low, args.clip_high) != (Args.clip_low, Args.clip_high):
+        raise ValueError("--no-clip clips nothing; expected neither --clip-low nor --clip-high with it")
     if args.alphas == "auto" and (args.alpha1 is not None or args.alpha2 is not None):
         raise ValueError("--alphas auto finds alpha1 and alpha2; expected neither of them to be given")
-    task_ids = args.task_ids or (args.task_id,)
-    of_paper = args.preset == "paper" and args.suite == "LiberoObject" and len(task_ids) == 1
-    default1, default2 = PAPER_ALPHAS[task_ids[0]] if of_paper else (0.3, 0.7)
+    of_paper = args.preset == "paper" and args.suite == "LiberoObject" and len(args.task_ids) == 1
+    default1, default2 = PAPER_ALPHAS[args.task_id] if of_paper else (0.3, 0.7)
     alpha1 = default1 if args.alpha1 is None else args.alpha1
     alpha2 = default2 if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all() or alpha1 == alpha2 == 0:
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers, not both 0")
-    runs.check_numbers(args, "clip_low clip_high", above=False)
     runs.check_training(args)
-    if args.alphas == "given":
-        args = dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2)
-    return runs.fill_in_evaluation(runs.fill_in_length(args))
+    return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2) if args.alphas == "given" else args
 
 
 if __name__ == "__main__":
     args = runs.parse_args(Args)
+    if args.preset:  # its arguments are defaults
+        args = runs.parse_args(Args, Args(**PRESETS[args.preset]))
     with runs.one_line_errors():
         args = check(runs.load_args(args) if args.resume else args)
         distributed.start(args.device)
-        policy = load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs)
+        policy = runs.starting_policy(args)
         args = runs.fill_in_chunk(args, policy)
         torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
         below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
@@ -532,12 +485,12 @@ if __name__ == "__main__":
         eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
         played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
         envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
-        run, state = runs.start(args, "tgrpo_vla", learner, optimizer)
-    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
+        run, state = runs.start(args, __file__, learner, optimizer)
     if args.evaluate:
         evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
         raise SystemExit
 
+    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
     assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
     started = time.perf_counter() - state["wall_s"]
     if state["before"] is None:
@@ -557,12 +510,15 @@ if __name__ == "__main__":
         rewards, alive, totals = batch["rewards"], batch["alive"], runs.totals([batch])
         state["env_steps"] += totals["control_steps"]
         state["episodes"] += totals["episodes"]
+        step = step_advantages(rewards, alive, args.group_size)  # (T, N), equation 6
+        if args.group_by == "stage":
+            step = tgrpo_extras.by_stage(step_advantages, rewards, alive, args.group_size)  # (T, N)
+        trajectory = trajectory_advantages(rewards, alive, args.group_size, args.return_mode)  # (N,), 7
         alpha1, alpha2 = args.alpha1, args.alpha2
         if args.alphas == "auto":
-            state["fit"], (alpha1, alpha2) = fit_alphas(state.get("fit", FIT_START), batch, args)
-        settings = args.return_mode, args.group_by
-        advantages = tgrpo_advantages(rewards, alive, args.group_size, alpha1, alpha2, *settings)  # (T, N)
-        step = tgrpo_advantages(rewards, alive, args.group_size, 1.0, 0.0, *settings)  # (T, N)
+            outcome = group_advantages(batch["success"].float(), args.group_size)  # (N,)
+            alpha1, alpha2 = tgrpo_extras.fit_alphas(state, step, trajectory, outcome, alive)
+        advantages = (alpha1 * step + alpha2 * trajectory) * alive  # (T, N), equation 8
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()
@@ -591,7 +547,9 @@ if __name__ == "__main__":
             "group/kept_frac": distributed.mean(groups_std > 0),
             "group/zero_std_frac": distributed.mean(still[running]),
             "advantage/step_abs": distributed.mean((alpha1 * step)[alive].abs()),
-            "advantage/trajectory_abs": distributed.mean((advantages - alpha1 * step)[alive].abs()),
+            "advantage/trajectory_abs": distributed.mean(
+                (alpha2 * trajectory).expand(alive.shape)[alive].abs()
+            ),
             "advantage/alpha1": alpha1,
             "advantage/alpha2": alpha2,
             **runs.since_last(envs),

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vla_envs  # noqa: F401
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.files import whole
 from vla_envs.policies import load_policy
 
 matplotlib.use("Agg")
@@ -82,7 +83,8 @@ def gallery(out: Path) -> None:
             axis.set_title("\n".join(textwrap.wrap(title, 44)), fontsize=8)
             axis.axis("off")
             env.close()
-    figure.savefig(out, dpi=80)
+    with whole(out) as partial:
+        figure.savefig(partial, dpi=80)
 
 
 PIECES = 4  # pictures of a decision
@@ -130,7 +132,9 @@ def clip(args: Clip) -> None:
                 sheet.paste(Image.fromarray(image), (at[0] + edge, at[1] + edge))
         sheets.append(sheet)
     durations = [50] * (len(sheets) - 1) + [2000]  # ms; a picture is 2 control steps, 0.1 s: twice the speed
-    sheets[0].save(args.out, save_all=True, append_images=sheets[1:], duration=durations, loop=0, quality=60)
+    first, *others = sheets
+    with whole(args.out) as partial:
+        first.save(partial, save_all=True, append_images=others, duration=durations, loop=0, quality=60)
 
 
 def curves(runs: tuple[Path, ...], out: Path) -> None:
@@ -154,7 +158,8 @@ def curves(runs: tuple[Path, ...], out: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    with whole(out) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 if __name__ == "__main__":

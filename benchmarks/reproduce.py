@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from vla_envs import evaluation
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.files import whole
 from vla_envs.tasks import nearest
 from vla_envs.vector import available_cores
 
@@ -153,7 +154,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     cores = max(1, available_cores() // args.jobs)
     script, *flags = (METHODS | ASKED | HEAT_MAP)[method]
     begun = (folder / "args.json").is_file()
-    words = ["--resume", folder] if begun else [
+    words = ["--resume", folder, "--num-threads", cores] if begun else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
         "--total-env-steps", TOTAL_ENV_STEPS, *flags,
     ]  # fmt: skip
@@ -200,12 +201,10 @@ def read_csv(path: Path, like: dict[str, Any]) -> list[dict[str, Any]]:
 
 def write_csv(path: Path, columns: list[str], lines: list[dict[str, Any]]) -> None:
     """A table, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
+    with whole(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(lines, key=lambda line: [line[c] for c in ("task_id", "method", "seed")]))
-    partial.replace(path)
 
 
 # ---- Table -------------------------------------------------------------------------------------------
@@ -335,7 +334,8 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=100)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=100)
     plt.close(figure)
 
 
@@ -358,7 +358,8 @@ def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
         title=f"task {lines[0]['task_id']}, seed {', '.join(map(str, sorted(common)))}",
     )  # fmt: skip
     figure.colorbar(image, label="success after training")
-    figure.savefig(path, dpi=100)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=100)
     plt.close(figure)
 
 
@@ -367,9 +368,11 @@ def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) 
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     named, named_points = with_twins(lines), with_twins(points)
     if methods:
-        (args.results / "table.md").write_text(table([x for x in lines if x["method"] in methods], methods))
+        with whole(args.results / "table.md") as partial:
+            partial.write_text(table([x for x in lines if x["method"] in methods], methods))
     if any(line["method"] in ASKED for line in lines):
-        (args.results / "questions.md").write_text(pairs_table(named))
+        with whole(args.results / "questions.md") as partial:
+            partial.write_text(pairs_table(named))
     if any(point["method"] in METHODS for point in points):
         draw_curves(points, list(METHODS), args.results / "curves.png")
     for question, asked in QUESTIONS.items():
@@ -393,8 +396,10 @@ def main(args: Args) -> None:
     task_ids = args.task_ids if args.heat_map is None else (args.heat_map,)
     if unknown_tasks := set(task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
-    if args.heat_map is not None and (args.methods or args.questions):
-        raise ValueError("heat_map has methods of its own; expected neither --methods nor --questions")
+    if args.heat_map is not None and (args.methods or args.questions or args.task_ids != Args.task_ids):
+        raise ValueError(
+            "heat_map is of all alphas on its task; expected neither --methods nor --questions nor --task-ids"
+        )
     args.results.mkdir(parents=True, exist_ok=True)
     lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
     points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})

@@ -11,6 +11,7 @@ Machines are noisy: every figure is the best of ``--repeats`` measurements, both
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,8 @@ def _make_libero(bddl_file: str, assets: str, cameras: tuple[str, ...]) -> Any:
     import libero.libero
     from libero.libero.envs import OffScreenRenderEnv
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this program's, which ends its workers
+
     libero.libero._assets_path_cache = assets
     env = OffScreenRenderEnv(
         bddl_file_name=bddl_file, camera_heights=128, camera_widths=128, camera_names=list(cameras)
@@ -93,6 +96,8 @@ def _make_torchrl(task_id: int, assets: str) -> Any:
     import libero.libero
     from torchrl.envs import LiberoEnv
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     libero.libero._assets_path_cache = assets
     cameras = {"camera_names": ["agentview"]}
     return LiberoEnv("libero_object", task_id, camera_height=128, camera_width=128, env_kwargs=cameras)
@@ -105,7 +110,8 @@ def torchrl_speed(assets: str, args: Args) -> float:
 
     speed = 0.0
     for workers in args.workers:
-        envs = ParallelEnv(workers, [partial(_make_torchrl, args.task_id, assets)] * workers)
+        makers = [partial(_make_torchrl, args.task_id, assets)] * workers
+        envs = ParallelEnv(workers, makers, daemon=True)
         state = envs.reset()
         for _ in range(args.repeats):
             start = time.perf_counter()
@@ -221,7 +227,8 @@ def memory_per_environment(args: Args) -> float:
 def main(args: Args) -> None:
     """Measure both sides and print the table."""
     # LIBERO's import asks a question unless it finds a configuration: give it one of its own.
-    scratch = Path(tempfile.mkdtemp(prefix="vla_envs-"))
+    temporary = tempfile.TemporaryDirectory(prefix="vla_envs-")
+    scratch = Path(temporary.name)
     write_libero_config(scratch)
     os.environ["LIBERO_CONFIG_PATH"] = str(scratch)
     os.environ.setdefault("MUJOCO_GL", "egl")

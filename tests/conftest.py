@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import gymnasium as gym
@@ -32,6 +33,27 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def interrupt(ctrl_c):
+    """A function for another thread: raises Ctrl-C in the main thread, and returns when that has happened."""
+    wanted, raised = threading.Event(), threading.Event()
+
+    def handler(*_):
+        if wanted.is_set():
+            wanted.clear()
+            raised.set()
+            raise KeyboardInterrupt
+
+    def interrupt():
+        raised.clear()
+        wanted.set()
+        while not raised.wait(0.05):  # a signal that comes just before a thread waits does not wake it
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, handler)
+    return interrupt
+
+
 def words_of(flags):
     """A command line; a flag that is None takes no value, a tuple several."""
     words = []
@@ -42,7 +64,11 @@ def words_of(flags):
 
 
 def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
-    """Demonstrations of random motion, a file as LIBERO's data sets have it; what is in each."""
+    """Demonstrations of random motion, a file as LIBERO's data sets have it; what is in each.
+
+    With ``labels`` as the scripted expert writes them, else as LIBERO: states before the action, observations
+    after it.
+    """
     rng, demos = np.random.default_rng(seed), []
     with h5py.File(path, "w") as file:
         file.create_group("data")
@@ -55,6 +81,9 @@ def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
             }
             if labels:
                 demo["expert_actions"] = rng.uniform(-1, 1, (length, 7))
+            else:
+                states = rng.standard_normal((length + 1, 30))
+                demo["states"], demo["obs/joint_states"] = states[:-1], states[1:, 1:8]
             for name, array in demo.items():
                 file[f"data/demo_{k}/{name}"] = array
             demos.append(demo)
@@ -77,13 +106,14 @@ def execute(tmp_path, monkeypatch):
 def libero(tmp_path_factory):
     """``libero.libero``, on the built-in assets."""
     from vla_envs.assets import write_builtin
-    from vla_envs.scene import write_libero_config
+    from vla_envs.scene import import_robosuite, write_libero_config
 
     config, assets = tmp_path_factory.mktemp("libero_config"), tmp_path_factory.mktemp("libero_assets")
     write_libero_config(config)
     write_builtin(assets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIBERO_CONFIG_PATH", str(config))
+        import_robosuite()
         import libero.libero
 
         libero.libero._assets_path_cache = str(assets)

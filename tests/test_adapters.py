@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from vla_envs.policies import count_parameters, load_policy, save_policy
@@ -194,6 +195,28 @@ def test_peft_reads_the_adapter(tmp_path, rank):
     assert names == {"adapter_config.json", "adapter_model.safetensors"}  # no pickles
 
 
+@pytest.mark.parametrize(("train", "last_k"), [("lora+head", 1), ("lora+last-k", 1), ("lora+last-k", 3)])
+def test_modules_trained_in_full_are_in_the_adapter(tmp_path, train, last_k):
+    """The saved adapter on the plain policy is the trained one: through peft, and through ours."""
+    import peft
+
+    policy = make_trainable(plain(), train, rank=4, last_k=last_k)
+    optimise(policy)
+    save_adapter(policy, tmp_path / "adapter")
+    expected = logprobs(policy)
+    assert (expected - logprobs(plain())).abs().max() > 1
+    theirs = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logprobs(theirs.base_model.model), expected, atol=1e-4, rtol=1e-5)
+    mine = make_trainable(plain(), "lora", rank=2, below=dict.fromkeys(SENTENCES, tmp_path / "adapter"))
+    torch.testing.assert_close(logprobs(mine), expected, atol=1e-4, rtol=1e-5)
+    other = NanoPolicy(SMALL)
+    other.load_state_dict(merged(mine))
+    torch.testing.assert_close(logprobs(other), expected, atol=1e-4, rtol=1e-5)
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 # ---- One adapter above those of the tasks ------------------------------------------------------------
 
 
@@ -289,6 +312,167 @@ def test_peft_stacks_the_saved_adapters(below, tmp_path):
     torch.testing.assert_close(
         logprobs(theirs.base_model.model)[1], logprobs(policy)[1], atol=1e-6, rtol=1e-6
     )
+
+
+def test_peft_stacks_a_head_that_all_tasks_share(below, tmp_path):
+    import peft
+
+    folders, expected = below
+    policy = make_trainable(plain(), "lora+head", rank=4, below=folders)
+    torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
+    optimise(policy)
+    save_adapter(policy, tmp_path / "shared")
+    theirs = peft.PeftModel.from_pretrained(plain(), str(folders[SENTENCES[1]]), adapter_name="task")
+    theirs.load_adapter(str(tmp_path / "shared"), "shared")
+    theirs.base_model.set_adapter(["task", "shared"])
+    torch.testing.assert_close(
+        logprobs(theirs.base_model.model)[1], logprobs(policy)[1], atol=1e-5, rtol=1e-6
+    )
+
+
+@pytest.fixture
+def whole_below(tmp_path):
+    """As ``below``, of tasks that have a head, and one of them a block, of their own."""
+    folders, expected = {}, []
+    for i, (sentence, train) in enumerate(zip(SENTENCES, ("lora+last-k", "lora+head"))):
+        policy = make_trainable(plain(), train, rank=2 + i)
+        torch.manual_seed(i)
+        optimise(policy, steps=2 + i)
+        save_adapter(policy, tmp_path / f"task_{i}")
+        folders[sentence] = tmp_path / f"task_{i}"
+        expected.append(logprobs(policy)[i].detach())
+    return folders, torch.stack(expected)
+
+
+def test_tasks_keep_the_modules_that_they_have_in_full(whole_below, tmp_path):
+    folders, expected = whole_below
+    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    torch.testing.assert_close(logprobs(policy), expected, atol=1e-4, rtol=1e-5)
+    assert {name.removeprefix("policy.") for name in trainable_state(policy)} == LORA
+    optimise(policy)
+    assert (logprobs(policy) - expected).abs().amax(dim=1).min() > 1e-3
+    for i, sentence in enumerate(SENTENCES):
+        policy.activate(policy.names[sentence])
+        save_policy(policy, "nano", tmp_path / sentence)
+        loaded = load_policy("nano", tmp_path / sentence)
+        torch.testing.assert_close(logprobs(loaded)[i], logprobs(policy)[i], atol=1e-4, rtol=1e-5)
+    with torch.no_grad(), adapter_off(policy):
+        torch.testing.assert_close(logprobs(policy), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_of_two_tasks_are_those_of_each_alone(whole_below):
+    """Also where another task's modules have taken the place of those that the gradient goes through."""
+    policy = make_trainable(plain(), "lora", rank=4, below=whole_below[0])
+    optimise(policy, steps=1)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    together = torch.autograd.grad(logprobs(policy).sum(), trained)
+    alone = [torch.autograd.grad(logprobs(policy)[i].sum(), trained) for i in range(2)]
+    for gradient, *parts in zip(together, *alone):
+        torch.testing.assert_close(gradient, sum(parts), atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_lie_above_the_tasks_adapters(below, whole_below):
+    with pytest.raises(ValueError, match=r"has its own blocks.*; expected --train lora above it"):
+        make_trainable(plain(), "lora+head", below=whole_below[0])
+    with pytest.raises(ValueError, match=r"expected --train lora or lora\+head above adapters"):
+        make_trainable(plain(), "lora+last-k", below=below[0])
+
+
+def test_a_frozen_adapter_drops_nothing(below):
+    """Made by peft with dropout it is the same in the update as in the rollout."""
+    folders, expected = below
+    for folder in folders.values():
+        rewrite(folder / "adapter_config.json", lora_dropout=0.1)
+    policy = make_trainable(plain(), "lora", rank=4, below=folders).train()
+    torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_adapters_of_tasks_need_not_have_the_same_layers(below, tmp_path):
+    import peft
+
+    folders, expected = below
+    theirs = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["fc1", "stem.0"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    policy = make_trainable(plain(), "lora", below=folders | {SENTENCES[1]: tmp_path / "theirs"})
+    torch.testing.assert_close(logprobs(policy)[0], expected[0], atol=1e-6, rtol=1e-6)
+    other = NanoPolicy(SMALL)
+    for i, sentence in enumerate(SENTENCES):
+        policy.activate(policy.names[sentence])
+        other.load_state_dict(merged(policy))
+        torch.testing.assert_close(logprobs(other)[i], logprobs(policy)[i], atol=1e-5, rtol=1e-5)
+
+
+def rewrite(file, **changes):
+    """Other entries in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, "its peft_type is 'IA3'; expected 'LORA'"),
+        ({"use_dora": True}, "its use_dora is True; expected False"),
+        ({"bias": "all"}, "its bias is 'all'; expected 'none'"),
+        ({"init_lora_weights": "pissa"}, "its init_lora_weights is 'pissa'"),
+        ({"r": 0}, "its rank is 0; expected an int from 1 to 4096"),
+        ({"r": 2.5}, "its rank is 2.5"),
+        ({"rank_pattern": {"qkv": 10**9}}, "its rank is 1000000000"),
+        ({"lora_alpha": float("nan")}, "its lora_alpha is nan; expected a finite number above 0"),
+        ({"lora_alpha": "16"}, "its lora_alpha is '16'"),
+        ({"target_modules": ["no_such"]}, "no_such"),
+        ({"target_modules": ["qkv"]}, "that belong to nothing"),
+    ],
+    ids=str,
+)
+def test_settings_of_adapters_that_do_not_fit(below, changes, words):
+    folder = below[0][SENTENCES[0]]
+    rewrite(folder / "adapter_config.json", **changes)
+    with pytest.raises(ValueError) as error:
+        make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+    message = str(error.value)
+    assert f"{str(folder)!r} is no adapter of this policy" in message and words in message
+    assert len(message.splitlines()) == 1
+
+
+def test_numbers_of_adapters_that_do_not_fit(below):
+    folder = below[0][SENTENCES[0]]
+    file = folder / "adapter_model.safetensors"
+    sound = safetensors.torch.load_file(file)
+    name = "base_model.model.blocks.0.qkv.lora_A.weight"
+    for tensor, words in (
+        (
+            torch.full_like(sound[name], float("nan")),
+            "not finite in base_model.model.blocks.0.qkv.lora_A.weight",
+        ),
+        (sound[name].to(torch.int8), "blocks.0.qkv.lora_A.weight is of I8; expected one of"),
+    ):
+        safetensors.torch.save_file(sound | {name: tensor}, file)
+        with pytest.raises(ValueError, match=words):
+            make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        safetensors.torch.save_file({key: value.to(kind) for key, value in sound.items()}, file)
+        policy = make_trainable(plain(), "lora", below=dict.fromkeys(SENTENCES, folder))
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        torch.testing.assert_close(logprobs(policy)[0], below[1][0], atol=0.1, rtol=0)
+
+
+def test_the_folder_of_a_run_is_no_adapter(below, monkeypatch):
+    """The line names the adapter in it; nobody asks the hub for a folder that is not there."""
+    import peft.config
+
+    monkeypatch.setattr(peft.config, "hf_hub_download", None)
+    folder = below[0][SENTENCES[0]]
+    run = folder.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    folder.rename(run / "checkpoints" / "task_0")
+    for given, words in (
+        (run, "did you mean"),
+        (run / "checkpoints", "did you mean"),
+        (folder, "expected the folder of one"),
+    ):
+        with pytest.raises(ValueError, match=r"it has no adapter_config\.json") as error:
+            make_trainable(plain(), "lora", below={SENTENCES[0]: given})
+        assert words in str(error.value)
 
 
 def test_folders_that_hold_no_fitting_adapter(below, tmp_path):

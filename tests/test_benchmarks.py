@@ -3,15 +3,18 @@
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from vla_envs.command_line import parse_args
 from vla_envs.policies import SHIPPED
 
 
@@ -46,6 +49,25 @@ def test_mistakes_are_one_line(script, words, error, monkeypatch, capfd):
         runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
     err = capfd.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and err.startswith(f"error: {error}")
+
+
+@pytest.mark.parametrize("script", ["alphas", "soak", "throughput"])
+def test_ctrl_c_is_one_line(script, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    monkeypatch.setattr("multiprocessing.set_start_method", lambda *_, **__: None)
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", "")  # which throughput sets
+    monkeypatch.setattr(gym, "make_vec", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+    lines = [line for line in re.split(r"[\r\n]", capfd.readouterr().err) if line and "?" not in line]
+    assert end.value.code == 130 and lines == ["Ctrl-C: stopped"]
+
+
+def test_what_is_given_beside_tiny_counts(monkeypatch):
+    module = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--steps", "7"])
+    args = parse_args(module["Args"], module["TINY"])
+    assert args.tiny and (args.steps, args.group_size, args.repeats) == (7, 2, 1)
 
 
 def test_gpu_without_one(monkeypatch, capsys):

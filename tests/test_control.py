@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from vla_envs.control import ControlState, Views, run_chunk
+from vla_envs import LiberoVectorEnv
+from vla_envs.control import ControlState, Views, check_compiled, run_chunk
 from vla_envs.scene import load_scene
 
 
@@ -169,3 +170,11 @@ def test_peak_is_the_greatest_height_of_the_object(scene, drop):
         compiled(scene, data, control, np.zeros((1, 7)))
         heights.append(data.xpos[scene.goal.subject[0], 2])
         assert control.peak[0] == max(heights)
+
+
+def test_uncompiled_it_refuses(monkeypatch):
+    """As ``NUMBA_DISABLE_JIT=1`` leaves it: MuJoCo's functions would not be called."""
+    check_compiled()
+    monkeypatch.setattr("vla_envs.control.run_chunk", run_chunk.py_func)
+    with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT is set; expected it unset"):
+        LiberoVectorEnv()

@@ -1,5 +1,7 @@
 """The single environment: Gymnasium's own checks, and what differs from the vector environment's face."""
 
+import copy
+import pickle
 import warnings
 
 import gymnasium as gym
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from vla_envs import LiberoEnv
+from vla_envs import FactsReward, LiberoEnv
 from vla_envs.scene import load_scene
 from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
 
@@ -122,15 +124,140 @@ def test_success_on_the_last_step_is_success_alone(drop):
     env.close()
 
 
-@pytest.mark.parametrize(("limit", "steps_played"), [(3, 3), (203, 200)])
-def test_the_step_limit_of_gymnasiums_make(make, limit, steps_played):
-    """``gym.make`` keeps the argument for a wrapper of its own, which can only shorten an episode."""
-    env = make(max_episode_steps=limit)
-    env.reset(seed=0)
-    steps = 1
-    while not env.step(STILL)[3]:
-        steps += 1
-    assert steps == steps_played
+def decisions(envs, most=10):
+    """How many decisions an episode without motion takes, at most ``most``."""
+    envs.reset(seed=0)
+    action = np.zeros(envs.action_space.shape)
+    return next((n for n in range(1, most + 1) if np.all(envs.step(action)[3])), most)
+
+
+@pytest.mark.parametrize(("limit", "chunk", "played"), [(None, 40, 5), (3, 1, 3), (20, 8, 3), (280, 40, 7)])
+def test_the_step_limit_of_gymnasiums_make(make, make_vec, limit, chunk, played):
+    """It counts control steps as ``gym.make_vec``'s does; the spec says the limit, and can be made again."""
+    arguments = {"action_chunk": chunk} | ({} if limit is None else {"max_episode_steps": limit})
+    env = make(**arguments)
+    assert env.spec.max_episode_steps == (limit or 200)
+    again = gym.make(env.spec)
+    assert decisions(env) == decisions(again) == decisions(make_vec(1, **arguments)) == played
+    assert again.spec == env.spec
+    again.close()
+
+
+def test_gymnasiums_make_without_a_step_limit(make):
+    env = make(max_episode_steps=-1, action_chunk=50)
+    assert decisions(env, most=6) == 6 and env.spec.max_episode_steps is None
+
+
+def test_the_step_limit_of_environments_side_by_side():
+    envs = gym.make_vec(
+        "vla_envs/LiberoObject-v0", 2, "sync", task_id=4, image_size=16, action_chunk=4, max_episode_steps=6
+    )
+    assert decisions(envs) == 2
+    envs.close()
+
+
+@pytest.mark.parametrize(("chunk", "fps"), [(1, 20), (8, 2.5), (40, 0.5)])
+def test_videos_play_at_the_speed_of_the_robot(make, make_vec, chunk, fps):
+    for env in (make(action_chunk=chunk), make_vec(1, action_chunk=chunk)):
+        assert env.metadata["render_fps"] == fps
+
+
+# ---- Copies ------------------------------------------------------------------------------------------
+
+
+def played(env):
+    """What an environment shows of a reset and a step."""
+    obs, _ = env.reset(seed=3)
+    later, reward, *_ = env.step(np.ones(env.action_space.shape))
+    assert not np.array_equal(later["state"], obs["state"])
+    return [obs["state"], later["state"], later["image"], reward]
+
+
+@pytest.mark.parametrize("kind", ["single", "vector", "wrapped", "wrapped vector"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_is_made_from_the_arguments(make, make_vec, kind, copied):
+    """Before and after a reset; it wants a reset of its own, then plays as the original."""
+    env = {
+        "single": lambda: make(action_chunk=2, reward="multi_stage"),
+        "vector": lambda: make_vec(2, action_chunk=2, reward="multi_stage"),
+        "wrapped": lambda: FactsReward(make(action_chunk=2), "multi_stage"),
+        "wrapped vector": lambda: FactsReward(make_vec(2, action_chunk=2), "multi_stage"),
+    }[kind]()
+    early = copied(env)
+    expected = played(env)
+    for other in (early, copied(env)):
+        assert repr(other) == repr(env) and other.spec == env.spec
+        with pytest.raises(gym.error.ResetNeeded):
+            other.step(np.ones(env.action_space.shape))
+        assert all(map(np.array_equal, played(other), expected))
+        other.close()
+    assert all(map(np.array_equal, played(env), expected))  # none the worse for it
+
+
+def test_a_copy_pays_the_reward_that_was_set(make, make_vec):
+    for env in (make(), make_vec(1)):
+        env.unwrapped.set_reward("multi_stage")
+        other = copy.deepcopy(env)
+        assert np.all(played(other)[-1] == -2)
+        other.close()
+
+
+def test_a_simulation_is_not_copied(make_vec):
+    with pytest.raises(TypeError, match="a Simulation cannot be copied"):
+        copy.deepcopy(make_vec(1).unwrapped.simulations)
+
+
+# ---- Random numbers ----------------------------------------------------------------------------------
+
+
+def test_np_random_draws_the_placements(make):
+    env = make()
+    env.reset(seed=5)
+    assert env.unwrapped.np_random_seed == env.np_random_seed == 5
+    before = env.unwrapped.np_random.bit_generator.state
+    env.reset()
+    qpos = env.unwrapped.qpos
+    assert env.unwrapped.np_random.bit_generator.state != before
+    env.reset()
+    assert not np.array_equal(env.unwrapped.qpos, qpos)
+    env.unwrapped.np_random.bit_generator.state = before
+    env.reset()
+    assert np.array_equal(env.unwrapped.qpos, qpos) and env.np_random_seed == 5
+
+
+def test_np_random_can_be_set(make):
+    env, twin = make(), make()
+    env.unwrapped.np_random = np.random.Generator(np.random.PCG64(7))
+    assert env.np_random_seed == -1  # Gymnasium's number for a seed that is not known
+    env.reset(), twin.reset(seed=7)
+    assert np.array_equal(env.unwrapped.qpos, twin.unwrapped.qpos)
+    with pytest.raises(ValueError, match=r"np_random is .*; expected 1 np.random.Generator"):
+        env.unwrapped.np_random = 7
+
+
+def test_np_random_before_the_first_reset(make):
+    env, twin = make(), make()
+    twin.reset(seed=env.unwrapped.np_random_seed), env.reset()
+    assert np.array_equal(env.unwrapped.qpos, twin.unwrapped.qpos)
+
+
+def test_np_random_of_a_vector_environment(make_vec):
+    """One generator for each environment, as in Gymnasium's own."""
+    envs = make_vec(2)
+    envs.reset(seed=[5, 3])
+    assert envs.np_random_seed == (5, 3)
+    before = copy.deepcopy(envs.np_random)
+    envs.reset()
+    qpos = envs.unwrapped.qpos
+    envs.np_random = before
+    assert envs.np_random_seed == (-1, -1)
+    envs.reset()
+    assert np.array_equal(envs.unwrapped.qpos, qpos)
+    for bad in (before[:1], [5, 3], None):
+        with pytest.raises(ValueError, match=r"np_random is .*; expected 2 np.random.Generator"):
+            envs.np_random = bad
+    envs.reset(seed=[8, 9])
+    assert envs.np_random_seed == (8, 9)
 
 
 def test_the_step_limit_counts_control_steps():

@@ -1,6 +1,7 @@
 """Evaluation: protocols, their pictures, intervals, paired comparisons, reports and videos."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import imageio.v2 as imageio
@@ -348,7 +349,8 @@ def test_a_report_of_two_checkpoints(capsys, tmp_path):
     above, below = capsys.readouterr().out.splitlines()
     assert above == "sampled: success 7/10 (95 %: 40 to 89 %)"
     assert below.strip() == (
-        f"{tmp_path}: 4/10 (95 %: 17 to 69 %); difference +30 points (95 %: -12 to +60), p = 0.38"
+        f"--compare {tmp_path}: 4/10 (95 %: 17 to 69 %);"
+        " --checkpoint minus --compare: +30 points (95 %: -12 to +60), p = 0.38"
     )
     assert set(contents) == {"sampled", "sampled_outcomes", "sampled_compared"}
     compared = contents["sampled_compared"]
@@ -367,7 +369,7 @@ def evaluate_once(tmp_path):
     policy, envs, run = object(), object(), tmp_path / "run"
     run.mkdir()
     chosen = {"policy": "nano", "compare": None, "device": "cpu", "suite": "LiberoObject", "task_id": 4}
-    chosen |= {"task_ids": (4,), "cudagraphs": False}
+    chosen |= {"task_ids": (4,), "cudagraphs": False, "checkpoint": None, "max_episode_steps": 200}
     chosen |= {"seed": 7, "protocol": None, "eval_temperature": 0.5}
 
     def evaluate_once(**changes):
@@ -389,17 +391,21 @@ def test_evaluating_greedily_and_sampled(evaluate_once, tmp_path, capsys):
     result, calls, policy = evaluate_once(protocol="rlinf")
     videos = tmp_path / "run" / "videos"
     assert calls == [(policy, 0.0, videos / "greedy.mp4"), (policy, 0.5, videos / "sampled.mp4")]
-    names = ("suite", "task_id", "seed", "protocol")
-    assert [result[name] for name in names] == ["LiberoObject", 4, 7, "rlinf"]
+    names = ("suite", "task_id", "seed", "protocol", "max_episode_steps")
+    assert [result[name] for name in names] == ["LiberoObject", 4, 7, "rlinf", 512]
+    assert "task_ids" not in result
     assert result["greedy"] == success(GREEDY) and result["greedy_outcomes"] == GREEDY
     assert result["sampled"] == success(SAMPLED) and result["sampled_outcomes"] == SAMPLED
     assert result["success"] == result["sampled"]
     assert not any("compared" in name for name in result)
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["greedy", "sampled"]
+    where, *lines = capsys.readouterr().out.splitlines()
+    assert where == f"{tmp_path / 'run'}: evaluating the shipped nano"
+    assert [line.split(":")[0] for line in lines] == ["greedy", "sampled"]
 
 
-def test_evaluating_only_greedily(evaluate_once):
-    result, calls, _ = evaluate_once(eval_temperature=0.0)
+def test_evaluating_only_greedily(evaluate_once, capsys):
+    result, calls, _ = evaluate_once(eval_temperature=0.0, checkpoint="a/final")
+    assert "run: evaluating a/final\n" in capsys.readouterr().out
     assert [temperature for _, temperature, _ in calls] == [0.0]
     assert result["success"] == result["greedy"] == success(GREEDY)
     assert not any("sampled" in name for name in result) and result["protocol"] is None
@@ -424,9 +430,15 @@ def test_evaluating_two_checkpoints(evaluate_once, tmp_path):
     assert result["success"] == result["sampled"] == success(SAMPLED)
 
 
-def test_comparing_with_nothing_evaluates_nothing(evaluate_once, tmp_path):
-    with pytest.raises(ValueError, match="absent"):
+def test_an_evaluation_of_several_tasks_names_them(evaluate_once):
+    result, _, _ = evaluate_once(task_ids=(4, 0), max_episode_steps=90)
+    assert (result["task_id"], result["task_ids"], result["max_episode_steps"]) == (4, [4, 0], 90)
+
+
+def test_comparing_with_nothing_evaluates_nothing(evaluate_once, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
         evaluate_once(compare=tmp_path / "absent")
+    assert exit_.value.code == 2 and "absent" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()
 
 
@@ -505,6 +517,21 @@ def test_only_what_was_filmed(tmp_path):
     for column, (bar, episode) in enumerate([(RED, 0), (RED, 1), (RED, 15), (BLACK, -1)]):
         check(video, 0, column, GREEN, column + 2)
         check(video, 64 + 8, column, bar, episode)
+
+
+def test_a_video_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    read_video(tmp_path, [False])
+    whole, write = (tmp_path / "video.mp4").read_bytes(), imageio.mimwrite
+
+    def write_and_stop(*args, **kwargs):
+        write(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(imageio, "mimwrite", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        read_video(tmp_path, [True])
+    assert (tmp_path / "video.mp4").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
 
 @pytest.mark.parametrize("decisions", [1, 7])

@@ -125,12 +125,46 @@ def demos(tmp_path_factory):
         yield file["data"]
 
 
+@pytest.mark.parametrize("during", ["hdf5", "mp4"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_is_written_is_whole_or_absent(during, error, make_vec, tmp_path, monkeypatch):
+    """Ctrl-C or a full disk in the middle of a file; the one of before stays."""
+    envs = make_vec(1).unwrapped
+    one = {"image": np.zeros((3, 16, 16, 3), np.uint8), "state": np.zeros((3, 8)), "seed": np.asarray(5)}
+    one |= {name: np.zeros((3, 7)) for name in ("actions", "expert_actions")}
+    monkeypatch.setattr(experts, "LiberoVectorEnv", lambda *args, **kwargs: envs)
+    monkeypatch.setattr(experts, "record", lambda *args: [one])
+    monkeypatch.setattr(envs, "close", lambda: None)
+    args = experts.Args(out=tmp_path, task_ids=(4,), episodes=1, videos=True)
+    experts.main(args)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"LiberoObject_4_demo.hdf5", "LiberoObject_4.mp4"}
+
+    def break_off(folder):
+        assert len(list(tmp_path.iterdir())) == 3  # the new one has been begun
+        raise error
+
+    one["seed"] = np.asarray(6)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        if during == "hdf5":
+            patch.setattr(h5py.Group, "create_dataset", lambda *args, **kwargs: break_off(tmp_path))
+        else:
+            patch.setattr(
+                experts.imageio, "mimwrite", lambda path, *args, **kwargs: break_off(path.write_text("half"))
+            )
+        experts.main(args)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(after) == set(before)
+    assert all(after[name] == before[name] for name in before if name.endswith("mp4") or during == "hdf5")
+
+
 def test_the_layout_is_liberos(demos):
     """What ``libero/lifelong/datasets.py`` and the converters of others read."""
     assert set(demos) == {"demo_0", "demo_1"}
     info = json.loads(demos.attrs["problem_info"])
     assert info["language_instruction"] == "pick up the ketchup and place it in the basket"
     assert demos.attrs["num_demos"] == 2
+    assert demos.attrs["obs_before_action"]  # in LIBERO's own it is the one after
     lengths = []
     for demo in demos.values():
         length = demo.attrs["num_samples"]

@@ -213,7 +213,9 @@ def test_saved_and_loaded_again(tmp_path, noise):
         load_policy("nano", tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize("config", [{"noise": "ode"}, {"denoising_steps": 0}, {"noise_level": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"noise": "ode"}, {"denoising_steps": 0}, {"noise_level": 0.0}, {"noise_level": "1"}], ids=str
+)
 def test_configurations_that_do_not_fit(config):
     with pytest.raises(ValueError, match=next(iter(config))):
         new_policy("flow", SMALL | config)

@@ -17,18 +17,6 @@ from vla_envs import LiberoEnv
 ENV_ID = "vla_envs/LiberoObject-v0"
 
 
-def run_readme(library):
-    """Run the README's first lines on environments, then those that import ``library``; what they define."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    first, *blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (block,) = [block for block in blocks if f"from {library}" in block]
-    names = {}
-    exec(first + block, names)
-    for name in {"env", "envs"} & set(names):
-        names[name].close()
-    return names
-
-
 def test_gymnasium_alone():
     """The README's lines that need no other library: resetting those that have finished, a reward."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
@@ -106,8 +94,23 @@ def test_stable_baselines3_in_processes(sb3):
     envs.close()
 
 
-def test_the_readmes_lines_for_stable_baselines3(sb3):
-    assert run_readme("stable_baselines3")["model"].num_timesteps == 256
+@pytest.mark.parametrize("reset", [False, True])
+def test_stable_baselines3_takes_an_environment_to_a_process(sb3, make, reset):
+    """The environment itself goes through a pickle, which makes it anew where it arrives."""
+    from stable_baselines3.common.vec_env import SubprocVecEnv
+
+    env = make(max_episode_steps=2)
+    expected = env.reset(seed=3)[0] if reset else None
+    envs = SubprocVecEnv([lambda: env])
+    envs.seed(3)
+    obs = envs.reset()
+    if expected is None:
+        expected = env.reset(seed=3)[0]
+    assert all(np.array_equal(obs[name][0], expected[name]) for name in expected)
+    later = env.step(np.ones(7))[0]
+    obs = envs.step(np.ones((1, 7)))[0]
+    assert all(np.array_equal(obs[name][0], later[name]) for name in later)
+    envs.close()
 
 
 # ---- TorchRL -----------------------------------------------------------------------------------------
@@ -173,9 +176,18 @@ def test_torchrls_gym_wrapper(torchrl, make, make_vec, drop, vector):
     assert finished == (5 if vector else 3)
 
 
-def test_the_readmes_lines_for_torchrl(torchrl):
-    steps = run_readme("torchrl")["steps"]
+def test_the_readmes_lines_one_after_another(sb3, torchrl):
+    """As somebody types them who reads from top to bottom."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, names)
+    assert names["model"].num_timesteps == 256
+    steps = names["steps"]
     assert steps.shape == (8, 16) and steps["image"].shape == (8, 16, 128, 128, 3)
+    assert (steps["next", "reward"] == -steps["next", "gripper_to_object"].float().unsqueeze(-1)).all()
+    for name in ("env", "envs"):
+        names[name].close()
 
 
 # ---- Gymnasium's vector wrappers ---------------------------------------------------------------------
@@ -211,6 +223,18 @@ def test_episode_statistics(make_vec, drop, mode):
     assert {length for _, length in episodes} >= {2, 4} and len(episodes) >= 5
     np.testing.assert_allclose(envs.return_queue, [total for total, _ in episodes], rtol=1e-6)
     assert list(envs.length_queue) == [length for _, length in episodes]
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_episode_statistics_of_those_that_wait(make_vec, drop, mode):
+    """As the README says: one that waits for its reset counts at every step, and none does in other modes."""
+    envs = RecordEpisodeStatistics(make_vec(2, max_episode_steps=3, autoreset_mode=mode))
+    envs.reset(seed=0)
+    drop(envs, 1)
+    for _ in range(3):
+        envs.step(np.zeros((2, 7)))
+    waits = mode == AutoresetMode.DISABLED
+    assert list(envs.length_queue) == ([1, 0, 3, 0] if waits else [1, 3])
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))

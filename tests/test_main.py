@@ -1,14 +1,19 @@
 """``python -m vla_envs``: the doctor and the cache."""
 
 import email.message
+import importlib.metadata
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vla_envs.__main__ as main
-from vla_envs import scene
+from vla_envs import machine
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*words):
@@ -51,6 +56,20 @@ def test_without_pytorch_the_rest_is_still_checked():
     assert "pip install" in next(line for line in out if "gpu" in line) and out[-1] == "exit 1"
 
 
+def test_the_package_of_the_opengl_that_was_asked_for(tmp_path):
+    """And what is wrong with it, here a library that is none."""
+    for name in ("libOSMesa.so", "libOSMesa.so.8"):
+        (tmp_path / name).write_text("no library")
+    environment = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
+    environment |= {"MUJOCO_GL": "osmesa", "LD_LIBRARY_PATH": str(tmp_path)}
+    code = "import vla_envs.__main__ as main\ntry: main.opengl()\nexcept RuntimeError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == (
+        "no OpenGL to draw with; osmesa: its library cannot be loaded; "
+        "on Debian or Ubuntu: apt-get install libosmesa6\n"
+    ), done.stderr
+
+
 @pytest.mark.parametrize("needed", [["nowhere"], ["torch>99"], ["numpy>=2", "nowhere==3; extra == 'dev'"]])
 def test_requirements_are_the_packages(monkeypatch, needed):
     known = email.message.Message()
@@ -59,10 +78,56 @@ def test_requirements_are_the_packages(monkeypatch, needed):
         known["Requires-Dist"] = line
     monkeypatch.setattr(main.importlib.metadata, "metadata", lambda name: known)
     if needed[0] == "numpy>=2":
-        assert main.versions()[0] == "ok"
+        assert main.versions()[0] != "mend"
     else:
         state, words = main.versions()
         assert state == "mend" and needed[0].split(">")[0] in words and "pip install" in words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP there")
+@pytest.mark.parametrize(("policy", "spins"), [(None, "2000"), ("ACTIVE", None)])
+def test_pytorchs_threads_soon_sleep_unless_told_otherwise(policy, spins):
+    """What its OpenMP says when it is loaded; a script imports vla_envs first."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    done = subprocess.run(
+        [sys.executable, "sft_vla.py", "--help"], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0 and "GOMP_SPINCOUNT" in done.stderr
+    assert ("GOMP_SPINCOUNT = '2000'" in done.stderr) is (spins == "2000")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*_vla.py")), ids=lambda path: path.stem)
+def test_scripts_import_vla_envs_before_pytorch(script):
+    lines = script.read_text().splitlines()
+    ours = next(k for k, line in enumerate(lines) if line.startswith("import vla_envs"))
+    assert ours < lines.index("import torch")
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "fits"),
+    [
+        ("2.13.0+cpu", "0.28.0+cpu", True),
+        ("2.13.0+cpu", "0.28.0", False),  # PyPI's, beside PyTorch's CPU build
+        ("2.13.0", "0.28.0", True),  # both PyPI's
+        ("2.13.0+cu130", "0.28.0", True),
+        ("2.10.0", "0.28.0", False),  # something has changed one of them
+    ],
+)
+def test_torchvision_beside_pytorch(monkeypatch, torch, torchvision, fits):
+    real, versions = main.importlib.metadata.version, {"torch": torch, "torchvision": torchvision}
+    monkeypatch.setattr(main.importlib.metadata, "version", lambda name: versions.get(name) or real(name))
+    monkeypatch.setattr(main.importlib.metadata, "requires", lambda name: ["numpy", "torch==2.13.0"])
+    state, words = main.versions()
+    assert state == ("ok" if fits else "note")
+    assert (f"torchvision {torchvision} does not fit torch {torch}" in words) is not fits
+
+
+def test_the_torchvision_that_is_installed_loads_if_it_fits():
+    if not list(importlib.metadata.distributions(name="torchvision")):
+        pytest.skip("torchvision is not installed")
+    done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True)
+    assert (done.returncode == 0) is (machine.torchvision_misfit() is None)
 
 
 def test_pictures_that_are_empty_or_another(monkeypatch):
@@ -75,7 +140,8 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
 
     monkeypatch.setattr("gymnasium.make", lambda *args, **kwargs: Env())
     picture = np.zeros((128, 128, 3), np.uint8)
-    assert main.picture()[0] == "mend"
+    state, words = main.picture()
+    assert state == "mend" and "libosmesa6" in words
     picture = np.arange(128 * 128 * 3, dtype=np.uint8).reshape(128, 128, 3)
     state, words = main.picture()
     assert state == "note" and "harmless" in words and main.PICTURE in words
@@ -126,7 +192,7 @@ def test_a_folder_of_assets_that_is_none(monkeypatch):
 
 
 def test_clearing_the_cache(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scene, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
     for name in ("a.mjb", "a.json", "a.lock", "keep.txt"):
         (tmp_path / name).write_bytes(np.zeros(1000))
     assert "1 compiled scenes" in main.cache()[1]

@@ -40,6 +40,7 @@ from vla_envs.policies.openvla import (
     write_weights,
 )
 from vla_envs.policies.pictures import openvla_pictures, openvla_pixels
+from vla_envs.runs import save_training_state
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("OPENVLA_REFERENCE", ROOT.parent / "shared" / "openvla_reference"))
@@ -531,10 +532,13 @@ def test_adapter_off_is_the_policy_without_it(tiny, kind):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_activations_are_computed_again_with_the_adapters_of_their_task(tiny, kind, tmp_path, reference):
-    """Also where a pass without the trained adapter, for a KL term, came between forward and backward."""
+    """Also where a pass without the trained adapter, for a KL term, came between forward and backward.
+
+    And with the layers and heads that tasks have of their own.
+    """
     folders = {}
-    for i, sentence in enumerate(SENTENCES):
-        policy = make_trainable(load_policy(kind, tiny), "lora", rank=2).train()
+    for i, (sentence, train) in enumerate(zip(SENTENCES, ("lora", "lora+last-k", "lora+head"))):
+        policy = make_trainable(load_policy(kind, tiny), train, rank=2).train()
         torch.manual_seed(i)
         optimise(policy, steps=3)
         save_adapter(policy, tmp_path / str(i))
@@ -651,16 +655,37 @@ def test_half_precision(tiny, kind):
     assert merged(policy).keys() == OpenVLAModel(tiny_config()).state_dict().keys()
 
 
-def test_peft_reads_the_adapter(tiny, tmp_path):
+@pytest.mark.parametrize("train", ["lora", "lora+head", "lora+last-k"])
+def test_peft_reads_the_adapter(tiny, tmp_path, train):
     import peft
 
-    policy = make_trainable(load_policy("openvla", tiny), "lora")
+    policy = make_trainable(load_policy("openvla", tiny), train)
     optimise(policy)
     save_adapter(policy, tmp_path / "adapter")
     config = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 16, 0.0)
     theirs = peft.PeftModel.from_pretrained(load_policy("openvla", tiny), str(tmp_path / "adapter"))
-    assert torch.equal(loss_of(theirs.base_model.model), loss_of(policy))
+    close(loss_of(theirs.base_model.model), loss_of(policy))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "proj"])
+def test_adapters_of_other_layers_than_ours(tiny, kind, tmp_path, name):
+    """Of the head, the words and, by the same name as in the towers, the patches."""
+    import peft
+
+    theirs = peft.get_peft_model(load_policy(kind, tiny), peft.LoraConfig(r=2, target_modules=[name]))
+    for key, parameter in theirs.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    policy = make_trainable(
+        load_policy(kind, tiny), "lora", below=dict.fromkeys(SENTENCES, tmp_path / "adapter")
+    )
+    other = load_policy(kind, tiny)
+    plain = loss_of(other)
+    other.load_state_dict(merged(policy))
+    torch.testing.assert_close(loss_of(policy), loss_of(other), atol=1e-4, rtol=1e-5)
+    assert (loss_of(other) - plain).abs() > 1e-3
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------
@@ -676,6 +701,21 @@ def test_saved_and_loaded_again(tiny, kind, tmp_path):
     close(loss_of(loaded).detach(), loss_of(policy).detach())
     for name in ("config.json", "dataset_statistics.json", "tokenizer.json"):
         assert (tmp_path / "a" / "final" / name).read_bytes() == (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize("train", ["lora+head", "all"])
+def test_the_state_of_a_run_is_a_policy(tiny, kind, tmp_path, train):
+    policy = make_trainable(load_policy(kind, tiny), train, rank=4)
+    optimise(policy)
+    args = {"policy": kind, "checkpoint": str(tiny), "train": train, "lora_rank": 4, "last_k": 1}
+    args |= {"suite": "LiberoObject", "task_ids": [4]}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
+    latest = tmp_path / "checkpoints" / "latest"
+    save_training_state(latest, policy, optimizer, {})
+    loaded = load_policy(kind, latest, suite="LiberoObject")
+    assert all(torch.equal(value, merged(policy)[name]) for name, value in loaded.state_dict().items())
+    assert load_policy(kind, latest, "meta").head.weight.is_meta
 
 
 def test_shards_and_their_index(tiny):
@@ -747,6 +787,136 @@ def test_statistics_of_one_suite(damaged):
     assert "libero_10" in refusal(damaged) and "libero_goal" in refusal(damaged)
     file.unlink()
     assert load_policy("openvla", damaged, "meta").q01.tolist() == Q01
+
+
+def write_statistics(folder, **suites):
+    (folder / "dataset_statistics.json").write_text(json.dumps(suites))
+
+
+def test_the_suite_decides_between_statistics(damaged, capsys):
+    file = damaged / "dataset_statistics.json"
+    stored = json.loads(file.read_text())["libero_object"]
+    shifted = {"action": stored["action"] | {"q01": [q - 1 for q in Q01]}}
+    write_statistics(damaged, libero_10=stored, libero_object_no_noops=shifted, libero_goal=stored, bridge={})
+    assert load_policy("openvla", damaged, "meta", suite="LiberoObject").q01.tolist() == [q - 1 for q in Q01]
+    assert load_policy("openvla", damaged, "meta", suite="LiberoGoal").q01.tolist() == Q01
+    with pytest.raises(ValueError, match=r"'libero_goal'.*; expected libero_spatial"):
+        load_policy("openvla", damaged, "meta", suite="LiberoSpatial")
+    assert "statistics" not in capsys.readouterr().out
+    write_statistics(damaged, libero_goal=stored)
+    assert load_policy("openvla", damaged, "meta", suite="LiberoObject").q01.tolist() == Q01
+    out = capsys.readouterr().out
+    assert "LiberoObject is played with action statistics of libero_goal, the only ones" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"q01": Q01[:6]}, "q01 of libero_object in its dataset_statistics.json is [-0.54"),
+        ({"q99": [*Q99[:6], float("nan")]}, "nan]; expected 7 finite numbers"),
+        ({"q99": [*Q99[:6], "1"]}, "'1']; expected 7 finite numbers"),
+        ({"q01": None}, "q01 of libero_object in its dataset_statistics.json is None; expected 7"),
+        ({"q01": [[0.0] * 7]}, "q01 of"),
+        ({"q01": Q99, "q99": Q01}, "expected at most q99"),
+        ({"mask": [True] * 6}, "mask of libero_object"),
+        ({"mask": ["no"] * 7}, "mask of libero_object"),
+    ],
+    ids=str,
+)
+def test_statistics_that_do_not_fit(damaged, changes, words):
+    write_statistics(damaged, libero_object={"action": {"q01": Q01, "q99": Q99} | changes})
+    assert words in refusal(damaged, "meta")
+
+
+@pytest.mark.parametrize("content", [{}, {"libero_object": []}, {"libero_object": {"action": [1]}}], ids=str)
+def test_statistics_that_are_none(damaged, content):
+    write_statistics(damaged, **content)
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"norm_stats": [content]}))
+    assert "norm_stats" in refusal(damaged, "meta") or "expected q01 and q99" in refusal(damaged, "meta")
+
+
+def test_a_direction_that_is_never_moved_in(damaged):
+    still = {"q01": [0.0] * 7, "q99": [0.0] * 6 + [1.0]}
+    write_statistics(damaged, libero_object={"action": still})
+    policy = load_policy("openvla", damaged)
+    tokens = policy.encode(torch.zeros(1, 1, 7))
+    assert np.array_equal(policy.decode(tokens)[0, 0, :6], np.zeros(6))
+
+
+def set_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DINO = asdict(TINY["dino"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config": None}, "text_config is None; expected an object of sizes"),
+        ({"text_config": {**TEXT, "num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
+        ({"text_config": {**TEXT, "hidden_size": -32}}, "hidden_size is -32"),
+        ({"text_config": {**TEXT, "hidden_size": "32"}}, "hidden_size"),
+        ({"text_config": {**TEXT, "vocab_size": 128}}, "vocab_size is 128; expected an int from 320"),
+        ({"text_config": {**TEXT, "vocab_size": "512"}}, "vocab_size"),
+        ({"text_config": {**TEXT, "num_attention_heads": 5}}, "heads"),
+        ({"text_config": {**TEXT, "hidden_act": "gelou"}}, "gelou"),
+        ({"dino": [1]}, "dino is [1]; expected an object of sizes"),
+        ({"dino": DINO | {"depth": 2.5}}, "depth is 2.5; expected an int from 1"),
+        ({"dino": DINO | {"dim": 10**12}}, "dim is 1000000000000"),
+        ({"dino": DINO | {"heads": 7}}, "must divide by heads 7"),
+        ({"dino": DINO | {"colour": 7}}, "colour"),
+        ({"dino": DINO | {"patch_size": 28}}, "[(28, 28), (28, 14)]; expected the same"),
+        ({"text_config": {**TEXT, "num_key_value_heads": 3}}, "must divide by num_key_value_heads 3"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit(damaged, changes, words):
+    set_config(damaged, **changes)
+    assert words in refusal(damaged, "meta")
+
+
+def test_dropout_of_a_configuration_is_none_of_ours(damaged, kind):
+    """The policy of the update would be another one than the rollout's."""
+    expected = loss_of(load_policy(kind, damaged).train())
+    set_config(damaged, text_config={**TEXT, "attention_dropout": 0.5})
+    assert torch.equal(loss_of(load_policy(kind, damaged).train()), expected)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"a": 3}, {"a": "../x.safetensors"}], ids=str)
+def test_an_index_that_names_no_files(damaged, content):
+    (damaged / INDEX).write_text(json.dumps({"weight_map": content}))
+    assert INDEX in refusal(damaged) or "3' is damaged or missing" in refusal(damaged)
+
+
+def test_words_of_another_model(damaged):
+    file = damaged / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    words = stored["model"]["vocab"]
+    for vocabulary, said in (
+        ({("_" if word == "▁" else word): i for word, i in words.items()}, "is without ['▁']"),
+        (words | {f"word{i}": i for i in range(len(words), 600)}, "has 600 words, of 512 that it embeds"),
+    ):
+        stored["model"]["vocab"] = vocabulary
+        file.write_text(json.dumps(stored))
+        assert said in refusal(damaged, "meta")
+    file.write_text("{")
+    assert "cannot be loaded" in refusal(damaged, "meta")
+
+
+def test_shards_that_do_not_fit(damaged):
+    file = damaged / "model-00001-of-00004.safetensors"
+    sound = file.read_bytes()
+    tensors = safetensors.torch.load(sound)
+    name = next(iter(tensors))
+    safetensors.torch.save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    assert f"{name} is of I8; expected one of F64, F32, F16, BF16" in refusal(damaged)
+    file.write_bytes(sound[:-9])
+    assert f"{str(file)!r} is damaged or missing" in refusal(damaged)
+    file.unlink()
+    assert f"{str(file)!r} is damaged or missing" in refusal(damaged)
 
 
 def test_memory_is_named_and_missing_memory_refused(tiny, monkeypatch, capsys):

@@ -157,7 +157,6 @@ def test_pictures_of_real_assets_are_liberos(real_env, real_assets, make_vec, ta
             env.step(action)
             obs = envs.step(action[None])[0]
             assert gap(env, envs) < 1e-8
-        env.sim._render_context_offscreen.gl_ctx.make_current()  # robosuite takes it to be
         raw = env.env._get_observations(force_update=True)
         for mine, theirs in (("image", "agentview_image"), ("wrist_image", "robot0_eye_in_hand_image")):
             difference = np.abs(obs[mine][0].astype(int) - raw[theirs][::-1, ::-1])

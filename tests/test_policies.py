@@ -1,15 +1,19 @@
 """The nano policy, its tokens, and checkpoints."""
 
+import dataclasses
 import json
 import math
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from vla_envs.policies import SHIPPED, count_parameters, load_policy, new_policy, save_policy
+import ppo_vla
+from vla_envs import runs
+from vla_envs.policies import SHIPPED, adapters, count_parameters, load_policy, new_policy, save_policy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy, action_tokens, token_actions, tokenize
 from vla_envs.tasks import get_task
 
@@ -387,3 +391,135 @@ def test_weights_that_are_not_finite(checkpoint):
     tensors["head.bias"][5] = float("nan")
     safetensors.torch.save_file(tensors, checkpoint / "model.safetensors")
     assert "head.bias" in refusal("nano", checkpoint)
+
+
+def test_whole_numbers_are_no_weights(checkpoint):
+    file = checkpoint / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    kinds = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(kinds, file)
+    assert {p.dtype for p in load_policy("nano", checkpoint).parameters()} == {torch.float32}
+    safetensors.torch.save_file(tensors | {"head.bias": tensors["head.bias"].to(torch.int8)}, file)
+    assert "head.bias is of I8; expected one of F64, F32" in refusal("nano", checkpoint)
+
+
+@pytest.mark.parametrize("made_for", [[4], {"LiberoObject": 4}, {"LiberoObject": ["4"]}, "LiberoObject"])
+def test_tasks_that_are_none(checkpoint, made_for):
+    set_config(checkpoint, made_for=made_for)
+    assert "its made_for is" in refusal("nano", checkpoint)
+
+
+# ---- Folders that are something else -----------------------------------------------------------------
+
+
+def test_the_folder_of_a_run_names_its_policy(tmp_path):
+    policy = adapters.make_trainable(NanoPolicy(NanoConfig(**SMALL)), "lora", rank=2)
+    places = tmp_path / "run" / "checkpoints"
+    adapters.save_adapter(policy, places / "adapter")
+    message = refusal("nano", places / "adapter")
+    assert "it is an adapter, of which --evaluate --train lora --task-ids K --shared-adapter" in message
+    assert "did you mean" not in message and "did you mean" not in refusal("nano", tmp_path / "run")
+    (places / "latest").mkdir()
+    assert f"did you mean {str(places / 'latest')!r}?" in refusal("nano", tmp_path / "run")
+    assert "did you mean 'latest'?" in refusal("nano", places / "last")
+    assert f"did you mean {str(places / 'latest')!r}?" in refusal("nano", places / "final")
+    save_policy(policy, "nano", places / "final")
+    for folder in (tmp_path / "run", places, places / "adapter"):
+        for name in ("nano", "openvla"):
+            assert f"did you mean {str(places / 'final')!r}?" in refusal(name, folder)
+
+
+@dataclasses.dataclass
+class Run:
+    """The arguments of a run that its policy depends on."""
+
+    policy: str = "nano"
+    checkpoint: str | None = None
+    suite: str = "LiberoObject"
+    task_ids: tuple[int, ...] = (4,)
+    train: str = "all"
+    lora_rank: int = 4
+    last_k: int = 1
+    shared_adapter: tuple[str, ...] = ()
+
+
+def save_state(run, args, learner):
+    """Write a run's folder as it is while the run goes on; where its state is."""
+    run.mkdir()
+    runs.write_json(run / "args.json", dataclasses.asdict(args))
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad])
+    runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, {})
+    return run / "checkpoints" / "latest"
+
+
+@pytest.mark.parametrize("train", adapters.TRAINABLE_SETS)
+@pytest.mark.parametrize("critic", [False, True])
+def test_the_state_of_a_run_is_a_policy(checkpoint, train, critic):
+    args = Run(checkpoint=str(checkpoint), train=train)
+    policy = adapters.make_trainable(load_policy("nano", checkpoint), train, 4, 1)
+    learner = torch.nn.ModuleDict({"policy": policy, "critic": ppo_vla.make_critic(policy)})
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    policy.state_centre += 1
+    latest = save_state(checkpoint.parent / "run", args, learner if critic else policy)
+    loaded, expected = load_policy("nano", latest).state_dict(), adapters.merged(policy)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+    assert load_policy("nano", latest, "meta").head.weight.is_meta
+
+
+def test_states_of_runs_that_are_no_policy(checkpoint):
+    policy = load_policy("nano", checkpoint)
+    latest = save_state(checkpoint.parent / "run", Run(checkpoint=str(checkpoint)), policy)
+    file = latest.parent.parent / "args.json"
+    sound = json.loads(file.read_text())
+    for changes, words in (
+        ({"policy": "flow"}, "its run is of policy 'flow'"),
+        ({"checkpoint": "gone"}, "'gone' does not exist"),
+        ({"shared_adapter": ["a"]}, "its run trains above the adapters of tasks"),
+        ({"train": "lora", "lora_rank": "4"}, "cannot be loaded"),
+        ({"train": ["all"]}, "cannot be loaded"),
+        ({"checkpoint": None}, "tensors that are missing"),
+    ):
+        file.write_text(json.dumps(sound | changes))
+        assert words in refusal("nano", latest)
+    file.unlink()
+    assert "args.json" in refusal("nano", latest)
+
+
+def test_a_run_says_what_it_starts_from(checkpoint):
+    """Where it plays other tasks than it was made for, or would start from a passing state."""
+    common = {"evaluate": False, "device": "cpu", "cudagraphs": False}
+
+    def said(policy="nano", checkpoint=None, suite="LiberoObject", task_ids=(4,), **given):
+        names = {"policy": policy, "checkpoint": checkpoint, "suite": suite, "task_ids": task_ids}
+        args = SimpleNamespace(**common | names | given)
+        policy = runs.starting_policy(args)
+        return runs.remark(args, torch.nn.ModuleDict({"policy": policy}).policy)
+
+    assert said() == said(policy="flow") == said(evaluate=True) == ""
+    words = "its checkpoint was made for the tasks LiberoObject 4, and not for LiberoObject 7"
+    assert said(policy="flow", task_ids=(4, 7)) == f"policy 'flow': {words}"
+    goal = {"suite": "LiberoGoal", "task_ids": (0,)}
+    assert "LiberoObject 0 1 2 3 4 5 6 7 8 9, and not for LiberoGoal 0" in said(**goal)
+    assert said(checkpoint=checkpoint, **goal) == ""  # nobody knows
+    policy = load_policy("nano", checkpoint)
+    latest = save_state(checkpoint.parent / "run", Run(checkpoint=str(checkpoint)), policy)
+    assert said(checkpoint=latest, evaluate=True) == ""
+    with pytest.raises(ValueError, match=r"is the state of a run, .*; expected it with --evaluate, or"):
+        said(checkpoint=latest)
+
+
+def test_a_checkpoint_says_what_it_was_made_for(checkpoint, tmp_path):
+    args = SimpleNamespace(
+        train="all", merge=True, shared_adapter=(), policy="nano", suite="LiberoGoal", task_ids=(3, 1)
+    )
+    goal = {"LiberoGoal": [1, 3]}
+    for name, policy, made_for in (
+        ("new", new_policy("nano", SMALL), goal),
+        ("shipped", load_policy("nano"), {"LiberoObject": list(range(10))} | goal),
+        ("old", load_policy("nano", checkpoint), None),
+    ):
+        runs.save_policies(tmp_path / name, policy, args)
+        assert load_policy("nano", tmp_path / name / "checkpoints" / "final").made_for == made_for

@@ -345,7 +345,8 @@ def check_line(**values):
         assert args.num_groups >= 1 and args.group_size >= 2 and 1 <= args.eval_episodes <= 50
         assert args.minibatch_size > 0 and args.temperature > 0 and args.learning_rate > 0
         assert 0 <= args.keep_low <= args.keep_high <= 1 and args.clip_low >= 0 and args.seed >= 0
-        assert args.lora_rank >= 1 and args.eval_every >= 0 and args.kl_coef >= 0
+        assert args.lora_rank in (None, 32) or args.lora_rank >= 1
+        assert args.eval_every >= 0 and args.kl_coef >= 0
         fill_in_chunk(args, SimpleNamespace(action_chunk=8))
 
 

@@ -143,7 +143,8 @@ def test_the_scripts_commands_run(material, tmp_path, monkeypatch, capfd):
             several = "--episodes" in its_words  # tasks, each with its own number
             flags |= {"num_iterations": 1, "iteration_steps": 1, "episodes": (2,) * 10 if several else 2}
         if "--evaluate" in its_words:
-            flags = {"eval_episodes": 1, "num_threads": 1, "max_episode_steps": 16}
+            flags = {"eval_episodes": 1, "num_threads": 1}
+            flags |= {} if "--protocol" in its_words else {"max_episode_steps": 16}
         if "openvla" in its_words:
             flags |= {"lora_rank": 2, "device": "cpu"} if "lora" in its_words else {"device": "cpu"}
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ import vla_envs.scene
 from vla_envs.assets import write_builtin
 from vla_envs.culling import possible
 from vla_envs.real_assets import check_files, download, resolve_assets
-from vla_envs.render import OpenGL, Renderer, _choose_gpu, opengl
+from vla_envs.render import OpenGL, Renderer, _gpu, opengl
 from vla_envs.scene import load_scene
 from vla_envs.tasks import get_task
 from vla_envs.vector import CAMERAS, Simulation
@@ -340,18 +340,15 @@ def test_without_a_network(home, network):
 )
 def test_egl_draws_where_torch_computes(monkeypatch, visible, rank, chosen):
     monkeypatch.setattr("vla_envs.render._egl_devices", lambda: [None] * 5)
-    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "")  # remembers what to restore
-    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
     for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    _choose_gpu()
-    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == chosen
+    assert _gpu() == chosen
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "4")
-    _choose_gpu()
-    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "4"
+    assert _gpu() == "4"
 
 
 def test_software_is_told_from_a_gpu(monkeypatch):

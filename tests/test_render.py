@@ -1,8 +1,15 @@
 """Pictures: LIBERO's, turned by 180 degrees, and the same for the same state."""
 
+import ctypes.util
+import importlib
+import os
+import subprocess
+import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
+import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
@@ -98,6 +105,7 @@ def test_pictures_are_liberos_turned_by_180_degrees(libero, simulation, renderer
     sim.forward()
     raw = sim.render(camera_name=camera, width=SIZE, height=SIZE)
     assert np.array_equal(renderer.draw(simulation.data, camera), raw[::-1, ::-1])
+    assert np.array_equal(sim.render(camera_name=camera, width=SIZE, height=SIZE), raw)  # is theirs again
 
 
 def test_upright(simulation, renderer):
@@ -193,11 +201,238 @@ def test_a_burner_glows_while_it_is_on():
     renderer.close()
 
 
-def test_no_opengl_is_reported(monkeypatch):
-    monkeypatch.setattr(vla_envs.render, "_opengl", None)
-    monkeypatch.setenv("MUJOCO_GL", "cgl")  # macOS only
-    with pytest.raises(RuntimeError, match=r"no OpenGL to draw with; tried cgl \("):
-        Renderer(load_scene("LiberoObject", 4).model, SIZE)
+# ---- Others who draw in the same process -----------------------------------------------------------------
+
+
+def egl_of(found):
+    """MuJoCo's module for EGL, or a skip."""
+    if found.backend != "egl":
+        pytest.skip(f"{found.backend} is no EGL")
+    return importlib.import_module("mujoco.egl")
+
+
+def address(context):
+    """Of an EGL context; None for none."""
+    return context.address if context else None
+
+
+def test_others_draw_on(make_vec, monkeypatch):
+    """Gymnasium's environments make their OpenGL context current once and never again."""
+    monkeypatch.setenv("MUJOCO_GL", opengl().backend)
+    other = gym.make("HalfCheetah-v5", render_mode="rgb_array", width=SIZE, height=SIZE)
+    other.reset(seed=0)
+    before = other.render()
+    assert before.std() > 10
+    for num_threads in (1, 2):
+        envs = make_vec(render_mode="rgb_array", num_threads=num_threads)
+        for draw in (
+            lambda envs=envs: envs.reset(seed=0),
+            lambda envs=envs: envs.step(np.zeros((2, 7))),
+            envs.render,
+            envs.close,
+        ):
+            draw()
+            assert np.array_equal(other.render(), before)
+    other.close()
+
+
+@pytest.mark.parametrize("backend", ["osmesa", "glfw"])
+def test_others_draw_on_with_another_backend(backend):
+    there = ctypes.util.find_library("OSMesa") if backend == "osmesa" else os.environ.get("DISPLAY")
+    if not there:
+        pytest.skip(f"no {backend} here")
+    code = (
+        "import gymnasium as gym, numpy as np, vla_envs\n"
+        "other = gym.make('HalfCheetah-v5', render_mode='rgb_array'); other.reset(seed=0)\n"
+        "envs = gym.make_vec('vla_envs/LiberoObject-v0', num_envs=1, task_id=4, image_size=16)\n"
+        "before = other.render(); envs.reset(seed=0); after = other.render(); envs.close()\n"
+        "print(before.std() > 10 and np.array_equal([after, other.render()], [before, before]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"MUJOCO_GL": backend}
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_each_thread_has_its_context_again(simulation, renderer):
+    """Also two threads, which draw by turns in the contexts that there are."""
+    egl, start = egl_of(opengl()), threading.Barrier(3)
+
+    def draw(k):
+        theirs = egl.GLContext(1, 1) if k else None  # one thread has none
+        if theirs:
+            theirs.make_current()
+        start.wait()
+        for _ in range(10):
+            renderer.draw(simulation.data, CAMERAS[0])
+            now = address(egl.EGL.eglGetCurrentContext())
+            assert now == (address(theirs._context) if theirs else None)
+        if theirs:
+            theirs.free()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(draw, range(3)))
+
+
+def test_a_context_that_is_gone_meanwhile_stays_gone():
+    egl = egl_of(opengl())
+    theirs = egl.GLContext(1, 1)
+    theirs.make_current()
+    with opengl().current():
+        egl.EGL.eglDestroyContext(egl.EGL_DISPLAY, theirs._context)
+        theirs._context = None
+    assert not egl.EGL.eglGetCurrentContext()
+
+
+def test_buffers_are_freed_while_the_other_context_draws(simulation):
+    """A renderer may be collected at any time, for instance while this thread draws in the other context."""
+    found = opengl()
+    egl = egl_of(found).EGL
+    with found.current() as one, ThreadPoolExecutor(1) as pool:
+        doomed = pool.submit(Renderer, simulation.scene.model, 32).result()
+        if one in doomed._canvases:
+            pytest.skip(f"{found.device} has one context")
+        two = next(iter(doomed._canvases))
+        doomed.close()
+        assert not two._dropped and address(egl.eglGetCurrentContext()) == address(one.gl._context)
+    assert not egl.eglGetCurrentContext()
+
+
+def test_a_windows_context_steps_aside(monkeypatch):
+    """That of GLX keeps EGL's from being current in the same thread."""
+    window, current = object(), []
+    glfw = types.SimpleNamespace(
+        get_current_context=lambda: current[-1] if current else None, make_context_current=current.append
+    )
+    with opengl().current() as context:
+        make_current = context.gl.make_current
+
+    def make_current_unless_there_is_a_window():
+        if glfw.get_current_context():
+            raise RuntimeError("EGL_BAD_ACCESS")
+        make_current()
+
+    monkeypatch.setitem(sys.modules, "glfw", glfw)
+    monkeypatch.setattr(context.gl, "make_current", make_current_unless_there_is_a_window)
+    glfw.make_context_current(window)
+    with context.current():
+        assert glfw.get_current_context() is None
+    assert current == [window, None, window]
+
+
+def test_the_environment_is_left_alone(monkeypatch):
+    """Children and other libraries read it."""
+    backend = opengl().backend
+    for name in ("LP_NUM_THREADS", "MUJOCO_EGL_DEVICE_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    before = dict(os.environ)
+    vla_envs.render.OpenGL(backend)
+    assert dict(os.environ) == before
+
+
+def test_others_draw_until_the_end():
+    """Displays belong to the process: at exit ours is not ended. And ``mujoco.Renderer`` has its backend."""
+    egl_of(opengl())
+    code = (
+        "import atexit, vla_envs.render, mujoco; print(mujoco.GLContext.__module__)\n"
+        "from mujoco import egl; display = egl.create_initialized_egl_device_display()\n"
+        "show = lambda: print(egl.EGL.eglQueryString(display, egl.EGL.EGL_VERSION).decode())\n"
+        "atexit.register(show)\n"
+        "vla_envs.render.opengl()"
+    )
+    environment = os.environ | {"MUJOCO_GL": "egl"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith("mujoco.egl\n1.") and not done.stderr, done.stdout + done.stderr
+
+
+# ---- No OpenGL -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_time(monkeypatch):
+    """As if nothing had been drawn yet; sets environment variables, the others that choose are not set."""
+
+    def first_time(**variables):
+        monkeypatch.setattr(vla_envs.render, "_opengl", None)
+        for name in ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return first_time
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"MUJOCO_GL": "elg"}, r"^MUJOCO_GL is 'elg'; expected one of \[.*\]; did you mean 'egl'\?$"),
+        (
+            {"MUJOCO_EGL_DEVICE_ID": "99"},
+            r"^MUJOCO_EGL_DEVICE_ID is 99; expected a number below \d+: EGL's devices$",
+        ),
+        ({"MUJOCO_EGL_DEVICE_ID": "x"}, r"^MUJOCO_EGL_DEVICE_ID is 'x'; expected a number from 0 up$"),
+        ({"LOCAL_RANK": "-1"}, r"^LOCAL_RANK is '-1'; expected a number from 0 up$"),
+    ],
+)
+def test_a_wrong_setting_is_named(first_time, variables, words):
+    egl_of(opengl())
+    first_time(**variables)
+    with pytest.raises(ValueError, match=words):
+        opengl()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"MUJOCO_GL": "cgl"}, r"^no OpenGL to draw with; cgl: .+; cgl is macOS's$"),
+        (
+            {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"},
+            r"^no OpenGL to draw with; egl: PYOPENGL_PLATFORM is 'osmesa', expected 'egl' or none$",
+        ),
+    ],
+)
+def test_a_backend_that_does_not_work_says_why(first_time, variables, words):
+    first_time(**variables)
+    with pytest.raises(RuntimeError, match=words):
+        opengl()
+
+
+def test_what_each_backend_says_and_the_package_of_the_first(first_time, monkeypatch):
+    def fail(backend):
+        raise {"egl": AttributeError("None"), "osmesa": ImportError("no\nlibOSMesa"), "glfw": KeyError()}[
+            backend
+        ]
+
+    first_time()
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
+    monkeypatch.setattr(vla_envs.render, "OpenGL", fail)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    with pytest.raises(RuntimeError) as caught:
+        opengl()
+    assert str(caught.value) == (
+        "no OpenGL to draw with; egl: its library cannot be loaded; osmesa: no libOSMesa; glfw: KeyError; "
+        "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri"
+    )
+
+
+def test_a_backend_that_fails_leaves_nothing_in_the_way_of_the_next(first_time, monkeypatch):
+    """PyOpenGL is loaded for one kind of OpenGL, and says so in the environment."""
+
+    def of_osmesa(backend):
+        if backend == "egl":
+            monkeypatch.setitem(sys.modules, "OpenGL.of_egl", types.ModuleType("OpenGL.of_egl"))
+            os.environ["PYOPENGL_PLATFORM"] = "egl"
+            raise ImportError("no device")
+        assert "OpenGL.of_egl" not in sys.modules and "PYOPENGL_PLATFORM" not in os.environ
+        return backend
+
+    first_time()
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
+    monkeypatch.setattr(vla_envs.render, "OpenGL", of_osmesa)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert opengl() == "osmesa"
 
 
 MIRROR = """

@@ -242,6 +242,7 @@ def test_what_does_not_exist(name, value, tmp_path):
         ({"heat_map": 12}, r"task_ids \[12\] are unknown; expected some of 0 to 9"),
         ({"heat_map": 4, "methods": ("GRPO",)}, "expected neither --methods nor --questions"),
         ({"heat_map": 4, "questions": True}, "expected neither --methods nor --questions"),
+        ({"heat_map": 4, "task_ids": (0,)}, "nor --task-ids"),
     ],
 )
 def test_a_heat_map_of_nothing(given, words, tmp_path):

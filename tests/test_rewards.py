@@ -1,5 +1,8 @@
 """Rewards on hand-written facts, and the ways to hand one to an environment."""
 
+import sys
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -197,10 +200,113 @@ def test_the_wrapper_and_autoreset(make_vec, drop, mode):
     assert sum(rewards[0] for rewards, _ in own) == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_wrapper_and_the_last_info_of_an_episode(make_vec, workers):
+    """One environment's episode ends in the step; its last stage is the reward's, and was paid."""
+    arguments = {"autoreset_mode": "SameStep", "max_episode_steps": 1}
+    own = make_vec(2, reward=with_stages, **arguments)
+    envs = FactsReward(make_vec(2, workers=workers, **arguments), with_stages)
+    for _ in range(2):
+        expected, got = (each.reset(seed=0) and each.step(np.tile(STILL, (2, 1))) for each in (own, envs))
+        assert got[1].tolist() == expected[1].tolist() and (got[1] < 0).all()
+        for name in ("stage", "stage_name"):
+            assert got[4][name].tolist() == expected[4][name].tolist()
+            assert got[4]["final_info"][name].tolist() == expected[4]["final_info"][name].tolist()
+
+
 def test_the_wrapper_reports_its_stages_from_the_reset_on(make_vec, make):
     own, wrapped = make_vec(2, reward=with_stages), FactsReward(make_vec(2), with_stages)
     assert own.reset(seed=0)[1]["stage"].tolist() == wrapped.reset(seed=0)[1]["stage"].tolist() == [2, 2]
     assert FactsReward(make(), with_stages).reset(seed=0)[1]["stage"] == 2
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_stages_of_ones_own_have_names_of_their_own(make, make_vec, drop, vector):
+    """``multi_stage``'s names are for its stages, whoever returns rewards alone has them too."""
+    for reward, names in ((with_stages, {"stage 2", "stage 1"}), (distance, {"far", "lifted"})):
+        own = make_vec(1, reward=reward) if vector else make(reward=reward)
+        wrapped = FactsReward(make_vec(1) if vector else make(), reward)
+        for env in (own, wrapped):
+            _, info = env.reset(seed=0)
+            seen = [(np.ravel(info["stage"])[0], np.ravel(info["stage_name"])[0])]
+            for gripper in [1.0] * 12:
+                info = env.step(np.tile([0, 0, 0, 0, 0, 0, gripper], (1, 1) if vector else 1))[4]
+                seen.append((np.ravel(info["stage"])[0], np.ravel(info["stage_name"])[0]))
+            if reward is with_stages:
+                assert {name for _, name in seen} == names
+                assert all(name == f"stage {stage}" for stage, name in seen)
+            else:
+                assert {name for _, name in seen} <= set(STAGES)
+                assert all(name == STAGES[stage] for stage, name in seen)
+
+
+def test_the_stages_counted_are_multi_stages_whatever_the_reward(make_vec):
+    envs = make_vec(2, reward=with_stages)
+    envs.reset(seed=0)
+    envs.step(np.tile(STILL, (2, 1)))
+    assert set(envs.unwrapped.stages) == set(STAGES) and envs.unwrapped.stages.total() == 2
+
+
+# ---- The wrapper as a wrapper ------------------------------------------------------------------------
+
+
+def test_the_wrapper_leaves_the_environment_below_alone(make, make_vec):
+    """Its reward is its own; of two wrappers each pays what it was given."""
+    for env, still in ((make(), STILL), (make_vec(2), np.tile(STILL, (2, 1)))):
+        stages, lower = FactsReward(env, "multi_stage"), FactsReward(env, distance)
+        upper = FactsReward(lower, "multi_stage")
+        for wrapped in (stages, upper):
+            assert isinstance(wrapped, gym.Wrapper | gym.vector.VectorWrapper)
+            wrapped.reset(seed=0)
+            assert np.all(wrapped.step(still)[1] == -2)
+        _, reward, *_ = lower.step(still)
+        assert np.all((-1 < reward) & (reward < 0))
+        assert np.all(env.step(still)[1] == 0)
+
+
+def test_the_wrappers_spec_can_be_made_again(make):
+    env = FactsReward(make(max_episode_steps=3), "multi_stage")
+    for spec in (env.spec, gym.envs.registration.EnvSpec.from_json(env.spec.to_json())):
+        again = gym.make(spec)
+        assert repr(again) == repr(env) and again.spec == env.spec
+        again.reset(seed=0)
+        assert [again.step(STILL)[1::2] for _ in range(3)] == [(-2, False), (-2, False), (-2, True)]
+        again.close()
+    again = gym.make(FactsReward(make(), distance).spec)
+    again.reset(seed=0)
+    assert -1 < again.step(STILL)[1] < 0
+    again.close()
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_the_wrapper_in_gymnasiums_list(mode):
+    envs = gym.make_vec(
+        "vla_envs/LiberoObject-v0", 2, mode, task_id=4, image_size=16,
+        wrappers=[partial(FactsReward, reward="multi_stage")],
+    )  # fmt: skip
+    envs.reset(seed=0)
+    assert envs.step(np.tile(STILL, (2, 1)))[1].tolist() == [-2, -2]
+    envs.close()
+
+
+def test_the_wrapper_resets_some_before_the_others(make_vec):
+    """A reward function sees no environment that has never been reset."""
+
+    def careful(facts):
+        assert (facts["gripper_to_object"] > 0).all()
+        return facts["success"]
+
+    envs = FactsReward(make_vec(3), careful)
+    mask = np.array([False, True, False])
+    assert envs.reset(seed=0, options={"reset_mask": mask})[1]["stage_name"].tolist() == ["", "far", ""]
+    envs.reset(seed=0, options={"reset_mask": ~mask})
+    envs.step(np.tile(STILL, (3, 1)))
+
+
+def test_the_wrapper_warns_of_recorded_states(make, make_vec):
+    for env in (make(), make_vec(2)):
+        with pytest.warns(UserWarning, match="train on seeds"):
+            FactsReward(env, "multi_stage").reset(options={"init_state_id": 0})
 
 
 def test_a_file_of_the_users(make_vec, drop, reward_file):
@@ -218,6 +324,16 @@ def test_a_file_with_a_dataclass_in_it(tmp_path):
         "def scaled(facts):\n    return Scale().factor * facts['success']\n"
     )
     assert resolve_reward(f"{path}:scaled")({"success": np.ones(2)}).tolist() == [2, 2]
+
+
+def test_a_file_may_import_its_neighbour(tmp_path):
+    (tmp_path / "its_neighbour.py").write_text("FACTOR = 3.0\n")
+    (tmp_path / "scaled.py").write_text(
+        "from its_neighbour import FACTOR\n\n\ndef scaled(facts):\n    return FACTOR * facts['success']\n"
+    )
+    before = list(sys.path)
+    assert resolve_reward(f"{tmp_path / 'scaled.py'}:scaled")({"success": np.ones(2)}).tolist() == [3, 3]
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(
@@ -263,9 +379,10 @@ def test_a_fact_that_there_is_not():
         evaluate_reward(lambda facts: facts["object_hight"], batch(FAR))
 
 
-def test_another_librarys_environment():
-    with pytest.raises(ValueError, match=r"CartPole.*expected an environment of vla_envs"):
-        FactsReward(gym.make("CartPole-v1"), "binary")
+@pytest.mark.parametrize("env", [gym.make("CartPole-v1"), gym.make_vec("CartPole-v1", 2), 3, None])
+def test_another_librarys_environment(env):
+    with pytest.raises(ValueError, match=r"env is .*expected an environment of vla_envs"):
+        FactsReward(env, "binary")
 
 
 def test_a_reward_that_is_nan_stops_the_environment(make_vec, make):

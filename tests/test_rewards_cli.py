@@ -239,6 +239,7 @@ def test_without_matplotlib(monkeypatch, tmp_path):
             "expected --demonstrations FILE.hdf5",
         ),
         ({"plot": "reward.png"}, "expected --check"),
+        ({"episodes": 3}, "--episodes belongs to a check; expected --check"),
         ({"suite": "Libero"}, "suite 'Libero' is unknown"),
         ({"task_id": 10}, "task_id 10 does not exist"),
     ],
@@ -276,3 +277,22 @@ def test_files_with_nothing_to_replay(tmp_path):
         file["data/demo_0"].attrs["seed"] = 0
     with pytest.raises(ValueError, match=r"no demonstration of .* reaches the goal"):
         collect(KETCHUP, 1, file=path)
+
+
+@pytest.mark.parametrize(
+    ("part", "array", "words"),
+    [
+        ("actions", np.full((5, 7), np.nan), r"actions\[0, 0\] is nan; expected numbers from -1 to 1"),
+        ("actions", np.zeros((0, 7)), "at least 1"),
+        ("states", np.full((5, 40), np.inf), r"states\[0, 0\] is inf; expected finite numbers"),
+        ("states", np.zeros((5, 40), int), "states is int64"),
+    ],
+)
+def test_recorded_numbers_that_will_not_do(tmp_path, part, array, words):
+    path = tmp_path / "demos.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, whole in {"actions": np.zeros((5, 7)), "states": np.zeros((5, 40))}.items():
+            file[f"data/demo_0/{name}"] = array if name == part else whole
+    with pytest.raises(ValueError, match=words) as error:
+        collect(KETCHUP, 1, file=path)
+    assert f"demo_0 in {str(path)!r}" in str(error.value)

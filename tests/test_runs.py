@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +34,18 @@ class Args:
 
 
 @dataclasses.dataclass
-class Placed(Args):
-    device: str | None = None
+class Moved(Args):
+    device: str | None = "cuda:3"
+    num_threads: int | None = None
+    micro_batch_size: int | None = None
+    cache: bool = True
+    num_iterations: int | None = 10
+    total_env_steps: int | None = None
+    checkpoint: Path | None = None
+    demos: Path = Path("demos")
+    assets: str = "builtin"
+    shared_adapter: tuple[Path, ...] = ()
+    reward: str = "a/r.py:f"
 
 
 # ---- The command line --------------------------------------------------------------------------------
@@ -89,6 +100,11 @@ def test_a_mistake_names_what_was_expected(monkeypatch, capfd, words, expected):
     assert capfd.readouterr().err.startswith(f"error: {expected}")
 
 
+def test_home_is_found_where_the_shell_leaves_it(monkeypatch):
+    args = parse(monkeypatch, "--run-dir=~/a")
+    assert args.run_dir == Path.home() / "a"
+
+
 def test_help_is_no_mistake(monkeypatch, capfd):
     with pytest.raises(SystemExit) as exit_:
         parse(monkeypatch, "--help")
@@ -133,10 +149,15 @@ def test_where_it_went_wrong(capfd):
     assert exit_.value.code == 2 and capfd.readouterr().err == "error: iteration 3: no good\n"
 
 
+def test_ctrl_c_is_one_line(capfd):
+    with pytest.raises(SystemExit) as exit_, runs.one_line_errors():
+        signal.raise_signal(signal.SIGINT)
+    assert exit_.value.code == 130 and capfd.readouterr() == ("", "Ctrl-C: stopped\n")
+
+
 def test_other_errors_keep_their_traceback():
-    for error in (KeyboardInterrupt, ZeroDivisionError):
-        with pytest.raises(error), runs.one_line_errors():
-            raise error
+    with pytest.raises(ZeroDivisionError), runs.one_line_errors():
+        raise ZeroDivisionError
     with runs.one_line_errors():
         pass
 
@@ -147,9 +168,9 @@ GOOD = {
     "suite": "LiberoObject", "train": "all", "seed": 0, "kl_coef": 0.0, "eval_every": 0, "num_groups": 1,
     "num_iterations": 1, "total_env_steps": None, "update_epochs": 1, "minibatch_size": 1, "lora_rank": 1,
     "last_k": 1, "warmup_iterations": 1, "temperature": 0.1, "learning_rate": 1e-9, "target_kl": 0.1,
-    "max_grad_norm": 0.1, "task_ids": (), "micro_batch_size": 1,
+    "max_grad_norm": 0.1, "task_ids": (), "micro_batch_size": 1, "clip_low": 0.0, "clip_high": 0.0,
 }  # fmt: skip
-AT_LEAST_0 = {"seed", "kl_coef", "eval_every"}
+AT_LEAST_0 = {"seed", "kl_coef", "eval_every", "clip_low", "clip_high"}
 
 
 def test_training_with_the_least_of_everything():
@@ -162,6 +183,17 @@ def test_numbers_that_do_not_fit(name):
     for value in (-1, float("nan"), float("inf"), *([] if name in AT_LEAST_0 else [0])):
         with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
             runs.check_training(SimpleNamespace(**GOOD | {"train": "lora", name: value}))
+
+
+def test_a_ratio_is_not_clipped_below_0():
+    runs.check_training(SimpleNamespace(**GOOD | {"clip_low": 1.0, "clip_high": 9.0}))
+    with pytest.raises(ValueError, match=r"clip_low is 1\.5; expected at most 1"):
+        runs.check_training(SimpleNamespace(**GOOD | {"clip_low": 1.5}))
+
+
+def test_a_part_is_not_larger_than_the_whole():
+    with pytest.raises(ValueError, match="micro_batch_size is 9; expected at most 8, the minibatch_size"):
+        runs.check_training(SimpleNamespace(**GOOD | {"minibatch_size": 8, "micro_batch_size": 9}))
 
 
 def test_a_kl_term_needs_an_adapter():
@@ -187,7 +219,7 @@ GRAPHS = {"cudagraphs": True, "policy": "openvla", "device": "cuda", "train": "l
 @dataclasses.dataclass
 class Evaluation:
     suite: str = "LiberoObject"
-    task_id: int = 4
+    task_id: int | None = None
     task_ids: tuple[int, ...] = ()
     protocol: str | None = None
     eval_episodes: int | None = None
@@ -197,8 +229,14 @@ class Evaluation:
     device: str | None = None
     compare: Path | None = None
     evaluate: bool = False
+    resume: Path | None = None
+    assets: str = "builtin"
+    quality: str = "exact"
+    max_episode_steps: int | None = None
     train: str = "all"
-    adapter: str = "adapter"
+    lora_rank: int | None = None
+    last_k: int | None = None
+    adapter: str | None = None
     merge: bool = True
     cudagraphs: bool = False
     shared_adapter: tuple[Path, ...] = ()
@@ -214,7 +252,8 @@ class Evaluation:
         ({"protocol": "rlinf"}, 50, 1.6),
         ({"protocol": "lerobot"}, 10, 0.7),
         ({"protocol": "lerobot", "eval_episodes": 50}, 50, 0.7),
-        ({"protocol": "openvla", "eval_temperature": 0.3}, 50, 0.3),
+        ({"protocol": "rlinf", "eval_temperature": 1.6}, 50, 1.6),
+        ({"protocol": "tgrpo", "eval_temperature": 0.3}, 50, 0.3),
     ],
     ids=str,
 )
@@ -222,8 +261,9 @@ def test_what_evaluations_are_like(given, episodes, temperature):
     args = Evaluation(**given)
     filled = runs.fill_in_evaluation(args)
     assert filled == dataclasses.replace(
-        args, task_ids=(4,), eval_episodes=episodes, eval_temperature=temperature, device="cpu"
-    )
+        args, task_id=4, task_ids=(4,), eval_episodes=episodes, eval_temperature=temperature,
+        max_episode_steps=200, device="cpu",
+    )  # fmt: skip
     assert args == Evaluation(**given) and runs.fill_in_evaluation(filled) == filled
 
 
@@ -236,8 +276,52 @@ def test_an_evaluation_does_not_make_all_weights_float32(given, train):
 
 
 @pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        ({}, 200),
+        ({"max_episode_steps": 90}, 90),
+        ({"evaluate": True, "protocol": "openvla"}, 280),
+        ({"evaluate": True, "protocol": "openvla", "suite": "LiberoGoal"}, 300),
+        ({"evaluate": True, "protocol": "openvla", "max_episode_steps": 280}, 280),
+        ({"protocol": "openvla"}, 200),  # training's own
+        ({"protocol": "openvla", "max_episode_steps": 90}, 90),
+    ],
+    ids=str,
+)
+def test_how_long_an_episode_is(given, limit):
+    assert runs.fill_in_evaluation(Evaluation(**given)).max_episode_steps == limit
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [("all", (None, None, None)), ("lora", (32, None, "adapter")), ("lora+last-k", (32, 1, "adapter"))],
+)
+def test_what_an_adapter_is_like(train, expected):
+    args = runs.fill_in_evaluation(Evaluation(train=train))
+    assert (args.lora_rank, args.last_k, args.adapter) == expected
+
+
+def test_a_runs_own_arguments_stay_however_old_it_is(tmp_path):
+    """Written when one argument silently won over another."""
+    old = Evaluation(resume=tmp_path, lora_rank=32, last_k=1, adapter="adapter", max_episode_steps=90)
+    args = runs.fill_in_evaluation(dataclasses.replace(old, protocol="openvla", eval_temperature=0.3))
+    assert (args.lora_rank, args.adapter, args.eval_temperature) == (32, "adapter", 0.3)
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
+        (
+            {"evaluate": True, "protocol": "openvla", "max_episode_steps": 200},
+            "expected 280, that of protocol",
+        ),
+        ({"protocol": "openvla", "eval_temperature": 0.3}, "eval_temperature is 0.3; expected 0.0, that of"),
+        ({"protocol": "rlinf", "eval_temperature": 0.0}, "eval_temperature is 0.0; expected 1.6"),
+        ({"task_id": 7, "task_ids": (4, 7)}, "task_id is 7 beside task_ids"),
+        ({"quality": "fast"}, "expected --assets libero"),
+        ({"lora_rank": 32}, "lora_rank is 32; expected it with --train lora, got all"),
+        ({"last_k": 1, "train": "lora"}, r"last_k is 1; expected it with --train lora\+last-k, got lora"),
+        ({"adapter": "mine", "train": "head"}, "adapter is 'mine'; expected it with --train lora, got head"),
         ({"eval_episodes": 0}, "eval_episodes is 0"),
         ({"eval_episodes": 51}, "eval_episodes is 51"),
         ({"eval_temperature": -0.1}, "eval_temperature is -0.1"),
@@ -272,7 +356,7 @@ def test_the_name_of_a_run(tmp_path, monkeypatch):
     suite_task, script, seed, time = folder.name.split("__")
     assert (suite_task, script, seed) == ("LiberoObject_4", "tgrpo_vla", "7") and time
     assert folder.parent.resolve() == tmp_path / "runs"
-    assert {path.name for path in folder.iterdir()} == {"checkpoints", "videos"}
+    assert {path.name for path in folder.iterdir()} == {"videos"}
 
 
 def test_a_named_folder(tmp_path):
@@ -307,25 +391,83 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 # ---- Arguments of a stopped run ----------------------------------------------------------------------
 
 
-def test_arguments_come_back(tmp_path):
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """Go on with the run in ``tmp_path``, of these arguments, by a command line."""
+
+    def load(args, *words):
+        if args is not None:
+            write_json(tmp_path / "args.json", dataclasses.asdict(args))
+        monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(tmp_path), *words])
+        return runs.load_args(runs.parse_args(type(args or Args())))
+
+    return load
+
+
+def test_arguments_come_back(load, tmp_path):
     args = Args(3, 0.25, tmp_path / "run", train=False, task_ids=(4, 5))
-    write_json(tmp_path / "args.json", dataclasses.asdict(args) | {"gone": 3})
-    for given in (Args(resume=tmp_path), Args(rate=0.25, train=False, resume=tmp_path)):
-        assert runs.load_args(given) == dataclasses.replace(args, resume=tmp_path)
-    with pytest.raises(ValueError, match="seed is 8, the run's own 3; expected --resume alone"):
-        runs.load_args(Args(seed=8, resume=tmp_path))
+    for words in ((), ("--rate", "0.25", "--no-train")):
+        assert load(args, *words) == dataclasses.replace(args, resume=tmp_path)
 
 
-def test_a_run_goes_on_on_another_device(tmp_path):
-    args = dataclasses.replace(Placed(), device="cuda:3")
-    write_json(tmp_path / "args.json", dataclasses.asdict(args))
-    for asked, device in ((None, "cuda:3"), ("cpu", "cpu")):
-        assert runs.load_args(Placed(device=asked, resume=tmp_path)).device == device
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--seed", "8"), "seed is 8, the run's own 3; expected its own: how fast a run goes, how long, and"),
+        (("--seed", "1"), "seed is 1, the run's own 3"),  # the default, and given all the same
+        (("--train",), "train is True, the run's own False"),
+        (("--run-dir", "x"), "run_dir is PosixPath"),
+        (("--reward", "multi_stage"), "reward is 'multi_stage', the run's own 'a/r.py:f'"),
+        (("--reward", "b/r.py:g"), "reward is 'b/r.py:g'"),
+        (("--assets", "b"), "assets is 'b', the run's own 'builtin'"),
+        (("--checkpoint", "b"), r"checkpoint is PosixPath\('b'\), the run's own None"),
+        (("--total-env-steps", "900"), "total_env_steps is 900, the run's own None"),
+    ],
+    ids=str,
+)
+def test_another_argument_is_another_run(load, words, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(Moved(seed=3, train=False), *words)
+    assert len(str(error.value).splitlines()) == 1
 
 
-def test_arguments_that_are_newer_than_the_run_have_their_defaults(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (("--device", "cpu"), {"device": "cpu"}),
+        (("--num-threads", "2", "--micro-batch-size", "8"), {"num_threads": 2, "micro_batch_size": 8}),
+        (("--no-cache",), {"cache": False}),
+        (("--num-iterations", "30"), {"num_iterations": 30}),
+        (("--demos", "b/demos"), {"demos": Path("b/demos")}),
+        (("--demos", "demos"), {"demos": Path("demos")}),  # the default, and given all the same
+        (("--shared-adapter", "b", "c"), {"shared_adapter": (Path("b"), Path("c"))}),
+        (("--reward", "b/r.py:f"), {"reward": "b/r.py:f"}),
+    ],
+    ids=str,
+)
+def test_how_fast_how_long_and_where_may_change(load, tmp_path, words, changed):
+    args = Moved(seed=3, demos=Path("a/demos"), shared_adapter=(Path("b"), Path("a")))
+    assert load(args, *words) == dataclasses.replace(args, resume=tmp_path, **changed)
+
+
+def test_what_lies_elsewhere(load, tmp_path):
+    args = Moved(assets="a", checkpoint=Path("a/final"))
+    moved = load(args, "--assets=~/b", "--checkpoint=~/b/final")
+    assert moved == dataclasses.replace(
+        args, resume=tmp_path, assets=str(Path("~/b").expanduser()), checkpoint=Path("~/b/final").expanduser()
+    )
+
+
+def test_arguments_that_the_script_does_not_know(load, tmp_path):
+    """A changed copy's: what they did would be dropped."""
+    write_json(tmp_path / "args.json", dataclasses.asdict(Args()) | {"beta": 3, "script": "loo_vla"})
+    with pytest.raises(ValueError, match=r"args\.json' has beta, which this .* made the run, loo_vla\.py"):
+        load(None)
+
+
+def test_arguments_that_are_newer_than_the_run_have_their_defaults(load, tmp_path):
     write_json(tmp_path / "args.json", {"seed": 3})
-    assert runs.load_args(Args(resume=tmp_path)) == Args(seed=3, resume=tmp_path)
+    assert load(None) == Args(seed=3, resume=tmp_path)
     write_json(tmp_path / "args.json", {})
     with pytest.raises(ValueError, match=r"args\.json' is damaged: it has no seed"):
         runs.load_args(Args(resume=tmp_path))
@@ -406,6 +548,10 @@ def test_every_iteration_of_every_seed_draws_other_numbers():
 # ---- Training state ----------------------------------------------------------------------------------
 
 
+class Killed(BaseException):
+    """What ends a process in the middle."""
+
+
 def training(train="all", seed=0, steps=2):
     """A policy and its optimiser after some steps."""
     torch.manual_seed(seed)
@@ -475,12 +621,12 @@ def test_a_state_survives_a_save_that_breaks_off(tmp_path, monkeypatch, broken):
 
     def rename(path, target):
         if broken == "rename" or (renames and broken == "second rename"):
-            raise KeyboardInterrupt
+            raise Killed
         renames.append(target)
         return original(path, target)
 
     def die(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise Killed
 
     original = Path.rename
     second, other_optimizer = training(steps=2)
@@ -489,7 +635,7 @@ def test_a_state_survives_a_save_that_breaks_off(tmp_path, monkeypatch, broken):
             patch.setattr(Path, "rename", rename)
         else:
             patch.setattr(runs.safetensors.torch if broken == "save_file" else runs, broken, die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             runs.save_training_state(tmp_path / "latest", second, other_optimizer, {"iteration": 2})
     loaded, loaded_optimizer = training(steps=0)
     assert runs.load_training_state(tmp_path / "latest", loaded, loaded_optimizer) == {"iteration": 1}
@@ -504,7 +650,7 @@ def test_a_state_survives_two_saves_that_break_off(tmp_path, monkeypatch):
 
     def rename(path, target):
         if path.name == "latest.partial":
-            raise KeyboardInterrupt
+            raise Killed
         return original(path, target)
 
     original = Path.rename
@@ -512,7 +658,7 @@ def test_a_state_survives_two_saves_that_break_off(tmp_path, monkeypatch):
     runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
     monkeypatch.setattr(Path, "rename", rename)
     for iteration in (2, 2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": iteration})
         loaded, loaded_optimizer = training(steps=0)
         counters = runs.load_training_state(tmp_path / "latest", loaded, loaded_optimizer)
@@ -579,13 +725,13 @@ class Started(Args):
     task_ids: tuple[int, ...] = (3,)
 
 
-def test_a_new_run_can_be_resumed_at_once(tmp_path):
+def test_a_new_run_can_be_resumed_at_once(load, tmp_path):
     policy, optimizer = training(steps=0)
-    args = Started(run_dir=tmp_path / "run")
+    args = Started(run_dir=tmp_path)
     run, state = runs.start(args, "x_vla", policy, optimizer)
-    assert run == tmp_path / "run"
+    assert run == tmp_path
     assert (state["iteration"], state["env_steps"], state["episodes"], state["before"]) == (0, 0, 0, None)
-    assert runs.load_args(Started(resume=run)) == dataclasses.replace(args, resume=run)
+    assert load(args) == dataclasses.replace(args, resume=run)
     other, other_optimizer = training(seed=1, steps=0)
     again = runs.start(dataclasses.replace(args, resume=run), "x_vla", other, other_optimizer)
     assert again == (run, state) and same(policy, other)
@@ -615,11 +761,39 @@ def test_damaged_counters(tmp_path, name, value):
         runs.start(dataclasses.replace(args, resume=tmp_path), "grpo_vla", *training(steps=0))
 
 
+def test_a_changed_copy_of_a_script_is_another(tmp_path):
+    run, _ = runs.start(Started(run_dir=tmp_path), "elsewhere/loo_vla.py", *training(steps=0))
+    assert json.loads((run / "args.json").read_text())["script"] == "loo_vla"
+    with pytest.raises(ValueError, match=r"is a run of loo_vla\.py; expected one of tgrpo_vla\.py"):
+        runs.start(Started(resume=run), "tgrpo_vla.py", *training(steps=0))
+
+
+@dataclasses.dataclass
+class Longer(Started):
+    num_iterations: int = 4
+    num_threads: int | None = None
+
+
+def test_a_run_says_with_what_it_goes_on(tmp_path, capsys):
+    """And keeps it; that the learning rate's course depends on the length is said too."""
+    run, _ = runs.start(Longer(run_dir=tmp_path), "x_vla", *training(steps=0))
+    args = Longer(run_dir=tmp_path, resume=run, num_iterations=8, num_threads=2)
+    capsys.readouterr()
+    runs.start(args, "x_vla", *training(steps=0))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "num_threads 2 instead of None",
+        "num_iterations 8 instead of 4; the learning rate goes on as in a run of that length",
+    ]
+    written = json.loads((run / "args.json").read_text())
+    assert (written["num_iterations"], written["num_threads"], written["resume"]) == (8, 2, None)
+
+
 def test_a_run_of_another_script(tmp_path):
     run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
     with pytest.raises(ValueError, match=r"run' is a run of x_vla\.py; expected one of y_vla\.py"):
         runs.start(Started(resume=run), "y_vla", *training(steps=0))
     older = json.loads((run / "args.json").read_text())
+    assert older.pop("torch_threads") == torch.get_num_threads()
     del older["script"]
     write_json(run / "args.json", older)
     assert runs.start(Started(resume=run), "y_vla", *training(steps=0)) == (run, state)
@@ -628,7 +802,7 @@ def test_a_run_of_another_script(tmp_path):
 def test_an_evaluation_leaves_nothing_to_resume(tmp_path):
     args = Started(run_dir=tmp_path / "run", evaluate=True)
     run, _ = runs.start(args, "x_vla", *training(steps=0))
-    assert (run / "args.json").exists() and not list((run / "checkpoints").iterdir())
+    assert {path.name for path in run.iterdir()} == {"args.json", "videos"}
     with pytest.raises(ValueError, match="no training state"):
         runs.start(dataclasses.replace(args, resume=run), "x_vla", *training(steps=0))
 

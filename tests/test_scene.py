@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from scipy.stats import ks_2samp
 
 import vla_envs.scene
 from vla_envs.assets import write_builtin
-from vla_envs.scene import cache_folder, check_versions, load_scene, resolve_assets
+from vla_envs.machine import cache_folder
+from vla_envs.scene import check_versions, load_scene, resolve_assets
 from vla_envs.tasks import recorded_init_states
 
 
@@ -74,11 +76,11 @@ def test_a_scene_in_use_is_shared_and_one_that_is_not_is_let_go(reload):
 
 
 def test_the_folder_of_the_session_is_nobody_elses(tmp_path, monkeypatch):
-    monkeypatch.setattr(vla_envs.scene.os, "access", lambda *args: False)
-    monkeypatch.setattr(vla_envs.scene.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     folder = cache_folder()
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(vla_envs.scene.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     os.mkdir(tmp_path / "vla_envs-12345")
     if folder.stat().st_uid != 12345:
         with pytest.raises(PermissionError, match="another user's"):
@@ -167,27 +169,59 @@ def test_a_missing_file_is_rebuilt_for_good(cached, reload, capfd, request):
     reload("LiberoObject", 0)
 
 
+REFUSING = """
+import os, sys
+
+def refuse(event, args):
+    writes = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    if event == "os.mkdir" or (writes and isinstance(args[0], (str, bytes))):
+        path = os.path.abspath(os.fsdecode(args[0]))
+        if not any(place in path for place in {places!r}):
+            raise PermissionError(13, "the test refuses", path)
+
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.fixture
+def confined(tmp_path):
+    """A function: Python runs code for which, and for whose children, nothing can be written but here."""
+
+    def confined(code, *places, **environment):
+        temporary = tmp_path / "tmp"
+        temporary.mkdir()
+        places = ["/dev/", str(tmp_path), *places]
+        (tmp_path / "sitecustomize.py").write_text(REFUSING.format(places=places))
+        root = Path(vla_envs.scene.__file__).parent.parent
+        dropped = ("LIBERO_CONFIG_PATH", "LIBERO_ASSETS", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
+        inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+        environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "TMPDIR": str(temporary)}
+        return subprocess.run(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=120, env=inherited | environment, cwd=tmp_path,
+        )  # fmt: skip
+
+    return confined
+
+
 @pytest.mark.parametrize("existing", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_build_leaves_liberos_configuration_alone(tmp_path, existing):
-    """No prompt, no new file in the home folder, and an existing one is neither changed nor believed."""
+def test_a_build_leaves_liberos_configuration_alone(tmp_path, existing, confined):
+    """No prompt, no new file in the home folder, and an existing one is neither changed nor believed.
+
+    Nor is anything else written but caches: not robosuite's log, which may be another user's.
+    """
     home, config = tmp_path / "home", tmp_path / "home" / ".libero" / "config.yaml"
     home.mkdir()
     if existing:
         config.parent.mkdir()
         config.write_text("assets: /nowhere\nbddl_files: /nowhere\n# mine\n")
         before = config.read_bytes(), config.stat().st_mtime_ns
-    environment = {k: v for k, v in os.environ.items() if k not in ("LIBERO_CONFIG_PATH", "LIBERO_ASSETS")}
-    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     code = (
         "import gymnasium as gym, vla_envs;"
         "env = gym.make('vla_envs/LiberoObject-v0', task_id=1, image_size=16);"
         "env.reset(seed=0); env.step(env.action_space.sample()); print('played')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, env=environment,
-        cwd=Path(vla_envs.scene.__file__).parent.parent,
-    )  # fmt: skip
+    result = confined(code, "__pycache__", HOME=str(home), XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr
     assert result.stdout == "played\n"
     assert "Building the scene" in result.stderr
@@ -196,6 +230,23 @@ def test_a_build_leaves_liberos_configuration_alone(tmp_path, existing):
         assert os.listdir(config.parent) == ["config.yaml"]
     else:
         assert not config.parent.exists()
+
+
+def test_a_user_without_a_home_or_a_name(tmp_path, confined):
+    """As ``docker run --user`` has it; numba refuses to start where it finds no place for compiled code."""
+    code = (
+        "import getpass, pwd; pwd.getpwuid = lambda uid: {}[uid]\n"
+        "import vla_envs.__main__ as main\n"
+        "from vla_envs.scene import import_robosuite\n"
+        "import_robosuite(); print(getpass.getuser(), *main.cache()); print(*main.assets())"
+    )
+    names = dict.fromkeys(("LOGNAME", "USER", "LNAME", "USERNAME"), "")
+    result = confined(code, HOME="/dev/null/nobody", **names)
+    assert result.returncode == 0, result.stderr
+    ours = tmp_path / "tmp" / f"vla_envs-{os.getuid()}"
+    cache, assets = result.stdout.splitlines()
+    assert cache.startswith(f"{os.getuid()} note 0 compiled scenes in {ours} (0 MB)")
+    assert f"{ours}/numba" in cache and "XDG_CACHE_HOME" in cache and str(ours) in assets
 
 
 def test_a_build_that_fails_says_why(tmp_path, monkeypatch, reload):

@@ -52,7 +52,10 @@ FULL = {"num_iterations": 4, "eval_every": 2}  # of the run that others are comp
 STEPS = 2 * 24  # control steps of an iteration: two environments, none succeeds so soon
 LENGTHS = {4: (9, 6, 5), 7: (7, 4)}  # of demonstrations, by task
 SUCCESS = {"successes", "trials", "rate", "low", "high"}
-RESULT = {"suite", "task_id", "seed", "success_before", "success_after", "env_steps", "episodes", "wall_s"}
+RESULT = {
+    "suite", "task_id", "seed", "success_before", "success_after", "env_steps", "episodes", "wall_s",
+    "protocol", "max_episode_steps",
+}  # fmt: skip
 ONLINE_TAGS = {
     "charts/success_rate", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
     "charts/learning_rate", "losses/policy_loss", "losses/entropy", "losses/approx_kl",
@@ -126,11 +129,11 @@ def resume(execute):
     TensorBoard orders event files by the second in their names.
     """
 
-    def resume(script, run):
+    def resume(script, run, **flags):
         stopped = max(int(file.name.split(".")[3]) for file in run.glob("events.*"))
         while int(time.time()) <= stopped:
             time.sleep(0.02)
-        execute(script, resume=run)
+        execute(script, resume=run, **flags)
 
     return resume
 
@@ -238,9 +241,10 @@ def test_what_a_run_leaves(script, finished):
     run = finished(script)
     result = read_json(run / "result.json")
     assert (result["suite"], result["task_id"], result["seed"]) == ("LiberoObject", 4, 1)
-    assert result["wall_s"] > 0
+    assert result["wall_s"] > 0 and (result["protocol"], result["max_episode_steps"]) == (None, 24)
     if script == "sft_vla":
-        assert set(result) == {"suite", "task_id", "seed", "success", "best", "wall_s"}
+        assert set(result) == (RESULT & set(result)) | {"task_ids", "success", "best"}
+        assert result["task_ids"] == [4, 7]
         evaluated = result["success"].pop("tasks")
         assert set(evaluated) == {"4", "7"} and set(result["success"]) == SUCCESS
         assert result["success"]["trials"] == 4
@@ -253,6 +257,7 @@ def test_what_a_run_leaves(script, finished):
         assert success["low"] <= success["rate"] <= success["high"]
     args = read_json(run / "args.json")
     assert (args["num_iterations"], args["eval_temperature"], args["resume"]) == (4, 1.2, None)
+    assert (args["script"], args["max_episode_steps"]) == (script, 24)
     first = 2 if script == "sft_vla" else 0  # random weights need no evaluation
     names = {f"iteration_{iteration:04d}.mp4" for iteration in range(first, 5, 2)}
     assert {file.name for file in (run / "videos").iterdir()} == names
@@ -517,6 +522,64 @@ def test_an_adapter_and_a_critic_go_on_as_well(start, resume, monkeypatch):
     assert same(tensors(run, adapter), tensors(other, adapter))
 
 
+def test_a_finished_run_goes_on_longer_elsewhere(tmp_path, resume, finished, own, capsys):
+    """Of demonstrations that have moved, on two threads; the learning rate is that of the new length."""
+    run = tmp_path / "copy"
+    shutil.copytree(finished("sft_vla"), run)
+    shutil.copytree(own["sft_vla"]["demos"], tmp_path / "moved")
+    resume("sft_vla", run, num_iterations=6, demos=tmp_path / "moved", num_threads=2)
+    out, args = capsys.readouterr().out, read_json(run / "args.json")
+    assert "num_iterations 6 instead of 4; the learning rate goes on as in a run of that length" in out
+    assert [args[name] for name in ("num_iterations", "demos", "num_threads")] == [
+        6,
+        str(tmp_path / "moved"),
+        2,
+    ]
+    rates = values(scalars(run), "charts/learning_rate")
+    assert rates[:4] == values(scalars(finished("sft_vla")), "charts/learning_rate")
+    assert rates[4:] == pytest.approx([0.005 * (1 + math.cos(math.pi * s / 18)) for s in (14, 17)])
+    assert read_json(run / "checkpoints/latest/counters.json")["iteration"] == 6
+
+
+def test_a_changed_copy_is_another_script(tmp_path, finished, monkeypatch, capsys):
+    """Its runs bear its name, and neither goes on with the other's."""
+    changed = (
+        (ROOT / "sft_vla.py").read_text().replace("seed: int = 1", "beta: float = 0.5\n    seed: int = 1")
+    )
+    (tmp_path / "loo_vla.py").write_text(changed)
+
+    def refused(script, run):
+        monkeypatch.setattr(sys, "argv", [script, "--resume", str(run)])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(script, run_name="__main__")
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    shutil.copytree(finished("sft_vla"), tmp_path / "run")
+    assert "is a run of sft_vla.py; expected one of loo_vla.py" in refused(
+        str(tmp_path / "loo_vla.py"), tmp_path / "run"
+    )
+    args = read_json(tmp_path / "run" / "args.json") | {"script": "loo_vla", "beta": 0.5}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args))
+    error = refused(str(ROOT / "sft_vla.py"), tmp_path / "run")
+    assert "has beta, which this script does not know" in error and "loo_vla.py" in error
+
+
+def test_an_evaluation_is_interrupted(start, monkeypatch, capsys):
+    """One line, and no video that is cut off."""
+    write = evaluation.imageio.mimwrite
+
+    def write_and_interrupt(*args, **kwargs):
+        write(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(evaluation.imageio, "mimwrite", write_and_interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        start("grpo_vla", evaluate=None)
+    assert exit_.value.code == 130 and capsys.readouterr().err == "Ctrl-C: stopped\n"
+    assert [str(path) for path in Path("run").rglob("*") if path.is_file()] == ["run/args.json"]
+
+
 @pytest.mark.parametrize("script", ["tgrpo_vla", "sft_vla"])
 def test_resuming_a_finished_run_changes_nothing(script, tmp_path, resume, finished):
     shutil.copytree(finished(script), tmp_path / "copy")
@@ -560,13 +623,16 @@ def test_weights_that_have_run_away(start, capfd):
 
 
 @every_script
-def test_evaluate_only(script, start, finished):
+def test_evaluate_only(script, start, finished, capfd):
     """The same episodes as in the last evaluation of the run; compared with itself a policy is no better."""
     run = finished(script)
     checkpoint = run / "checkpoints" / "final"
     with pytest.raises(SystemExit) as exit_:
         start(script, evaluate=None, checkpoint=checkpoint, compare=checkpoint)
     assert not exit_.value.code
+    where, _, below, *_ = capfd.readouterr().out.splitlines()
+    assert where == f"{Path('run').absolute()}: evaluating {checkpoint}"
+    assert f"--compare {checkpoint}: " in below and "; --checkpoint minus --compare: +0 points" in below
     result, trained = read_json(Path("run/result.json")), read_json(run / "result.json")
     assert (result["suite"], result["task_id"], result["seed"]) == ("LiberoObject", 4, 1)
     assert result["protocol"] is None
@@ -586,7 +652,7 @@ def test_evaluate_only(script, start, finished):
     last = film(run / "videos" / "iteration_0004.mp4")
     np.testing.assert_array_equal(film("run/videos/sampled.mp4"), last, strict=True)
     assert not np.array_equal(film("run/videos/greedy.mp4"), last)
-    assert not list(Path("run/checkpoints").iterdir())  # nothing to resume
+    assert {path.name for path in Path("run").iterdir()} == {"args.json", "result.json", "videos"}
 
 
 def test_a_good_policy_against_a_spoilt_one(start, finished):
@@ -617,13 +683,15 @@ def test_a_protocol_sets_the_evaluation(
     args, made = read_json(Path("run/args.json")), envs[0].unwrapped
     assert not exit_.value.code
     assert (args["eval_episodes"], args["eval_temperature"]) == (episodes, temperature)
+    assert args["max_episode_steps"] == limit
     assert (made.num_envs, made.max_episode_steps, made.image_size) == (episodes, limit, size)
 
 
 def test_openvlas_protocol_is_greedy_only(start):
     with pytest.raises(SystemExit) as exit_:
-        start("tgrpo_vla", evaluate=None, protocol="openvla", num_threads=2)
+        start("tgrpo_vla", evaluate=None, protocol="openvla", num_threads=2, max_episode_steps=280)
     result = read_json(Path("run/result.json"))
+    assert result["max_episode_steps"] == read_json(Path("run/args.json"))["max_episode_steps"] == 280
     assert not exit_.value.code and result["protocol"] == "openvla"
     assert result["success"] == result["greedy"] and result["greedy"]["trials"] == 2
     assert "sampled" not in result and [file.name for file in Path("run/videos").iterdir()] == ["greedy.mp4"]
@@ -663,11 +731,28 @@ def test_grpo_with_nothing_to_learn_from(start, capfd):
     assert same(tensors(run, FINAL), load_policy("nano").state_dict())
 
 
-def test_ppos_critic_learns_alone_at_first(start):
-    run = start("ppo_vla", num_iterations=1, critic_warmup=1)
-    assert same(tensors(run, FINAL), load_policy("nano").state_dict())
-    critic = {name: value for name, value in tensors(run, TRAINED).items() if name.startswith("critic.")}
+def test_ppos_critic_learns_alone_at_first(start, monkeypatch):
+    run = stop(start, monkeypatch, "ppo_vla", stop_after_saving, 1, critic_warmup=1)
+    learnt, before = tensors(run, TRAINED), load_policy("nano").named_parameters()
+    assert all(torch.equal(learnt[f"policy.{name}"], parameter) for name, parameter in before)
+    critic = {name: value for name, value in learnt.items() if name.startswith("critic.")}
     assert len(critic) == 4 and critic["critic.2.weight"].abs().max() > 0  # it started at 0
+
+
+@pytest.mark.parametrize(
+    ("length", "rates"),
+    [
+        ({"num_iterations": 2}, [0, 1 / 3]),
+        ({"num_iterations": 1}, [1 / 3]),
+        ({"num_iterations": 20, "total_env_steps": 2 * STEPS}, [0, 1 / 3]),
+    ],
+    ids=str,
+)
+def test_a_short_run_of_ppo_learns(length, rates, start):
+    """The critic's warm-up leaves the policy the last iteration."""
+    run = start("ppo_vla", critic_warmup=2, **length)
+    assert values(scalars(run), "charts/learning_rate") == pytest.approx([0.01 * rate for rate in rates])
+    assert not same(tensors(run, FINAL), load_policy("nano").state_dict())
 
 
 # ---- What is trained, and how ------------------------------------------------------------------------
@@ -692,6 +777,14 @@ def test_flags_of_the_algorithm(script, flags, start):
     args = read_json(run / "args.json")
     for name, value in flags.items():
         assert (args["clip"] is False) if name == "no_clip" else args[name] == value
+
+
+def test_what_is_given_beside_a_preset_counts(start):
+    run = start("tgrpo_vla", num_iterations=1, preset="paper", stop="each", clip=None)
+    args = read_json(run / "args.json")
+    assert [args[name] for name in ("preset", "stop", "clip", "update_every", "target_kl")] == [
+        "paper", "each", True, "step", 1e9,
+    ]  # fmt: skip
 
 
 def test_tgrpos_weights_of_the_task(start):
@@ -887,6 +980,10 @@ def expect_error(start, capfd, script, words, **flags):
         ({"resume": "/no/such/folder", "evaluate": None}, "--checkpoint"),
         ({"compare": "/no/such/folder"}, "--evaluate"),
         ({"num_iteration": 2}, "num-iteration"),
+        ({"task_id": 9, "task_ids": 4}, "task_id is 9 beside task_ids (4,)"),
+        ({"lora_rank": 32}, "expected it with --train lora"),
+        ({"suite": "LiberoLong"}, "did you mean 'Libero10'"),
+        ({"assets": "~/no/such/folder"}, str(Path("~/no/such/folder").expanduser())),
     ],
     ids=str,
 )

@@ -24,6 +24,12 @@ def test_tasks_are_liberos(libero, suite):
         assert mine.bddl_file.is_file() and mine.init_states_file.is_file()
 
 
+@pytest.mark.parametrize("name", ["LiberoLong", "libero_long", "LIBERO-Long", "LIBERO-10"])
+def test_libero_long_is_libero_10(name):
+    with pytest.raises(ValueError, match="did you mean 'Libero10'"):
+        num_tasks(name)
+
+
 def test_ketchup_is_task_4():
     """Task 5 of the TGRPO paper, which counts from 1."""
     assert get_task("LiberoObject", 4).instruction == "pick up the ketchup and place it in the basket"

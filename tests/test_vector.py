@@ -1,6 +1,12 @@
 """The vector environment's contract (design.md), on the real simulator."""
 
+import os
+import re
+import signal
+import threading
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +14,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 
-from vla_envs import LiberoVectorEnv
+from vla_envs import LiberoVectorEnv, vector
 from vla_envs.rewards import STAGES
 from vla_envs.scene import load_scene
 from vla_envs.tasks import recorded_init_states
@@ -621,6 +627,183 @@ def test_a_closed_environment():
     for call in (lambda: envs.step(random_actions(1)), lambda: envs.reset(seed=0)):
         with pytest.raises(RuntimeError, match="the environment is closed; expected a new one"):
             call()
+
+
+# ---- Interrupts, exceptions, threads and forks -------------------------------------------------------
+
+LEFT = "step was called before reset of environments {}, which are new, or were left in the middle of a call"
+
+
+def plays_on(envs, num_envs=4):
+    """Whether ``envs``, once reset, plays as a new one does."""
+    twins = LiberoVectorEnv(num_envs, task_id=4, image_size=16, num_threads=1)
+    alike = [same(envs.reset(seed=9)[0], twins.reset(seed=9)[0])]
+    for k in range(3):
+        actions = random_actions(num_envs, seed=k)
+        alike += map(same, envs.step(actions), twins.step(actions))
+    twins.close()
+    return all(alike) and same(envs.unwrapped.qpos, twins.qpos)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_an_interrupted_step_wants_a_reset(make_vec, interrupt, monkeypatch, num_threads):
+    envs = make_vec(4, num_threads=num_threads)
+    inner, drawn, ended = envs.unwrapped, envs.unwrapped._draw, []
+
+    def draw(i):
+        if i == 0:
+            interrupt()
+        picture = drawn(i)
+        ended.append(i)
+        return picture
+
+    envs.reset(seed=0)
+    monkeypatch.setattr(inner, "_draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        envs.step(random_actions(4))
+    before = inner.qpos
+    assert 0 in ended  # what had begun was waited for
+    so_far = len(ended)
+    with pytest.raises(gym.error.ResetNeeded, match=re.escape(LEFT.format([0, 1, 2, 3]))):
+        envs.step(random_actions(4))
+    assert np.array_equal(inner.qpos, before) and len(ended) == so_far
+    monkeypatch.undo()
+    assert plays_on(envs)
+
+
+def test_an_interrupted_reset_wants_a_reset(make_vec, interrupt, monkeypatch):
+    """In the midst of settling, of copying, and of asking the reward; those not reset are as they were."""
+    envs = make_vec(4, num_threads=2)
+    inner = envs.unwrapped
+    envs.reset(seed=0)
+    mask = np.array([True, True, True, False])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    copy, copied = vector.Simulation.copy_from, []
+
+    def copy_one(self, *settled):
+        if copied:
+            stop()
+        copied.append(copy(self, *settled))
+
+    for place, name, replacement, seed in (
+        (inner, "_draw", lambda i: {} if i else interrupt(), 50),  # while they settle
+        (vector.Simulation, "copy_from", copy_one, 0),
+        (vector, "evaluate_reward", stop, 0),
+    ):
+        before = member(inner.qpos, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, replacement)
+            with pytest.raises(KeyboardInterrupt):
+                envs.reset(seed=seed, options={"reset_mask": mask})
+        with pytest.raises(gym.error.ResetNeeded, match=re.escape(LEFT.format([0, 1, 2]))):
+            envs.step(random_actions(4))
+        assert np.array_equal(inner.qpos[3], before)
+        envs.reset(seed=0, options={"reset_mask": mask})
+        envs.step(random_actions(4))
+    assert plays_on(envs)
+
+
+def test_a_step_that_fails_wants_a_reset(make_vec, monkeypatch):
+    """Where one environment cannot be drawn, and where the reward fails."""
+    envs = make_vec(4, num_threads=2, max_episode_steps=1, autoreset_mode="SameStep")
+    inner = envs.unwrapped
+    envs.reset(seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "_draw", {}.__getitem__)
+        with pytest.raises(KeyError):
+            envs.step(random_actions(4))
+    with pytest.raises(gym.error.ResetNeeded, match="in the middle of a call by an interrupt or an error"):
+        envs.step(random_actions(4))
+    envs.reset(seed=0)
+    inner.set_reward(lambda facts: 1 / 0)
+    with pytest.raises(ValueError, match="the reward function raised ZeroDivisionError"):
+        envs.step(random_actions(4))
+    inner.set_reward("binary")
+    with pytest.raises(gym.error.ResetNeeded):
+        envs.step(random_actions(4))
+    assert plays_on(make_vec(4, num_threads=2))
+    envs.reset(seed=0)
+    assert envs.step(random_actions(4))[3].all()
+
+
+def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
+    envs, twins = make_vec(2, num_threads=2, render_mode="rgb_array"), make_vec(2)
+    inner, drawn = envs.unwrapped, envs.unwrapped._draw
+    begun, refused = threading.Event(), threading.Event()
+
+    def draw(i):
+        begun.set()
+        assert refused.wait(30)
+        return drawn(i)
+
+    for each in (envs, twins):
+        each.reset(seed=0)
+    monkeypatch.setattr(inner, "_draw", draw)
+    with ThreadPoolExecutor(1) as other:
+        step = other.submit(envs.step, random_actions(2))
+        assert begun.wait(30)
+        for call in (
+            lambda: envs.step(random_actions(2)),
+            lambda: envs.reset(seed=0),
+            lambda: envs.render(),
+            lambda: inner.qpos,
+            lambda: inner.set_reward("binary"),
+            lambda: envs.close(),
+        ):
+            with pytest.raises(RuntimeError, match="the environment is in use by a call that has not ended"):
+                call()
+        refused.set()
+        assert all(map(same, step.result(), twins.step(random_actions(2))))
+    assert not inner.closed and all(map(same, envs.step(random_actions(2)), twins.step(random_actions(2))))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_refused(make_vec):
+    """Closing there leaves the parent's as it is."""
+    envs = make_vec(2, num_threads=2)
+    envs.reset(seed=0)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of pytest's may run here
+        signal.alarm(30)
+        try:
+            envs.step(random_actions(2))
+        except RuntimeError as error:
+            envs.close()
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        words = pipe.read().decode()
+    assert os.waitpid(child, 0)[1] == 0
+    assert words == (
+        f"the environment was made by process {os.getpid()}, of which this one, {child}, is a fork; expected"
+        " one that this process has made"
+    )
+    assert plays_on(envs, 2)
+
+
+def test_a_step_of_finished_environments_gives_one_warning(make_vec):
+    envs = make_vec(2, max_episode_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs.reset(seed=0)
+        envs.step(random_actions(2))
+    with pytest.warns(UserWarning, match="'Disabled' a step does nothing.* also takes 'NextStep'") as given:
+        envs.step(random_actions(2))
+    assert [each.filename for each in given] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs.step(random_actions(2))
+        for mode in ("NextStep", "SameStep"):
+            other = make_vec(2, max_episode_steps=1, autoreset_mode=mode)
+            other.reset(seed=0)
+            for _ in range(3):
+                other.step(random_actions(2))
 
 
 def test_environments_share_one_model(make_vec):

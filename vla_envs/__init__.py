@@ -7,13 +7,20 @@ import os
 
 from gymnasium.envs.registration import register
 
-# MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not installed;
-# vla_envs/render.py does it later, and says what is missing.
-_backend = os.environ.pop("MUJOCO_GL", None)
-import mujoco  # noqa: F401
+from vla_envs.machine import prepare_libraries
 
-if _backend is not None:
-    os.environ["MUJOCO_GL"] = _backend
+prepare_libraries()
+
+try:
+    import mujoco
+except Exception:
+    # MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not there;
+    # vla_envs/render.py does it later, and says what is missing.
+    _backend = os.environ.pop("MUJOCO_GL", None)
+    import mujoco  # noqa: F401
+
+    if _backend is not None:
+        os.environ["MUJOCO_GL"] = _backend
 
 from vla_envs.env import LiberoEnv
 from vla_envs.rewards import FactsReward
@@ -26,7 +33,8 @@ __all__ = ["FactsReward", "LiberoEnv", "LiberoVectorEnv"]
 for _suite in SUITES:
     register(
         id=f"vla_envs/{_suite}-v0",
-        entry_point="vla_envs.env:LiberoEnv",
+        entry_point="vla_envs.env:make",
         vector_entry_point="vla_envs.workers:make",
+        max_episode_steps=200,
         kwargs={"suite": _suite},
     )

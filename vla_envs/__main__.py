@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vla_envs.command_line import one_line_errors, parse_args
+from vla_envs.machine import torchvision_misfit
 from vla_envs.vector import available_cores
 
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
@@ -56,7 +57,11 @@ def versions() -> tuple[str, str]:
     if wrong:
         return MEND, f"{'; '.join(wrong)}: {INSTALL}"
     shown = ("mujoco", "robosuite", "hf-libero", "torch", "gymnasium", "numpy", "numba")
-    return OK, ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
+    words = ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
+    if misfit := torchvision_misfit():
+        why = "transformers and peft fail to load in a program that has not imported vla_envs.policies before"
+        return NOTE, f"{words}; {misfit}: {why}; install both from one index, as the README has it"
+    return OK, words
 
 
 def opengl() -> tuple[str, str]:
@@ -74,14 +79,14 @@ def picture(cache: bool = True) -> tuple[str, str]:
     """A picture's checksum."""
     import gymnasium as gym
 
+    from vla_envs.render import NEEDS, opengl
+
     env = gym.make("vla_envs/LiberoObject-v0", task_id=4, cache=cache)
     obs, _ = env.reset(options={"init_state_id": 0})
     env.close()
     if obs["image"].std() < 10:
-        return (
-            MEND,
-            "OpenGL draws nothing: try MUJOCO_GL=osmesa (apt-get install libosmesa6), or another driver",
-        )
+        other = "egl" if opengl().backend == "osmesa" else "osmesa"
+        return MEND, f"OpenGL draws nothing: try another driver, or MUJOCO_GL={other}; {NEEDS[other]}"
     checksum = hashlib.sha256(obs["image"].tobytes()).hexdigest()[:12]
     if checksum == PICTURE:
         return OK, f"{checksum}, as known"
@@ -110,13 +115,16 @@ def speed(cache: bool = True) -> tuple[str, str]:
 def threads() -> tuple[str, str]:
     """Cores, and what limits their use."""
     cores = available_cores()
-    limits = [
-        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
-    ]
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    limits = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     words = f"{cores} of {os.cpu_count()} cores: {cores} simulator threads"
     if hasattr(os, "getloadavg"):
         words += f"; load {os.getloadavg()[0]:.1f}"
-    return OK, "; ".join([words] + ([f"PyTorch has {', '.join(limits)}"] if limits else []))
+    if limits:
+        words += f"; PyTorch has {', '.join(limits)}"
+    if "OMP_NUM_THREADS" not in os.environ:
+        words += "; beside other programs that compute, OMP_NUM_THREADS=1 is faster"
+    return OK, words
 
 
 def memory() -> tuple[str, str]:
@@ -181,14 +189,19 @@ def assets() -> tuple[str, str]:
 
 def cache() -> tuple[str, str]:
     """The compiled scenes on disk, and checkpoints that were downloaded."""
-    from vla_envs.scene import cache_folder
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = cache_folder()
+    from vla_envs.machine import cache_folder, user_folder
+
+    folder, usual, hub = cache_folder(), user_folder("vla_envs"), Path(HF_HUB_CACHE)
     words = f"{len(list(folder.glob('*.mjb')))} compiled scenes in {folder} ({_size(folder)})"
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        words += f"; numba's code in {named}"
     checkpoints = [path for path in hub.glob("models--*") if "openvla" in path.name]
     if checkpoints:
         words += f"; {len(checkpoints)} checkpoints in {hub} ({_size(*checkpoints)})"
+    if folder != usual:
+        return NOTE, f"{words}; {usual} cannot be written: to keep them, name a folder in XDG_CACHE_HOME"
     return OK, words
 
 
@@ -236,7 +249,7 @@ def doctor(use_cache: bool = True) -> int:
 
 def clear_cache() -> None:
     """Remove the compiled scenes."""
-    from vla_envs.scene import cache_folder
+    from vla_envs.machine import cache_folder
 
     print(f"removing {cache()[1]}")
     for path in cache_folder().iterdir():

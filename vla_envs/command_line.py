@@ -1,6 +1,7 @@
 """How every program reads its command line and reports a mistake; quick to import."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import itertools
@@ -8,28 +9,44 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 from tqdm import tqdm
 
 ArgsT = TypeVar("ArgsT")
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
-def parse_args(args_type: type[ArgsT]) -> ArgsT:
+def parse_args(args_type: type[ArgsT], default: ArgsT | None = None) -> ArgsT:
     """Read the command line into a dataclass; a mistake is one line on stderr and exit status 2.
 
-    ``--help`` begins with what the program's file says of itself.
+    ``--help`` begins with what the program's file says of itself. ``~`` at the beginning of a path or a text
+    is the user's home: after ``=`` many shells leave it.
+
+    Args:
+        args_type: The dataclass.
+        default: Has the values of what the command line does not give, instead of the dataclass's own.
     """
     errors, main = io.StringIO(), sys.modules["__main__"]
     prog = f"python -m {main.__spec__.name.removesuffix('.__main__')}" if main.__spec__ else None
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_type, prog=prog, description=main.__doc__)
+            defaults: dict[str, Any] = {} if default is None else {"default": default}
+            args: Any = tyro.cli(args_type, prog=prog, description=main.__doc__, **defaults)
+            texts = {name: _at_home(value) for name, value in vars(args).items()}
+            return dataclasses.replace(args, **texts)
     except SystemExit as exit_:
         if exit_.code:
             print(f"error: {_in_one_line(errors.getvalue())}", file=sys.stderr)
         raise
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 def _in_one_line(text: str) -> str:
@@ -70,10 +87,14 @@ def check_numbers(args: Any, names: str, above: bool) -> None:
 def one_line_errors(where: str = "") -> Iterator[None]:
     """A user's mistake, or numbers that are not finite, end the program with one line that begins ``where``.
 
-    The exit status is 2; for numbers that are not finite 1.
+    The exit status is 2; for numbers that are not finite 1. Ctrl-C ends it with one line and 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            tqdm.write("Ctrl-C: stopped", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         process = os.environ.get("RANK", "0")
         where = where if process == "0" else f"process {process}: {where}"

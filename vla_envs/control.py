@@ -37,6 +37,15 @@ _mj_step1 = types.ExternalFunction("mj_step1", types.void(types.intp, types.intp
 _mj_step2 = types.ExternalFunction("mj_step2", types.void(types.intp, types.intp))
 
 
+def check_compiled() -> None:
+    """Raise a RuntimeError when numba has compiled nothing: Python calls none of MuJoCo's C functions.
+
+    They would do nothing then, and the robot stand still.
+    """
+    if not isinstance(run_chunk, numba.core.dispatcher.Dispatcher):
+        raise RuntimeError("NUMBA_DISABLE_JIT is set; expected it unset: the simulator needs compiled code")
+
+
 class Views(NamedTuple):
     """Arrays of one ``MjData`` that the controller reads and writes (no copies)."""
 

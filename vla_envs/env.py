@@ -1,6 +1,7 @@
 """``LiberoEnv``: one LIBERO environment, the single face of the vector environment."""
 
 import os
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_numbers
 from vla_envs.rewards import Reward
-from vla_envs.vector import LiberoVectorEnv
+from vla_envs.vector import FromArguments, LiberoVectorEnv
 
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:
@@ -17,16 +18,12 @@ def _first(info: dict[str, Any]) -> dict[str, Any]:
     return {key: _first(value) if isinstance(value, dict) else value[0].item() for key, value in info.items()}
 
 
-class LiberoEnv(gym.Env):
+class LiberoEnv(FromArguments, gym.Env):
     """One LIBERO task as a Gymnasium environment.
 
     Arguments, observation, action, ``reset`` and ``info`` are those of ``LiberoVectorEnv``, without the
     leading axis: an action is ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C;
     ``options={"init_state_id": 3}`` starts from LIBERO's recorded state 3.
-
-    ``gym.make`` keeps an argument ``max_episode_steps`` to itself, for a ``TimeLimit`` wrapper that counts
-    decisions: with it an episode can be made shorter than 200 control steps, but not longer. ``LiberoEnv``
-    itself and ``gym.make_vec`` take any limit.
 
     Example:
         >>> import gymnasium as gym, vla_envs
@@ -55,10 +52,8 @@ class LiberoEnv(gym.Env):
         render_mode: str | None = None,
         cache: bool = True,
     ) -> None:
-        self._envs = LiberoVectorEnv(
-            1, suite, task_id, image_size, action_chunk, max_episode_steps, reward, assets, quality,
-            wrist_camera, num_threads, settle_steps, settle_gripper, render_mode=render_mode, cache=cache,
-        )  # fmt: skip
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._envs = LiberoVectorEnv(1, **self._arguments)
         self.metadata = {**self.metadata, "render_fps": self._envs.metadata["render_fps"]}
         self.render_mode = render_mode
         self.instruction = self._envs.instructions[0]
@@ -78,13 +73,33 @@ class LiberoEnv(gym.Env):
     def set_reward(self, reward: str | Reward) -> None:
         """Pay ``reward`` from the next step on."""
         self._envs.set_reward(reward)
+        self._arguments["reward"] = reward
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the episode has ended, and the environment waits for a reset."""
+        return bool(self._envs.frozen[0])
+
+    @property
+    def np_random(self) -> np.random.Generator:
+        """The random generator that draws placements."""
+        return self._envs.np_random[0]
+
+    @np_random.setter
+    def np_random(self, value: np.random.Generator) -> None:
+        self._envs.np_random = (value,)
+
+    @property
+    def np_random_seed(self) -> int:
+        """The seed of ``np_random``; -1 for a generator that was set."""
+        return self._envs.np_random_seed[0]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Start an episode; see ``LiberoVectorEnv.reset``."""
         obs, info = self._envs.reset(seed=None if seed is None else [seed], options=options)
-        super().reset(seed=None if seed is None else int(seed))
+        self._np_random = self.np_random  # where Gymnasium's checker looks for it
         return {name: array[0] for name, array in obs.items()}, _first(info)
 
     def step(self, action: ArrayLike) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
@@ -104,3 +119,21 @@ class LiberoEnv(gym.Env):
     def close(self) -> None:
         """Free threads and pictures."""
         self._envs.close()
+
+
+def make(**arguments: Any) -> LiberoEnv:
+    """The environment of ``gym.make``, with the ``max_episode_steps`` that it was given.
+
+    ``gym.make`` hands that argument to its ``TimeLimit`` alone, which counts decisions. It is read from
+    ``gym.make``'s variables, so that control steps count, as everywhere else; ``TimeLimit`` is never first.
+    """
+    caller = sys._getframe(1).f_locals
+    limit = caller.get("max_episode_steps")
+    if limit is None:
+        limit = getattr(caller.get("env_spec"), "max_episode_steps", None)
+    if limit is not None:
+        arguments["max_episode_steps"] = sys.maxsize if limit == -1 else limit  # -1: no TimeLimit
+    return LiberoEnv(**arguments)
+
+
+make.metadata = LiberoEnv.metadata  # type: ignore[attr-defined]  # gym.make reads the render modes

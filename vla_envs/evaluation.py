@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from vla_envs.command_line import one_line_errors
 from vla_envs.distributed import by_first, only_first
+from vla_envs.files import whole
 from vla_envs.policies import load_policy, write_json
 from vla_envs.policies.pictures import openvla_pictures
 from vla_envs.tasks import SUITES
@@ -108,6 +110,9 @@ def are_results(value: Any) -> bool:
     )
 
 
+WAYS = {"success": "deterministic", "sampled": "sampled"}  # of playing, by their names in result.json
+
+
 def ways(args: Any) -> dict[str, float]:
     """The temperatures of an evaluation: deterministic, the headline, and sampled as in training."""
     return {"success": 0.0} | ({"sampled": args.eval_temperature} if args.eval_temperature > 0 else {})
@@ -135,8 +140,8 @@ def assess(
         writer.add_scalar(tag, result["rate"], step)
         for task_id, its in result.get("tasks", {}).items():
             writer.add_scalar(f"{tag}_task_{task_id}", its["rate"], step)
-    words = "; ".join(f"{name} {percent(result)}" for name, result in results.items())
-    tqdm.write(f"iteration {iteration}: {words}")
+    words = "; ".join(f"{WAYS[name]} {percent(result)}" for name, result in results.items())
+    tqdm.write(f"iteration {iteration}: success {words}")
     return results
 
 
@@ -190,19 +195,19 @@ def report(
     """Print one evaluation, and what ``result.json`` holds of it.
 
     Args:
-        name: Of the evaluation, for instance ``"greedy"``.
+        name: Of the evaluation, ``"success"`` or ``"sampled"``.
         outcomes: (E,) success from each init state.
-        others: (E,) the same of the checkpoint ``compared``.
+        others: (E,) the same of the checkpoint ``compared``; differences are ``outcomes`` minus these.
         task_ids: As ``success`` has them.
     """
     result = success(outcomes, task_ids)
-    print(f"{name}: success {percent(result)}")
+    print(f"{WAYS[name]}: success {percent(result)}")
     contents = {name: result, f"{name}_outcomes": outcomes.tolist()}
     if others is not None:
         pairs = paired(outcomes, others)
         print(
-            f"  {compared}: {percent(success(others, task_ids))};"
-            f" difference {100 * pairs['difference']:+.0f} points"
+            f"  --compare {compared}: {percent(success(others, task_ids))};"
+            f" --checkpoint minus --compare: {100 * pairs['difference']:+.0f} points"
             f" (95 %: {100 * pairs['low']:+.0f} to {100 * pairs['high']:+.0f}), p = {pairs['p_value']:.2g}"
         )
         theirs = {"checkpoint": str(compared), **success(others, task_ids), "outcomes": others.tolist()}
@@ -210,22 +215,33 @@ def report(
     return contents
 
 
+def about(args: Any) -> dict[str, Any]:
+    """What ``result.json`` begins with: what a run was of, and how its evaluations were played."""
+    limit = settings(args.protocol, args.suite).get("max_episode_steps", args.max_episode_steps)
+    several = {"task_ids": list(args.task_ids)} if len(args.task_ids) > 1 else {}
+    return {"suite": args.suite, "task_id": args.task_id, **several, "seed": args.seed} | {
+        "protocol": args.protocol, "max_episode_steps": limit,
+    }  # fmt: skip
+
+
 @only_first
 def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, args: Any) -> None:
-    """Evaluate greedily and sampled, ``args.compare`` on the same states; print, and write ``result.json``.
+    """Evaluate both ways, ``args.compare`` on the same states; print, and write ``result.json``.
 
-    ``evaluate`` is the script's own.
+    ``evaluate`` is the script's own. What goes wrong, and Ctrl-C, end the program with one line.
     """
-    other = load_policy(args.policy, args.compare, args.device, args.cudagraphs) if args.compare else None
-    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed, "protocol": args.protocol}
-    for name, temperature in {"greedy": 0.0, "sampled": args.eval_temperature}.items():
-        if name == "greedy" or temperature > 0:
+    with one_line_errors():
+        print(f"{run}: evaluating {args.checkpoint or f'the shipped {args.policy}'}")
+        other = None
+        if args.compare:
+            other = load_policy(args.policy, args.compare, args.device, args.cudagraphs, args.suite)
+        result = about(args)
+        for name, temperature in ways(args).items():
             outcomes = evaluate(envs, policy, temperature, args, run / "videos" / f"{name}.mp4")  # (N,)
             video = run / "videos" / f"{name}_compared.mp4"
             others = evaluate(envs, other, temperature, args, video) if other else None  # (N,)
             result |= report(name, outcomes, others, args.compare, args.task_ids)
-            result["success"] = result[name]
-    write_json(run / "result.json", result)
+        write_json(run / "result.json", result)
 
 
 # ---- Videos ------------------------------------------------------------------------------------------
@@ -261,4 +277,5 @@ def write_video(path: Path, frames: list[NDArray[np.uint8]], outcomes: ArrayLike
                 sheet[top : top + 8, c * width : (c + 1) * width] = colour
                 sheet[top + 8 : top + 8 + height, c * width : (c + 1) * width] = frame[episode]
         sheets.append(sheet)
-    imageio.mimwrite(path, sheets, fps=5, macro_block_size=8)
+    with whole(path) as partial:
+        imageio.mimwrite(partial, sheets, fps=5, macro_block_size=8)

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
+from vla_envs.demonstrations import OBS_BEFORE_ACTION
+from vla_envs.files import whole
 from vla_envs.goals import IN_REGION, ON_OBJECT
 from vla_envs.tasks import get_task
 from vla_envs.vector import LiberoVectorEnv
@@ -214,14 +216,15 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
 
     Pictures are stored as LIBERO stores them: turned by 180 degrees from what the environments return.
     ``expert_actions`` is our addition: the actions without noise, which are what to imitate; and ``seed``,
-    which with ``actions`` replays the episode.
+    which with ``actions`` replays the episode. Observations come before their actions, which an attribute of
+    ``data`` says: in LIBERO's own files they come after.
     """
-    partial = path.with_suffix(".partial")
-    with h5py.File(partial, "w") as file:
+    with whole(path) as partial, h5py.File(partial, "w") as file:
         data = file.create_group("data")
         task = envs.tasks[0]
         data.attrs["problem_info"] = json.dumps({"language_instruction": task.instruction})
         data.attrs["bddl_file_name"] = task.bddl_file.name
+        data.attrs[OBS_BEFORE_ACTION] = True
         data.attrs["num_demos"] = len(episodes)
         data.attrs["total"] = sum(len(episode["actions"]) for episode in episodes)
         for k, episode in enumerate(episodes):
@@ -239,7 +242,6 @@ def write_hdf5(path: Path, envs: LiberoVectorEnv, episodes: list[dict[str, NDArr
             demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/gripper_states"] = np.split(
                 state, [3, 6], axis=1
             )
-    partial.replace(path)
 
 
 @dataclass
@@ -294,9 +296,8 @@ def main(args: Args) -> None:
         write_hdf5(args.out / f"{args.suite}_{task_id}_demo.hdf5", envs, episodes)
         if args.videos:
             frames = np.concatenate([episode["image"] for episode in episodes[:4]])
-            imageio.mimwrite(
-                args.out / f"{args.suite}_{task_id}.mp4", list(frames), fps=20, macro_block_size=8
-            )
+            with whole(args.out / f"{args.suite}_{task_id}.mp4") as partial:
+                imageio.mimwrite(partial, list(frames), fps=20, macro_block_size=8)
         envs.close()
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vla_envs.inputs import in_short
+from vla_envs.machine import session_folder, writable
 from vla_envs.tasks import nearest
 
 QUALITIES = ("exact", "fast")
@@ -68,8 +69,11 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
 
 
 def download_folder() -> Path:
-    """Where ``hf-libero`` keeps what it downloads."""
-    return Path.home() / ".cache" / "libero" / "assets"
+    """Where ``hf-libero`` keeps what it downloads, or what takes its place."""
+    folder = Path(os.path.expanduser("~"), ".cache", "libero", "assets")
+    if writable(folder) or os.path.exists(folder / ".complete"):
+        return folder
+    return session_folder() / "libero" / "assets"
 
 
 def download() -> Path:

@@ -1,6 +1,10 @@
-"""Pictures of environments: OpenGL without a screen, from any thread."""
+"""Pictures of environments: OpenGL without a screen, from any thread.
 
-import atexit
+Others draw in the same process, LIBERO's own environment for one, and count on their OpenGL context to stay
+current. So what was current in a thread is so again after each picture, and displays are left as they are at
+the process's end.
+"""
+
 import contextlib
 import importlib
 import importlib.util
@@ -8,7 +12,9 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import mujoco
@@ -16,8 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, possible
+from vla_envs.tasks import nearest
 
 EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
+EMPTY = '<mujoco><visual><global offwidth="1" offheight="1"/><quality shadowsize="0"/></visual></mujoco>'
+#: What each backend needs.
+NEEDS = {
+    "egl": "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri",
+    "osmesa": "on Debian or Ubuntu: apt-get install libosmesa6",
+    "glfw": "glfw needs a screen; MUJOCO_GL=egl draws without one",
+    "cgl": "cgl is macOS's",
+}
+#: What MuJoCo takes in ``MUJOCO_GL`` beside these names; the backend is then the first that works.
+NO_BACKEND = "glx wgl enable enabled on true 1 disable disabled off false 0".split()
 
 
 class OpenGL:
@@ -33,12 +50,9 @@ class OpenGL:
     """
 
     def __init__(self, backend: str) -> None:
-        if backend == "egl":
-            _choose_gpu()
-        os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa draws on the thread that asks
         self.backend = backend
         self._lock = threading.Lock()
-        self._contexts = [_Context(backend, importlib.import_module(f"mujoco.{backend}"))]
+        self._contexts = [_Context(backend)]
         self.device = self._contexts[0].device
         #: Whether the processor draws (Mesa's llvmpipe or softpipe), not a GPU.
         self.software = "pipe" in self.device
@@ -49,12 +63,11 @@ class OpenGL:
         """A context that is current in this thread, and in no other, until the end of the block."""
         context = self._take()
         try:
-            context.gl.make_current()
-            context.free_dropped()
-            yield context
-            context.free_dropped()
+            with context.current():
+                context.free_dropped()
+                yield context
+                context.free_dropped()
         finally:
-            context.release()
             context.lock.release()
 
     def _take(self) -> "_Context":
@@ -65,7 +78,7 @@ class OpenGL:
             if self._may_have_another:
                 self._may_have_another = False
                 with contextlib.suppress(Exception):  # where it cannot be made, all threads share the first
-                    another = _Context("egl", _surfaceless_egl())
+                    another = _Context("egl", surfaceless=True)
                     if another.device == self.device:  # on a machine with a GPU it would be that
                         another.lock.acquire()
                         self._contexts.append(another)
@@ -75,54 +88,116 @@ class OpenGL:
         return context
 
 
-def _surfaceless_egl() -> Any:
-    """MuJoCo's module for EGL once more, with Mesa's surfaceless display in place of a device's."""
-    spec: Any = importlib.util.find_spec("mujoco.egl")
-    module: Any = importlib.util.module_from_spec(spec)
+def _module_of_our_own(name: str) -> Any:
+    """A module once more, for us alone: MuJoCo's keep a display, and we change what they do."""
+    spec: Any = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    display = module.EGL.eglGetPlatformDisplayEXT(EGL_PLATFORM_SURFACELESS_MESA, None, None)
-    module.EGL.eglInitialize(display, None, None)
-    atexit.register(module.EGL.eglTerminate, display)
-    module.EGL_DISPLAY = display
     return module
 
 
 class _Context:
     """One OpenGL context, and what waits to be freed in it."""
 
-    def __init__(self, backend: str, module: Any) -> None:
-        module.GLContext._context = None  # else one that fails complains when it is collected
-        self._backend, self._module = backend, module
-        self.gl = module.GLContext(256, 256)
+    def __init__(self, backend: str, surfaceless: bool = False) -> None:
+        self._backend, self._module = backend, _module_of_our_own(f"mujoco.{backend}")
+        self._module.GLContext.free = lambda self: None  # lives as long as the process
         self.lock = threading.Lock()
         self._dropped: list[mujoco.MjrContext] = []
-        self.gl.make_current()
+        if backend == "glfw":
+            self._module.glfw.init()  # else it does not know what is current
+        api = self._module.EGL.eglQueryAPI() if backend == "egl" else None
+        again = self._remember()  # making a context lets none be current
         try:
+            with _environment(LP_NUM_THREADS="0"):  # Mesa draws on the thread that asks
+                if backend == "egl":
+                    self._module.EGL_DISPLAY = self._display(surfaceless)
+                self.gl = self._module.GLContext(256, 256)
+        finally:
+            if api is not None:
+                self._module.EGL.eglBindAPI(api)
+            again()
+        with self.current():
             from OpenGL import GL
 
             self.device = GL.glGetString(GL.GL_RENDERER).decode()  # type: ignore[attr-defined]
-        finally:
-            self.release()
+            # Fails where MuJoCo cannot draw though OpenGL can.
+            model = mujoco.MjModel.from_xml_string(EMPTY)
+            mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50).free()
 
-    def release(self) -> None:
-        """Let no context be current in this thread."""
+    def _display(self, surfaceless: bool) -> Any:
+        """EGL's display, of a device or Mesa's surfaceless one. It may be others' too, so nobody ends it."""
+        egl = self._module.EGL
+        if surfaceless:
+            display = egl.eglGetPlatformDisplayEXT(EGL_PLATFORM_SURFACELESS_MESA, None, None)
+            egl.eglInitialize(display, None, None)
+            return display
+        with _environment(MUJOCO_EGL_DEVICE_ID=_gpu()):
+            display = self._module.create_initialized_egl_device_display()
+        if display == egl.EGL_NO_DISPLAY:
+            raise RuntimeError(f"none of {len(_egl_devices())} devices can be used")
+        return display
+
+    def _remember(self) -> Callable[[], object]:
+        """What makes current in this thread again what is now; none where its owner has destroyed it."""
         module = self._module
-        if self._backend == "egl":
-            none = module.EGL.EGL_NO_SURFACE, module.EGL.EGL_NO_SURFACE, module.EGL.EGL_NO_CONTEXT
-            module.EGL.eglMakeCurrent(module.EGL_DISPLAY, *none)
-        elif self._backend == "osmesa":
-            module.osmesa.OSMesaMakeCurrent(None, None, module.GL.GL_FLOAT, 0, 0)
-        elif self._backend == "glfw":
-            module.glfw.make_context_current(None)
+        if self._backend == "glfw":
+            return partial(module.glfw.make_context_current, module.glfw.get_current_context())
+        if self._backend == "osmesa":
+            osmesa = module.osmesa
+            context = osmesa.OSMesaGetCurrentContext()
+            if not context:
+                return partial(osmesa.OSMesaMakeCurrent, None, None, module.GL.GL_FLOAT, 0, 0)
+            width, height, _, pixels = osmesa.OSMesaGetColorBuffer(context)
+            kind = osmesa.OSMesaGetIntegerv(osmesa.OSMESA_TYPE)
+            return partial(osmesa.OSMesaMakeCurrent, context, pixels, kind, width, height)
+        if self._backend == "cgl":
+            return lambda: None
+        egl = module.EGL
+        context = egl.eglGetCurrentContext()
+        held = context and (
+            egl.eglGetCurrentDisplay(),
+            egl.eglGetCurrentSurface(egl.EGL_DRAW),
+            egl.eglGetCurrentSurface(egl.EGL_READ),
+            context,
+        )
+
+        def again() -> None:
+            with contextlib.suppress(module.error.GLError):
+                if held and egl.eglMakeCurrent(*held):
+                    return
+            if egl.eglGetCurrentContext():
+                none = egl.EGL_NO_SURFACE, egl.EGL_NO_SURFACE, egl.EGL_NO_CONTEXT
+                egl.eglMakeCurrent(module.EGL_DISPLAY, *none)
+
+        return again
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """This context is current in this thread until the end of the block, then what was before."""
+        back = self._remember()
+        with contextlib.ExitStack() as stack:
+            try:
+                self.gl.make_current()
+            except Exception:
+                # A window's context, which EGL does not see, is in the way.
+                glfw: Any = sys.modules.get("glfw")
+                window = glfw.get_current_context() if glfw else None
+                if not window:
+                    raise
+                glfw.make_context_current(None)
+                stack.callback(glfw.make_context_current, window)
+                self.gl.make_current()
+            stack.callback(back)
+            yield
 
     def drop(self, buffers: mujoco.MjrContext) -> None:
         """Free ``buffers``, which live in this context, now or, while a thread draws, after its picture."""
         self._dropped.append(buffers)
         if self.lock.acquire(blocking=False):
             try:
-                self.gl.make_current()
-                self.free_dropped()
-                self.release()
+                with self.current():
+                    self.free_dropped()
             finally:
                 self.lock.release()
 
@@ -142,48 +217,100 @@ def opengl() -> OpenGL:
     """The process's OpenGL: ``MUJOCO_GL`` where it is set, else the first backend that works.
 
     Raises:
-        RuntimeError: When no backend can draw without a screen; names what was tried.
+        ValueError: When an environment variable that chooses is wrong.
+        RuntimeError: When no backend can draw without a screen; says what each said.
     """
     global _opengl
     with _opengl_lock:
         if _opengl is not None:
             return _opengl
-        wanted = os.environ.get("MUJOCO_GL", "").lower()
         # Mesa's software OpenGL brings LLVM, and so does triton, which PyTorch's CUDA builds load late:
         # loaded after OpenGL it ends the process.
         if importlib.util.find_spec("triton"):
             importlib.import_module("triton")
-        known = ("egl", "osmesa", "glfw", "cgl")
-        default = ("cgl",) if platform.system() == "Darwin" else ("egl", "osmesa", "glfw")
-        failures = []
-        for backend in (wanted,) if wanted in known else default:
-            try:
-                _opengl = OpenGL(backend)
-                return _opengl
-            except (
-                Exception
-            ) as error:  # each backend fails in its own way: ImportError, EGLError, AttributeError ...
-                failures.append(f"{backend} ({type(error).__name__})")
-    raise RuntimeError(
-        f"no OpenGL to draw with; tried {', '.join(failures)}; on Debian or Ubuntu: "
-        "apt-get install libegl1 libgl1-mesa-dri"
-    )
+        pyopengl = os.environ.get("PYOPENGL_PLATFORM", "")
+        tried, failures = [], []
+        for backend in _backends():
+            if pyopengl and backend in ("egl", "osmesa") and pyopengl.lower() != backend:
+                failures.append(f"{backend}: PYOPENGL_PLATFORM is {pyopengl!r}, expected {backend!r} or none")
+                continue
+            tried.append(backend)
+            loaded = set(sys.modules)
+            with warnings.catch_warnings(record=True) as said:  # by GLFW, which raises nothing
+                warnings.simplefilter("always")
+                try:
+                    _opengl = OpenGL(backend)
+                    return _opengl
+                except ValueError:  # a setting that is wrong
+                    raise
+                except Exception as error:  # each backend fails in its own way
+                    words = [str(w.message) for w in said if w.category.__name__ == "GLFWError"]
+                    if isinstance(error, AttributeError):  # of PyOpenGL's None in place of a library
+                        words.append("its library cannot be loaded")
+                    words.append(str(error) or type(error).__name__)
+                    failures.append(f"{backend}: {' '.join(words[0].split())}")
+            # PyOpenGL is loaded for one backend, and would keep the next from being loaded.
+            for name in set(sys.modules) - loaded:
+                if name.startswith(("OpenGL", f"mujoco.{backend}")):
+                    del sys.modules[name]
+            if not pyopengl:
+                os.environ.pop("PYOPENGL_PLATFORM", None)
+    raise RuntimeError("; ".join(["no OpenGL to draw with", *failures, *(NEEDS[name] for name in tried[:1])]))
 
 
-def _choose_gpu() -> None:
-    """Let EGL draw on the GPU that PyTorch computes on, where there are several.
+def _backends() -> list[str]:
+    """The backends to try: ``MUJOCO_GL`` where it names one."""
+    wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if wanted in NEEDS:
+        return [wanted]
+    if wanted and wanted not in NO_BACKEND:
+        names = list(NEEDS)
+        raise ValueError(f"MUJOCO_GL is {wanted!r}; expected one of {names}{nearest(wanted, names)}")
+    return ["cgl"] if platform.system() == "Darwin" else ["egl", "osmesa", "glfw"]
+
+
+@contextlib.contextmanager
+def _environment(**variables: str | None) -> Iterator[None]:
+    """Set environment variables that are not set, until the end of the block; None leaves one alone."""
+    missing = {name: value for name, value in variables.items() if value and name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def _number(name: str) -> int | None:
+    """What an environment variable says, where it is set."""
+    value = os.environ.get(name)
+    if value is None:
+        return None
+    if not value.strip().isdecimal():
+        raise ValueError(f"{name} is {value!r}; expected a number from 0 up")
+    return int(value)
+
+
+def _gpu() -> str | None:
+    """What ``MUJOCO_EGL_DEVICE_ID`` is or should be: the GPU that PyTorch computes on, of several.
 
     MuJoCo takes the number in ``MUJOCO_EGL_DEVICE_ID``, else the first device that works. EGL counts all
     GPUs of the machine, PyTorch those in ``CUDA_VISIBLE_DEVICES``, of which each process that ``torchrun``
     starts uses the one of its ``LOCAL_RANK``.
     """
+    wanted, devices = _number("MUJOCO_EGL_DEVICE_ID"), len(_egl_devices())
+    if wanted is not None:
+        if 0 < devices <= wanted:
+            raise ValueError(
+                f"MUJOCO_EGL_DEVICE_ID is {wanted}; expected a number below {devices}: EGL's devices"
+            )
+        return str(wanted)
     torch: Any = sys.modules.get("torch")
     started = torch is not None and torch.cuda.is_initialized()
-    index = torch.cuda.current_device() if started else int(os.environ.get("LOCAL_RANK", 0))
+    index = torch.cuda.current_device() if started else _number("LOCAL_RANK") or 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(index) if index else "").split(",")
     gpu = visible[min(index, len(visible) - 1)].strip()
-    if gpu.isdigit() and int(gpu) < len(_egl_devices()):
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", gpu)
+    return gpu if gpu.isdigit() and int(gpu) < devices else None
 
 
 def _egl_devices() -> list[Any]:

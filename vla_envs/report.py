@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vla_envs import evaluation
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
+from vla_envs.files import whole
 from vla_envs.policies import read_json
 
 
@@ -311,7 +312,8 @@ def page(runs: list[Run], out: Path, embed_mb: float = 2.0) -> str:
     for k, run in enumerate(runs):
         where = k if len(runs) <= 10 else k / (len(runs) - 1)
         run.colour = matplotlib.colors.to_hex(colours(where))
-    heads = ("run", "script", "suite", "tasks", "seed", "before", "after", "sampled before", "sampled after", "environment steps", "wall time",
+    heads = ("run", "script", "suite", "tasks", "seed", "before", "after",
+             "sampled before", "sampled after", "environment steps", "wall time",
              "state", "arguments that differ")  # fmt: skip
     names = differing(runs)
     sections = []
@@ -359,7 +361,8 @@ def main(args: Args) -> None:
             print(f"left out: {' '.join(str(error).split())}", file=sys.stderr)
     if not found:
         raise ValueError("there is no run; expected folders of runs, runs/*")
-    args.out.write_text(page(found, args.out, args.embed_mb), encoding="utf-8")
+    with whole(args.out) as partial:
+        partial.write_text(page(found, args.out, args.embed_mb), encoding="utf-8")
     print(f"{args.out}: {len(found)} run{'s' * (len(found) > 1)}")
 
 

@@ -1,6 +1,7 @@
 """What every script does around its algorithm: its arguments, a run's folder, saving and resuming."""
 
 import dataclasses
+import json
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vla_envs import distributed, evaluation
+from vla_envs.command_line import INTERRUPTED
 from vla_envs.command_line import check_numbers as check_numbers
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
@@ -30,7 +32,9 @@ from vla_envs.policies import (
     SHIPPED,
     adapters,
     count_parameters,
+    is_training_state,
     load_policy,
+    note_tasks,
     read_json,
     read_tensors,
     replace_folder,
@@ -40,9 +44,13 @@ from vla_envs.policies import (
 from vla_envs.tasks import get_task
 
 ArgsT = TypeVar("ArgsT")
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 _leaving = False  # Ctrl-C has been pressed
 DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
+#: What a run may go on with anew: how fast it goes; how long, and where things lie that it began with. All
+#: else makes it another run.
+HOW_FAST = ("device", "num_threads", "micro_batch_size", "cudagraphs", "cache")
+HOW_LONG = ("num_iterations", "total_env_steps")
+WHERE = ("checkpoint", "demos", "assets", "shared_adapter", "reward")
 
 
 def check_finite(**values: Tensor | float) -> None:
@@ -76,13 +84,53 @@ def check_training(args: Any) -> None:
         raise ValueError(
             f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
         )
-    check_numbers(args, "seed kl_coef eval_every", above=False)
+    check_numbers(args, "seed kl_coef eval_every clip_low clip_high", above=False)
+    if args.clip_low > 1:
+        raise ValueError(f"clip_low is {args.clip_low}; expected at most 1, as a ratio is never below 0")
     if args.seed >= 2**63:
         raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")
     check_numbers(
         args, "num_groups num_iterations total_env_steps update_epochs minibatch_size micro_batch_size"
         " lora_rank last_k warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
     )  # fmt: skip
+    if args.micro_batch_size and args.micro_batch_size > args.minibatch_size:
+        raise ValueError(
+            f"micro_batch_size is {args.micro_batch_size}; expected at most {args.minibatch_size}, the"
+            " minibatch_size that it is a part of"
+        )
+
+
+def check_together(args: Any) -> None:
+    """Refuse arguments that leave one another without effect, rather than let one of them win.
+
+    Raises:
+        ValueError: Names one, and what it expects of the others.
+    """
+    if args.task_ids and args.task_id not in (None, args.task_ids[0]):
+        raise ValueError(
+            f"task_id is {args.task_id} beside task_ids {args.task_ids}; expected one of the two"
+        )
+    if args.resume:  # its own arguments stay as they are, also those of an older run
+        return
+    if args.protocol:
+        protocol = PROTOCOLS[args.protocol]
+        its_own = {"eval_temperature": protocol.temperature}
+        if args.evaluate:  # else the limit is that of training's episodes
+            its_own["max_episode_steps"] = protocol.max_episode_steps[args.suite]
+        for name, value in its_own.items():
+            if value is not None and getattr(args, name) not in (None, value):
+                raise ValueError(
+                    f"{name} is {getattr(args, name)}; expected {value}, that of protocol {args.protocol}"
+                )
+    if args.quality == "fast" and args.assets == "builtin":
+        raise ValueError("quality is of LIBERO's own assets; expected --assets libero or a folder")
+    needs = {"lora_rank": "lora", "adapter": "lora", "last_k": "last-k"}
+    for name, part in {} if args.evaluate else needs.items():
+        if getattr(args, name) is not None and part not in args.train:
+            expected = "lora+last-k" if part == "last-k" else "lora"
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r}; expected it with --train {expected}, got {args.train}"
+            )
 
 
 def fill_in_length(args: ArgsT) -> ArgsT:
@@ -94,47 +142,82 @@ def fill_in_length(args: ArgsT) -> ArgsT:
 
 
 def fill_in_evaluation(args: ArgsT) -> ArgsT:
-    """``args`` with the device, what is trained, and the tasks, episodes and temperature of evaluations.
+    """``args`` with the device, what is trained, the tasks, and the episodes of training and evaluations.
 
     Raises:
         ValueError: When they do not fit.
     """
     given: Any = args
+    task_ids = given.task_ids or (4 if given.task_id is None else given.task_id,)
+    if len({get_task(given.suite, task_id) for task_id in task_ids}) < len(task_ids):
+        raise ValueError(f"task_ids are {task_ids}; expected each task once")
+    check_together(given)
+    check_numbers(args, "eval_temperature", above=False)
     protocol = PROTOCOLS[given.protocol] if given.protocol else None
-    episodes, temperature = given.eval_episodes, given.eval_temperature
-    if episodes is None:
-        episodes = protocol.episodes if protocol else 50
-    if temperature is None and protocol:
-        temperature = protocol.temperature
-    if temperature is None:
-        temperature = given.temperature
-    if not 1 <= episodes <= 50:
-        raise ValueError(f"eval_episodes is {episodes}; expected 1 to 50, the recorded init states")
+    temperature = protocol.temperature if protocol else None
+    defaults: dict[str, Any] = {
+        "eval_episodes": protocol.episodes if protocol else 50,
+        "eval_temperature": given.temperature if temperature is None else temperature,
+        "max_episode_steps": protocol.max_episode_steps[given.suite] if protocol and given.evaluate else 200,
+        "lora_rank": 32 if "lora" in given.train else None,
+        "last_k": 1 if "last-k" in given.train else None,
+        "adapter": "adapter" if "lora" in given.train else None,
+    }
+    open_ = {name: value for name, value in defaults.items() if getattr(given, name) is None}
+    given = dataclasses.replace(given, **open_)
+    if not 1 <= given.eval_episodes <= 50:
+        raise ValueError(
+            f"eval_episodes is {given.eval_episodes}; expected 1 to 50, the recorded init states"
+        )
     if given.compare and not given.evaluate:
         raise ValueError("compare names a second checkpoint; expected it with --evaluate")
     if given.compare:
-        load_policy(given.policy, given.compare, "meta")  # fails now rather than after the first evaluation
-    check_numbers(args, "eval_temperature", above=False)
-    task_ids = given.task_ids or (given.task_id,)
-    if len({get_task(given.suite, task_id) for task_id in task_ids}) < len(task_ids):
-        raise ValueError(f"task_ids are {task_ids}; expected each task once")
+        # Fails now rather than after the first evaluation.
+        load_policy(given.policy, given.compare, "meta", suite=given.suite)
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
     if not (given.evaluate or given.merge or train == "lora"):
         raise ValueError(f"--no-merge saves nothing but the adapter; expected --train lora, got {train}")
-    taken = given.adapter.startswith(("final", "latest", "best", "."))
-    if taken or not given.adapter or Path(given.adapter).name != given.adapter:
+    adapter = "adapter" if given.adapter is None else given.adapter
+    taken = adapter.startswith(("final", "latest", "best", "."))
+    if taken or not adapter or Path(adapter).name != adapter:
         raise ValueError(
-            f"adapter is {given.adapter!r}; expected the name of a folder, other than final, latest and best"
+            f"adapter is {adapter!r}; expected the name of a folder, other than final, latest and best"
         )
     if given.cudagraphs and (given.policy != "openvla" or not device.startswith("cuda")):
         raise ValueError(f"cudagraphs is for --policy openvla on a GPU; got {given.policy} on {device}")
     if given.cudagraphs and (train == "all" or given.shared_adapter):
         raise ValueError("cudagraphs does not go with --train all or --shared-adapter; expected --train lora")
     return dataclasses.replace(
-        given, task_id=task_ids[0], task_ids=task_ids, eval_episodes=episodes, eval_temperature=temperature,
-        train=train, device=distributed.device(device),
-    )  # fmt: skip
+        given, task_id=task_ids[0], task_ids=task_ids, train=train, device=distributed.device(device)
+    )
+
+
+def starting_policy(args: Any) -> Any:
+    """The policy that ``args`` start from, or evaluate.
+
+    Raises:
+        ValueError: When there is none, or it cannot be trained.
+    """
+    if not args.evaluate and is_training_state(args.checkpoint):
+        raise ValueError(
+            f"checkpoint {str(args.checkpoint)!r} is the state of a run, which changes while that goes on;"
+            f" expected it with --evaluate, or --resume {args.checkpoint.parent.parent}"
+        )
+    return load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
+
+
+def remark(args: Any, policy: Any) -> str:
+    """A line that says when ``policy`` plays other tasks than its checkpoint was made for, else ``""``."""
+    known = getattr(policy, "made_for", None) or {}
+    others = [task_id for task_id in args.task_ids if task_id not in known.get(args.suite, [])]
+    if not known or not others:
+        return ""
+    made_for = ", ".join(f"{suite} {' '.join(map(str, task_ids))}" for suite, task_ids in known.items())
+    return (
+        f"policy {args.policy!r}: its checkpoint was made for the tasks {made_for}, and not for"
+        f" {args.suite} {' '.join(map(str, others))}"
+    )
 
 
 def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
@@ -222,8 +305,7 @@ def make_run_folder(run_dir: Path | None, suite: str, task_id: Any, script: str,
             f"run folder {str(folder)!r} holds a run already; expected a new folder, or --resume {folder}"
         )
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "videos").mkdir(exist_ok=True)
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
@@ -239,20 +321,27 @@ def start(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder and the counters of a new run, or those of ``args.resume``, whose state is restored.
 
-    Says where the run is and how many parameters are trained, unless it only evaluates.
+    Says where the run is, how many parameters are trained, unless it only evaluates, and with which other
+    arguments it goes on. ``script`` is the file of the script, or its name.
 
     Raises:
         ValueError, OSError: When the folder will not do.
     """
+    script = Path(script).stem
     state = {"iteration": 0, "env_steps": 0, "episodes": 0, "wall_s": 0.0, "before": None, "evaluated": 0}
     if not args.evaluate:
         leave_on_interrupt()
     trainable, total = count_parameters(learner)
     training = f"training {trainable:,} of {total:,} parameters"
+    # Sums are rounded by how many threads share them: other numbers of threads give other runs.
+    made_by = {"script": script, "torch_threads": torch.get_num_threads()}
+    contents = made_by | dataclasses.asdict(args) | {"resume": None}
+    contents = json.loads(json.dumps(contents, default=str))
     if args.resume:
-        made_by = read_json(args.resume / "args.json").get("script", script)
-        if made_by != script:
-            raise ValueError(f"{str(args.resume)!r} is a run of {made_by}.py; expected one of {script}.py")
+        before = read_json(args.resume / "args.json")
+        its_script = before.get("script", script)
+        if its_script != script:
+            raise ValueError(f"{str(args.resume)!r} is a run of {its_script}.py; expected one of {script}.py")
         latest = args.resume / "checkpoints" / "latest"
         loaded = load_training_state(latest, learner, optimizer)
         for name in ("iteration", "env_steps", "episodes", "wall_s", "evaluated"):
@@ -268,13 +357,20 @@ def start(
         loaded = state | loaded
         distributed.same_parameters(learner)
         distributed.gather_parameters(learner)
+        distributed.only_first(write_json)(args.resume / "args.json", contents)
         print(f"{args.resume}: {training}")
+        for name in (*HOW_FAST, *HOW_LONG, *WHERE):
+            if name in before and before[name] != contents[name]:
+                course = "; the learning rate goes on as in a run of that length" * (name in HOW_LONG)
+                print(f"{name} {contents[name]} instead of {before[name]}{course}")
         return args.resume, loaded
     task_ids = "-".join(map(str, args.task_ids))
     run = distributed.by_first(make_run_folder, args.run_dir, args.suite, task_ids, script, args.seed)
     distributed.same_parameters(learner)
     distributed.gather_parameters(learner)
-    distributed.only_first(write_json)(run / "args.json", {"script": script} | dataclasses.asdict(args))
+    distributed.only_first(write_json)(run / "args.json", contents)
+    if words := remark(args, getattr(learner, "policy", learner)):  # PPO's is beside a critic
+        distributed.only_first(print)(words)
     if not args.evaluate:
         save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
         print(f"{run}: {training}")
@@ -431,6 +527,7 @@ def save_policies(run: Path, policy: Any, args: Any) -> None:
 
     Adapters of several tasks below a shared one make a whole policy for each: ``final_task_4`` and so on.
     """
+    note_tasks(policy, args.suite, args.task_ids)
     if args.train.startswith("lora"):
         adapters.save_adapter(policy, run / "checkpoints" / args.adapter)
     if not args.merge:
@@ -452,13 +549,15 @@ def finish(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
 def _write_result(run: Path, policy: Any, state: dict[str, Any], args: Any) -> None:
     save_policies(run, policy, args)
     before, after = state["before"], state["after"]
-    result = {"suite": args.suite, "task_id": args.task_id, "seed": args.seed}
+    result = evaluation.about(args)
     for name in after:
         result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     write_json(
         run / "result.json", result | {name: state[name] for name in ("env_steps", "episodes", "wall_s")}
     )
-    words = [f"{name} {before[name]['successes']} -> {evaluation.percent(its)}" for name, its in after.items()]
+    words = [
+        f"{name} {before[name]['successes']} -> {evaluation.percent(its)}" for name, its in after.items()
+    ]
     print(f"{'; '.join(words)}, in {state['wall_s'] / 60:.1f} min; {run}")
 
 
@@ -485,6 +584,8 @@ def _write_training_state(
             partial.mkdir(parents=True)
             tensors = {name: p.cpu().contiguous() for name, p in adapters.trainable_state(policy).items()}
             safetensors.torch.save_file(tensors, partial / "trained.safetensors")
+            fixed = {name: b.to("cpu", copy=True) for name, b in policy.named_buffers()}
+            safetensors.torch.save_file(fixed, partial / "buffers.safetensors")
             safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
             write_json(partial / "counters.json", counters)
             replace_folder(partial, folder)
@@ -537,7 +638,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def load_args(args: ArgsT) -> ArgsT:
-    """The arguments that the run ``args.resume`` was started with, but for the device, which may be another.
+    """The arguments that the run ``args.resume`` was started with, and those that the command line changes.
+
+    It may say anew how fast the run goes, how long, and where things lie (``HOW_FAST``, ``HOW_LONG``,
+    ``WHERE``). The length is that which was given, control steps or iterations, and a file has its name.
 
     Raises:
         ValueError: When that is not the folder of a run, or other arguments are asked for.
@@ -551,7 +655,13 @@ def load_args(args: ArgsT) -> ArgsT:
         hint = f"; did you mean {parents[0]!r}?" if parents else ""
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json{hint}")
     known = get_type_hints(type(args))
-    values = {name: value for name, value in read_json(run / "args.json").items() if name in known}
+    values = read_json(run / "args.json")
+    made_by, _ = values.pop("script", None), values.pop("torch_threads", None)
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(
+            f"{str(run / 'args.json')!r} has {', '.join(unknown)}, which this script does not know; expected"
+            f" the script that made the run{f', {made_by}.py' if made_by else ''}"
+        )
     if "seed" not in values:
         raise ValueError(f"{str(run / 'args.json')!r} is damaged: it has no seed")
     for name, value in values.items():
@@ -562,14 +672,16 @@ def load_args(args: ArgsT) -> ArgsT:
             values[name] = tuple(map(kind, value))
         elif value is not None:
             values[name] = kind(value)
-    for field in dataclasses.fields(given):
-        asked, own = getattr(given, field.name), values.get(field.name, field.default)
-        if field.name not in ("resume", "device") and asked not in (field.default, own):
+    own = type(args)(**values | {"resume": run})
+    asked = parse_args(type(args), own)
+    for name in known:
+        its, other = getattr(own, name), getattr(asked, name)
+        moved = name in WHERE and (name != "reward" or Path(its).name == Path(other).name)
+        places = moved and not {None, (), "builtin"} & {its, other}
+        if its != other and not (places or name in HOW_FAST or (name in HOW_LONG and its is not None)):
+            may = [each for each in (*HOW_FAST, *HOW_LONG, *WHERE) if each in known]
             raise ValueError(
-                f"{field.name} is {in_short(asked)}, the run's own {in_short(own)}; expected --resume alone,"
-                " a run goes on with its own arguments"
+                f"{name} is {in_short(other)}, the run's own {in_short(its)}; expected its own: how fast a"
+                f" run goes, how long, and where things lie may change, {', '.join(may)}"
             )
-    values["resume"] = run
-    if getattr(given, "device", None):
-        values["device"] = given.device
-    return type(args)(**values)
+    return asked

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,16 +18,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from weakref import WeakValueDictionary
 
 import filelock
 import mujoco
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from vla_envs.control import Arm
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, turn
+from vla_envs.machine import cache_folder
 from vla_envs.real_assets import QUALITIES, check_files, resolve_assets, simplify
 from vla_envs.tasks import Task, get_task, libero_folder, nearest, recorded_init_states
 
@@ -179,27 +181,6 @@ def check_versions() -> None:
             f"mujoco {mujoco.__version__} is installed; expected {MUJOCO_VERSION}, because others change "
             f"pictures and physics of LIBERO: pip install mujoco=={MUJOCO_VERSION}"
         )
-
-
-def cache_folder() -> Path:
-    """Where compiled scenes are kept; a folder of the session where the home folder is read-only.
-
-    Raises:
-        PermissionError: When somebody else has made that folder.
-    """
-    folder = Path(platformdirs.user_cache_dir("vla_envs"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    user = os.getuid() if hasattr(os, "getuid") else None
-    folder = Path(tempfile.gettempdir()) / f"vla_envs-{user}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if user is not None and folder.lstat().st_uid != user:  # anybody may write there
-        raise PermissionError(f"{folder} is another user's; expected XDG_CACHE_HOME with a folder of yours")
-    return folder
 
 
 def _key(task: Task, assets: str, quality: str) -> str:
@@ -357,6 +338,7 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
 def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> None:
     """Build and compile the scene with LIBERO's code (in the child process); write ``base``.mjb and .json."""
     write_libero_config(scratch)
+    import_robosuite()
     import libero.libero
     from libero.libero.envs.env_wrapper import ControlEnv
 
@@ -539,6 +521,12 @@ def write_libero_config(folder: Path) -> None:
     (folder / "config.yaml").write_text(
         "".join(f"{key}: {json.dumps(str(value))}\n" for key, value in entries.items())
     )
+
+
+def import_robosuite() -> None:
+    """Import robosuite without its log: /tmp/robosuite.log may be another user's."""
+    with mock.patch("logging.FileHandler", lambda path: logging.NullHandler()):
+        import robosuite  # noqa: F401
 
 
 if __name__ == "__main__":

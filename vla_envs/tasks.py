@@ -6,6 +6,7 @@ terminal when no configuration file exists.
 
 import difflib
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,9 +49,10 @@ class Task:
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, whatever the case, or nothing."""
+    lower = {each.lower(): each for each in valid}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    return f"; did you mean {lower[close[0]]!r}?" if close else ""
 
 
 def libero_folder() -> Path:
@@ -74,9 +76,9 @@ def _task_map() -> dict[str, list[str]]:
 def num_tasks(suite: str) -> int:
     """Number of tasks in a suite."""
     if not isinstance(suite, str) or suite not in SUITES:
-        raise ValueError(
-            f"suite {suite!r} is unknown; expected one of {list(SUITES)}{nearest(str(suite), list(SUITES))}"
-        )
+        papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
+        hint = nearest(papers_name, list(SUITES))
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {list(SUITES)}{hint}")
     return len(_task_map()[SUITES[suite]])
 
 

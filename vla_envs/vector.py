@@ -1,12 +1,13 @@
 """``LiberoVectorEnv``: many LIBERO environments in one process."""
 
 import os
+import threading
 import time
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -17,13 +18,22 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.control import ControlState, Views, run_chunk
+from vla_envs.control import ControlState, Views, check_compiled, run_chunk
 from vla_envs.goals import FACTS, JOINT, FactReader, predicates_met
 from vla_envs.inputs import as_array, as_numbers, in_short
-from vla_envs.render import Renderer
-from vla_envs.rewards import Reward, all_stage_names, binary, evaluate_reward, resolve_reward, stage_names
+from vla_envs.render import Renderer, opengl
+from vla_envs.rewards import (
+    Reward,
+    all_stage_names,
+    binary,
+    evaluate_reward,
+    resolve_reward,
+    stage_names,
+    warn_of_recorded_states,
+)
 from vla_envs.scene import Scene, load_scene
 from vla_envs.tasks import get_task
+from vla_envs.threads import Crew, alone
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels, of the frames that ``render`` returns
@@ -50,6 +60,19 @@ class Settled:
     reason: str = ""  # why it could not be settled, and is the init state itself
 
 
+class FromArguments:
+    """A copy of an environment, and one read from a pickle, is made from the arguments, and not yet reset.
+
+    MuJoCo's memory, threads and OpenGL cannot be copied; Gymnasium's own MuJoCo environments do the same.
+    """
+
+    spec: Any
+    _arguments: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._arguments), (), {"spec": self.spec}
+
+
 class Simulation:
     """One environment: a scene's shared model with data of its own."""
 
@@ -64,6 +87,9 @@ class Simulation:
         self.origin = np.zeros(len(scene.goal.kind))
         self.last_good = np.empty(mujoco.mj_stateSize(scene.model, _PHYSICS))
         self._addresses = (scene.model._address, self.data._address)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Simulation cannot be copied, as it holds addresses; expected its environment")
 
     def restore(self, state: NDArray[np.float64]) -> None:
         """Put joints and fixtures as in ``state`` (``Scene``), everything at rest: ``set_init_state``."""
@@ -250,20 +276,18 @@ def check_reset(
         if s is not None and (isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 0):
             raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
     if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
-        warnings.warn(
-            "init_state_id names the states that every published evaluation uses, and a reward other "
-            "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
-            stacklevel=3,
-        )
+        warn_of_recorded_states(stacklevel=5)
     return mask, ids, [None if s is None else int(s) for s in seeds]
 
 
-def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> NDArray[np.float64]:
+def check_actions(
+    actions: ArrayLike, shape: tuple[int, ...], ready: NDArray[np.bool_]
+) -> NDArray[np.float64]:
     """``actions`` as numbers in [-1, 1].
 
     Raises:
         ValueError: When they are not of ``shape``, or NaN.
-        gymnasium.error.ResetNeeded: When an environment has never been reset (``ready``).
+        gymnasium.error.ResetNeeded: When some environments are not ``ready`` (N,).
     """
     array = as_numbers(actions, "actions are", f"numbers of shape {shape}")
     if array.shape != shape:
@@ -271,9 +295,35 @@ def check_actions(actions: ArrayLike, shape: tuple[int, ...], ready: bool) -> ND
     if np.isnan(array).any():
         where = np.unique(np.argwhere(np.isnan(array))[:, 0]).tolist()
         raise ValueError(f"actions of environments {where} are NaN; expected numbers in [-1, 1]")
-    if not ready:
-        raise gym.error.ResetNeeded("step was called before reset")
+    if not ready.all():
+        raise gym.error.ResetNeeded(
+            f"step was called before reset of environments {in_short(np.flatnonzero(~ready).tolist())}, which"
+            " are new, or were left in the middle of a call by an interrupt or an error"
+        )
     return np.clip(array, -1.0, 1.0)
+
+
+def check_generators(value: Any, num_envs: int) -> list[np.random.Generator | None]:
+    """``value`` as one random generator per environment.
+
+    Raises:
+        ValueError: When it is anything else.
+    """
+    several = list(value) if isinstance(value, Sequence) else [value]
+    if len(several) != num_envs or not all(isinstance(rng, np.random.Generator) for rng in several):
+        raise ValueError(f"np_random is {in_short(value)}; expected {num_envs} np.random.Generator in a list")
+    return several
+
+
+def warn_when_all_wait(envs: Any) -> None:
+    """Warn, once, that a step of ``envs`` does nothing: all have finished, and none is reset."""
+    if envs.autoreset_mode == AutoresetMode.DISABLED and not envs.warned and envs.frozen.all():
+        envs.warned = True
+        warnings.warn(
+            "every environment has finished: with autoreset_mode 'Disabled' a step does nothing, with reward"
+            " 0, until they are reset; gym.make_vec also takes 'NextStep' and 'SameStep'",
+            stacklevel=4,
+        )
 
 
 def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
@@ -293,7 +343,7 @@ def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.
     return observation, gym.spaces.Box(-1.0, 1.0, shape, np.float32)
 
 
-class LiberoVectorEnv(VectorEnv):
+class LiberoVectorEnv(FromArguments, VectorEnv):
     """LIBERO tasks as a Gymnasium vector environment, simulated by threads in one process.
 
     Environments of a task share one compiled model. An environment that has finished is neither stepped
@@ -327,6 +377,7 @@ class LiberoVectorEnv(VectorEnv):
 
     Raises:
         ValueError: For an argument that does not exist or does not fit; says what was expected.
+        RuntimeError: Where ``NUMBA_DISABLE_JIT`` is set.
 
     Example:
         >>> import gymnasium as gym, vla_envs
@@ -353,6 +404,8 @@ class LiberoVectorEnv(VectorEnv):
         render_mode: str | None = None,
         cache: bool = True,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        check_compiled()
         if num_threads is None:
             num_threads = available_cores()
         for name, value, least in (
@@ -394,9 +447,10 @@ class LiberoVectorEnv(VectorEnv):
         self.settle_steps, self.settle_gripper, self.render_mode = settle_steps, settle_gripper, render_mode
         self.metadata = {
             "render_modes": ["rgb_array"],
-            "render_fps": max(1, round(20 / action_chunk)),
+            "render_fps": 20 / action_chunk,
             "autoreset_mode": self.autoreset_mode,
         }
+        self._crew = Crew(num_threads)
         self.set_reward(reward)
         scenes = {
             task: load_scene(suite, task, str(assets), quality, cache) for task in dict.fromkeys(task_ids)
@@ -409,15 +463,17 @@ class LiberoVectorEnv(VectorEnv):
         }
         self._renderers: dict[tuple[int, int], Renderer] = {}
         self._settled: OrderedDict[tuple[int, bytes], Settled] = OrderedDict()
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._renderers_lock = threading.Lock()
         #: Seconds spent so far, by kind of work, in the proportion of the threads' time.
         self.seconds = {"physics": 0.0, "render": 0.0}
-        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
+        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in:
+        #: one of ``multi_stage``'s, whatever the reward.
         self.stages: Counter[str] = Counter()
         for scene in scenes.values():
             self.stages.update(dict.fromkeys(all_stage_names((scene.goal.kind == JOINT).tolist()), 0))
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._seeds = [-1] * num_envs  # Gymnasium's number for a seed that is not known
         self._obs = {
             name: np.zeros((num_envs, *space.shape), space.dtype)  # type: ignore[arg-type, misc]
             for name, space in self.single_observation_space.items()
@@ -425,12 +481,14 @@ class LiberoVectorEnv(VectorEnv):
         self._facts = {name: np.zeros(num_envs) for name in FACTS}
         self._facts["goals"] += [len(simulation.scene.goal.kind) for simulation in self.simulations]
         self._stage = np.zeros(num_envs, np.int64)
+        self._stage_name = np.full(num_envs, "", object)
         self._init_state_id = np.full(num_envs, -1)
         self._steps = np.zeros(num_envs, np.int64)
         self._terminated = np.zeros(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
-        self._ready = np.zeros(num_envs, bool)  # has been reset at least once
+        self._ready = np.zeros(num_envs, bool)  # has been reset, and no call has ended in its midst since
         self._reason = [""] * num_envs  # why an episode ended early
+        self.warned = False  # of a step that does nothing
 
     # ---- Reading the simulation ------------------------------------------------------------------
 
@@ -445,6 +503,7 @@ class LiberoVectorEnv(VectorEnv):
         return self._steps.copy()
 
     @property
+    @alone
     def qpos(self) -> NDArray[np.float64]:
         """Joint positions ``(N, nq)`` in LIBERO's order (m, rad, unit quaternions).
 
@@ -456,13 +515,32 @@ class LiberoVectorEnv(VectorEnv):
             qpos[i, : len(row)] = row
         return qpos
 
+    @property  # type: ignore[override]
+    def np_random(self) -> tuple[np.random.Generator, ...]:
+        """The random generators ``(N,)`` that draw placements, one per environment as in ``SyncVectorEnv``.
+
+        They can be set, to N generators.
+        """
+        for i in range(self.num_envs):
+            if self._rngs[i] is None:
+                self._rngs[i], self._seeds[i] = seeding.np_random()
+        return tuple(rng for rng in self._rngs if rng is not None)
+
+    @np_random.setter
+    def np_random(self, value: Any) -> None:
+        self._rngs = check_generators(value, self.num_envs)
+        self._seeds = [-1] * self.num_envs
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
+        _ = self.np_random  # makes those that there are not yet
+        return tuple(self._seeds)
+
     def _parallel(self, work: Callable[[int], tuple[float, float]], indices: Iterable[int]) -> None:
         """Call ``work``, which returns its seconds of physics and of drawing, on each index, on threads."""
         start = time.perf_counter()
-        if self._pool is None:
-            spent = [work(i) for i in indices]
-        else:
-            spent = [future.result() for future in [self._pool.submit(work, i) for i in indices]]
+        spent = self._crew.do(work, indices)
         physics, render = np.sum(spent, axis=0) if spent else (0.0, 0.0)
         took = time.perf_counter() - start
         self.seconds["physics"] += took * physics / max(physics + render, 1e-12)
@@ -471,9 +549,10 @@ class LiberoVectorEnv(VectorEnv):
     def _renderer(self, i: int, size: int) -> Renderer:
         scene = self.simulations[i].scene
         key = (id(scene), size)
-        if key not in self._renderers:
-            self._renderers[key] = Renderer(scene.model, size, scene.burners)
-        return self._renderers[key]
+        with self._renderers_lock:
+            if key not in self._renderers:
+                self._renderers[key] = Renderer(scene.model, size, scene.burners)
+            return self._renderers[key]
 
     def _draw(self, i: int) -> dict[str, NDArray[np.uint8]]:
         """Environment ``i``, as each camera sees it."""
@@ -494,7 +573,7 @@ class LiberoVectorEnv(VectorEnv):
         return {
             "success": self._terminated.copy(),
             "stage": self._stage.copy(),
-            "stage_name": stage_names(self._facts),
+            "stage_name": self._stage_name.astype(str),
             "init_state_id": self._init_state_id.copy(),
             "facts": {name: values.copy() for name, values in self._facts.items()},
             "instruction": np.array(self.instructions),
@@ -502,12 +581,15 @@ class LiberoVectorEnv(VectorEnv):
             "reason": np.array(self._reason),
         }
 
+    @alone
     def set_reward(self, reward: str | Reward) -> None:
         """Pay ``reward``, as the constructor takes it, from the next step on."""
         self._reward = resolve_reward(reward)
+        self._arguments["reward"] = reward
 
     # ---- Gymnasium -------------------------------------------------------------------------------
 
+    @alone
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -522,6 +604,7 @@ class LiberoVectorEnv(VectorEnv):
 
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing is changed then.
+            RuntimeError: As every method, when another call has not ended, or in a forked process.
         """
         check_open(self)
         recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
@@ -532,13 +615,15 @@ class LiberoVectorEnv(VectorEnv):
     def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
         """Reset ``indices``: settle the init states not seen lately, then copy, draw each once, and read."""
         indices = list(indices)
+        self._ready[indices] = False  # until all is done
         keys: dict[int, tuple[int, bytes]] = {}
         to_settle: dict[tuple[int, bytes], tuple[int, NDArray[np.float64]]] = {}
         for i in indices:
             scene, state_id = self.simulations[i].scene, ids[i]
             rng = self._rngs[i]
             if rng is None or seeds[i] is not None:
-                rng = self._rngs[i] = seeding.np_random(seeds[i])[0]
+                rng, self._seeds[i] = seeding.np_random(seeds[i])
+                self._rngs[i] = rng
             if state_id is None:
                 state = scene.sample_init_state(rng)
             else:
@@ -549,8 +634,7 @@ class LiberoVectorEnv(VectorEnv):
                 to_settle.setdefault(keys[i], (i, state))
 
         work = {i: (key, state) for key, (i, state) in to_settle.items()}
-        for i in work:
-            self._renderer(i, self.image_size)  # made by the calling thread
+        opengl()  # made by the calling thread
 
         def settle(i: int) -> tuple[float, float]:
             (key, state), simulation = work[i], self.simulations[i]
@@ -572,14 +656,15 @@ class LiberoVectorEnv(VectorEnv):
             self._steps[i] = 0
             self._reason[i] = settled.reason  # in a scene that cannot settle there is nothing to play
             self._terminated[i], self._truncated[i] = False, bool(settled.reason)
-            self._ready[i] = True
             self._observe(i)
         while len(self._settled) > max(64, self.num_envs):
             self._settled.popitem(last=False)
         if indices:  # the others may never have been reset
             facts = {name: values[indices] for name, values in self._facts.items()}
-            self._stage[indices] = evaluate_reward(self._reward, facts)[1]
+            _, self._stage[indices], self._stage_name[indices] = evaluate_reward(self._reward, facts)
+        self._ready[indices] = True
 
+    @alone
     def step(
         self, actions: ArrayLike
     ) -> tuple[
@@ -589,7 +674,8 @@ class LiberoVectorEnv(VectorEnv):
 
         Returns:
             Observations, rewards ``(N,)``, terminated ``(N,)`` (success), truncated ``(N,)`` (the step
-            limit), and infos. A frozen environment keeps its observation and flags, with reward 0.
+            limit), and infos. A frozen environment keeps its observation and flags, with reward 0; when all
+            are frozen in mode ``DISABLED``, the first step gives a warning.
             An environment whose simulation diverges is truncated, with reward 0 and the last observation
             before; ``info["diverged"]`` (N,) bool and ``info["reason"]`` (N,) say so until it is reset.
 
@@ -597,11 +683,21 @@ class LiberoVectorEnv(VectorEnv):
             ValueError: When an action is NaN, no number or of the wrong shape; nothing is changed then.
                 Values outside [-1, 1] are clipped, as LIBERO does. Also when a reward function fails; it is
                 called when the actions have been executed.
-            gymnasium.error.ResetNeeded: Before the first reset.
+            gymnasium.error.ResetNeeded: Before the first reset, and after a step that an interrupt or an
+                error, of a reward function too, has ended in its midst.
         """
         check_open(self)
-        chunks = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
-        chunks = chunks.reshape(self.num_envs, self.action_chunk, 7)
+        checked = check_actions(actions, self.action_space.shape, self._ready)  # type: ignore[arg-type]
+        warn_when_all_wait(self)
+        return self._step(checked)
+
+    def _step(
+        self, actions: NDArray[np.float64]
+    ) -> tuple[
+        dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+    ]:
+        chunks = actions.reshape(self.num_envs, self.action_chunk, 7)
+        self._ready[:] = False  # until all is done
         frozen = self.frozen
         restarted = frozen & (self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP)
         if restarted.any():
@@ -629,10 +725,10 @@ class LiberoVectorEnv(VectorEnv):
             return stepped_at - start, time.perf_counter() - stepped_at
 
         self._parallel(advance, alive)
-        reward, stage = evaluate_reward(self._reward, self._facts)
+        reward, stage, stage_name = evaluate_reward(self._reward, self._facts)
         diverged = np.array([bool(reason) for reason in self._reason])
         moved = np.flatnonzero(~(frozen | diverged))
-        self._stage[moved] = stage[moved]
+        self._stage[moved], self._stage_name[moved] = stage[moved], stage_name[moved]
         self.stages.update(stage_names(self._facts)[moved].tolist())
         reward = np.where(frozen | diverged, 0.0, reward)
         terminated, truncated = self._terminated.copy(), self._truncated.copy()
@@ -640,6 +736,7 @@ class LiberoVectorEnv(VectorEnv):
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and self.frozen.any():
             extra = self._final()
             self._reset(np.flatnonzero(self.frozen), [None] * self.num_envs, [None] * self.num_envs)
+        self._ready[:] = True
         return self._observation(), reward, terminated, truncated, self._info() | extra
 
     def _final(self) -> dict[str, Any]:
@@ -655,19 +752,26 @@ class LiberoVectorEnv(VectorEnv):
             "_final_info": done.copy(),
         }
 
+    @alone
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
         if self.render_mode is None:
             return None
-        return tuple(
-            self._renderer(i, FRAME_SIZE).draw(simulation.data, CAMERAS["image"])
-            for i, simulation in enumerate(self.simulations)
-        )
+        opengl()  # made by the calling thread
+
+        def draw(i: int) -> NDArray[np.uint8]:
+            return self._renderer(i, FRAME_SIZE).draw(self.simulations[i].data, CAMERAS["image"])
+
+        return tuple(self._crew.do(draw, range(self.num_envs)))
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop the threads and free the pictures' memory."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        """Stop the threads and free the pictures' memory; both are another process's in a forked one."""
+        if self._crew.is_ours():
+            self._close()
+
+    @alone
+    def _close(self) -> None:
+        self._crew.close()
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()

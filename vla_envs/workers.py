@@ -8,10 +8,11 @@ import pickle
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -19,15 +20,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.rewards import Reward
 from vla_envs.tasks import nearest
+from vla_envs.threads import Crew, alone
 from vla_envs.vector import (
+    FromArguments,
     LiberoVectorEnv,
     available_cores,
     check_actions,
+    check_generators,
     check_int,
     check_open,
     check_reset,
     check_tasks,
     spaces,
+    warn_when_all_wait,
 )
 
 
@@ -56,7 +61,7 @@ def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVector
     return LiberoWorkersEnv(num_envs, int(workers), **arguments)
 
 
-class LiberoWorkersEnv(VectorEnv):
+class LiberoWorkersEnv(FromArguments, VectorEnv):
     """The interface of ``LiberoVectorEnv``; consecutive environments are those of one process.
 
     Observations come through shared memory, actions and infos through pipes. Processes are started by
@@ -81,6 +86,7 @@ class LiberoWorkersEnv(VectorEnv):
         reward: str | Reward = "binary",
         **arguments: Any,
     ) -> None:
+        self._arguments = {k: v for k, v in locals().items() if k not in ("self", "arguments")} | arguments
         check_int("num_envs", num_envs, 1)
         if num_envs < workers:
             raise ValueError(f"num_envs is {num_envs}; expected at least one for each of {workers} workers")
@@ -103,8 +109,14 @@ class LiberoWorkersEnv(VectorEnv):
             for name, space in self.observation_space.items()  # type: ignore[attr-defined]
         }
         self._obs = _arrays(memory, self.observation_space)
-        self._processes, self._pipes = [], []
-        try:
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._crew = Crew(workers)  # a thread for each pipe: nothing stays in one, nor half of it
+
+        def start(_: int) -> None:
+            if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C reaches no worker
+                resource_tracker.ensure_running()  # which lets it through again
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for part in self._slices:
                 ours, theirs = context.Pipe()
                 process = context.Process(
@@ -120,8 +132,12 @@ class LiberoWorkersEnv(VectorEnv):
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
+
+        try:
+            self._crew.do(start, [0])
             facts = [self._receive(k) for k in range(workers)]
         except BaseException:
+            self._kill()  # those that still start would be waited for
             self.close()
             raise
         self.metadata = facts[0]["metadata"]
@@ -139,47 +155,55 @@ class LiberoWorkersEnv(VectorEnv):
             self.stages.update(each["stages"])
         self._steps = np.zeros(num_envs, np.int64)
         self._frozen, self._ready = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
+        self.warned = False  # of a step that does nothing
 
     # ---- Talking to the workers ------------------------------------------------------------------
 
     def _receive(self, k: int) -> Any:
-        """The answer of worker ``k``; its exceptions are raised here."""
+        """What worker ``k`` says of itself when it has started; its exceptions are raised here."""
         try:
             answer = self._pipes[k].recv()
         except (EOFError, ConnectionResetError):
-            process, part = self._processes[k], self._slices[k]
-            process.join(5)
-            code = process.exitcode
-            how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else None
-            words = how or f"ended with status {code}"
-            self.close()
-            raise RuntimeError(
-                f"worker {k} (environments {part.start} to {part.stop - 1}, process {process.pid}) {words}"
-            ) from None
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+            answer = _GONE
+        return self._checked([None] * k + [answer])[k]
 
-    def _call(self, method: str, *parts: Sequence[Any]) -> list[Any]:
-        """Call a method of every worker, with its share of each argument; the answers."""
-        check_open(self)
-        for k, pipe in enumerate(self._pipes):
-            with contextlib.suppress(BrokenPipeError):  # _receive says who died
-                pipe.send((method, [part[k] for part in parts]))
-        answers = [self._answer(k) for k in range(len(self._pipes))]
+    @staticmethod
+    def _ask(pipe: Connection, method: str, values: Sequence[Any]) -> Any:
+        """The answer of a worker, an exception, or ``_GONE``; on one of our threads."""
+        try:
+            pipe.send((method, values))
+            return pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return _GONE
+        except Exception as error:  # of pickling what is sent, or of making what has come
+            return error
+
+    def _checked(self, answers: list[Any]) -> list[Any]:
+        """``answers``, one per worker, unless one is an exception or has not come, which is raised here."""
+        for k, answer in enumerate(answers):
+            if answer is _GONE:
+                process, part = self._processes[k], self._slices[k]
+                process.join(5)
+                code = process.exitcode
+                how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else None
+                words = how or f"ended with status {code}"
+                self._end()
+                self.closed = True
+                whose = f"environments {part.start} to {part.stop - 1}, process {process.pid}"
+                raise RuntimeError(f"worker {k} ({whose}) {words}")
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
 
-    def _answer(self, k: int) -> Any:
-        """As `_receive`, but an exception of the environment is returned: the other answers come first."""
-        if self.closed:
-            return None
-        try:
-            return self._receive(k)
-        except (ValueError, TypeError, gym.error.Error, OSError) as error:
-            return error
+    def _call(self, method: str, *parts: Sequence[Any]) -> list[Any]:
+        """Call a method of every worker, with its share of each argument; the answers."""
+        check_open(self)
+
+        def ask(k: int) -> Any:
+            return self._ask(self._pipes[k], method, [part[k] for part in parts])
+
+        return self._checked(self._crew.do(ask, range(len(self._pipes))))
 
     def _split(self, values: Any) -> list[Any]:
         return [values[part] for part in self._slices]
@@ -208,6 +232,7 @@ class LiberoWorkersEnv(VectorEnv):
         return self._steps.copy()
 
     @property
+    @alone
     def qpos(self) -> NDArray[np.float64]:
         """Joint positions ``(N, nq)`` as ``LiberoVectorEnv.qpos``."""
         parts = self._call("qpos")
@@ -215,33 +240,62 @@ class LiberoWorkersEnv(VectorEnv):
         pads = [((0, 0), (0, width - part.shape[1])) for part in parts]
         return np.concatenate([np.pad(*each, constant_values=np.nan) for each in zip(parts, pads)])
 
+    @alone
     def set_reward(self, reward: str | Reward) -> None:
         """Pay ``reward``, as the constructor takes it, from the next step on."""
+        check_open(self)
         _check_sent(reward)
-        self._call("set_reward", [reward] * len(self._pipes))
-        self._learning = reward != "binary"
 
+        def change(_: int) -> list[Any]:  # one piece of work: an interrupt leaves no two rewards
+            return [self._ask(pipe, "set_reward", [reward]) for pipe in self._pipes]
+
+        self._checked(self._crew.do(change, [0])[0])
+        self._learning = reward != "binary"
+        self._arguments["reward"] = reward
+
+    @property  # type: ignore[override]
+    def np_random(self) -> tuple[np.random.Generator, ...]:
+        """Copies of the workers' random generators ``(N,)``; what is set goes to the workers."""
+        return tuple(rng for part in self._call("np_random") for rng in part)
+
+    @np_random.setter
+    def np_random(self, value: Any) -> None:
+        self._call("set_np_random", self._split(check_generators(value, self.num_envs)))
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
+        return tuple(seed for part in self._call("np_random_seed") for seed in part)
+
+    @alone
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
         mask, ids, seeds = check_reset(seed, options, self._recorded, self._learning)
+        self._ready &= ~mask  # until all is done
         answers = self._call("reset", self._split(mask), self._split(ids), self._split(seeds))
+        observation, info = self._observe(answers)
         self._ready |= mask
-        return self._observe(answers)
+        return observation, info
 
+    @alone
     def step(
         self, actions: ArrayLike
     ) -> tuple[
         dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
     ]:
         """Execute ``actions``, ``(N, 7)`` or ``(N, C, 7)``; see ``LiberoVectorEnv.step``."""
-        checked = check_actions(actions, self.action_space.shape, bool(self._ready.all()))  # type: ignore[arg-type]
+        checked = check_actions(actions, self.action_space.shape, self._ready)  # type: ignore[arg-type]
+        warn_when_all_wait(self)
+        self._ready[:] = False  # until all is done
         answers = self._call("step", self._split(checked))
         results = [np.concatenate(parts) for parts in zip(*(answer["results"] for answer in answers))]
         observation, info = self._observe(answers)
+        self._ready[:] = True
         return observation, results[0], results[1], results[2], info
 
+    @alone
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
         if self.render_mode is None:
@@ -249,7 +303,22 @@ class LiberoWorkersEnv(VectorEnv):
         return tuple(picture for pictures in self._call("render") for picture in pictures)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End the workers."""
+        """End the workers; they are another process's in a forked one."""
+        if not self._crew.is_ours():
+            return
+        if self._crew.is_left_working():  # nobody waits for the answer any more
+            self._kill()
+        self._close()
+
+    @alone
+    def _close(self) -> None:
+        self._end()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def _end(self) -> None:
         for pipe in self._pipes:
             pipe.close()  # a worker that finds its pipe closed ends
         for process in self._processes:
@@ -257,6 +326,10 @@ class LiberoWorkersEnv(VectorEnv):
             if process.is_alive():
                 process.kill()
                 process.join()
+        self._crew.close()
+
+
+_GONE = object()  # in place of an answer: the worker has ended
 
 
 def _arrays(memory: dict[str, Any], space: Any) -> dict[str, NDArray[Any]]:
@@ -297,6 +370,14 @@ def _check_sent(reward: str | Reward) -> None:
         ) from None
 
 
+def _sendable(error: Exception) -> Exception:
+    """``error``, or in its place one that another process can be given (OpenGL's hold pointers)."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **arguments: Any) -> None:
     """A worker: makes its environments, then answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
@@ -305,13 +386,13 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
         envs = LiberoVectorEnv(**arguments)
     except Exception as error:
         with contextlib.suppress(BrokenPipeError):  # another worker's was told first
-            pipe.send(error)
+            pipe.send(_sendable(error))
         return
-    pipe.send({
+    facts = {
         "metadata": envs.metadata, "autoreset_mode": envs.autoreset_mode, "render_mode": envs.render_mode,
         "max_episode_steps": envs.max_episode_steps, "tasks": envs.tasks, "stages": dict(envs.stages),
         "recorded": [len(simulation.scene.recorded) for simulation in envs.simulations],
-    })  # fmt: skip
+    }  # fmt: skip
 
     def answer(obs: dict[str, NDArray[Any]], info: dict[str, Any], *results: NDArray[Any]) -> dict[str, Any]:
         for name, array in obs.items():
@@ -329,19 +410,22 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
         return answer(envs._observation(), envs._info())
 
     def step(actions: NDArray[np.float64]) -> dict[str, Any]:
-        obs, reward, terminated, truncated, info = envs.step(actions)
+        obs, reward, terminated, truncated, info = envs._step(actions)
         return answer(obs, info, reward, terminated, truncated)
 
     methods = {
         "reset": reset, "step": step, "render": envs.render, "set_reward": envs.set_reward,
-        "qpos": lambda: envs.qpos,
+        "qpos": lambda: envs.qpos, "np_random": lambda: envs.np_random,
+        "np_random_seed": lambda: envs.np_random_seed,
+        "set_np_random": lambda rngs: setattr(envs, "np_random", rngs),
     }  # fmt: skip
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pipe.send(facts)
         while True:
             method, values = pipe.recv()
             try:
                 result = methods[method](*values)  # type: ignore[operator]
             except Exception as error:
-                result = error
+                result = _sendable(error)
             pipe.send(result)
     envs.close()

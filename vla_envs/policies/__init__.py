@@ -4,12 +4,10 @@ A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (``openv
 has them): numbers and JSON, never pickles.
 """
 
-import importlib.util
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-# LIBERO's dependencies bring PyPI's torchvision. Beside a CPU build of torch it cannot be loaded, and
-# transformers, which peft imports, then fails to load anything: hide it. Nothing here uses it.
-if torch.__version__.endswith("+cpu") and "torchvision" not in sys.modules:
-    _found = importlib.util.find_spec("torchvision")
-    if _found and _found.origin and "+cpu" not in Path(_found.origin).with_name("version.py").read_text():
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
+from vla_envs.machine import torchvision_misfit
 
-from vla_envs.policies.adapters import merged
+if "torchvision" not in sys.modules and torchvision_misfit():
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # hidden: nothing here uses it
+
+from vla_envs.files import whole
+from vla_envs.inputs import in_short
+from vla_envs.policies.adapters import make_trainable, merged, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.tasks import nearest
 
 MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have some kB
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 
@@ -65,48 +64,63 @@ def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
         ValueError: When there is no such policy.
     """
     _check_name(name)
-    return POLICIES[name](config or {})
+    policy: Any = POLICIES[name](config or {})
+    policy.made_for = {}
+    return policy
 
 
 def load_policy(
-    name: str, checkpoint: str | Path | None = None, device: str = "cpu", cudagraphs: bool = False
+    name: str,
+    checkpoint: str | Path | None = None,
+    device: str = "cpu",
+    cudagraphs: bool = False,
+    suite: str | None = None,
 ) -> Any:
     """A policy with the weights of ``checkpoint``, or those shipped.
 
     Args:
         name: One of ``POLICIES``.
         checkpoint: Folder with ``config.json`` and ``model.safetensors``; ``openvla``: a folder in the
-            published format, or a repository of the Hugging Face hub.
+            published format, or a repository of the Hugging Face hub; or the state of a run that goes on,
+            ``RUN/checkpoints/latest``.
         device: Where its parameters go; on ``"meta"`` the checkpoint is checked and nothing kept.
         cudagraphs: Whether rollouts of ``openvla`` on a GPU replay CUDA graphs, one a token.
+        suite: LIBERO suite that it is going to play; of an ``openvla`` with action statistics of several it
+            decides.
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
     _check_name(name)
-    if name not in SHIPPED:
-        policy = _load_openvla(name, checkpoint, device)
+    state = is_training_state(checkpoint)
+    if state or name not in SHIPPED:
+        load = _load_state if state else _load_openvla
+        policy = load(name, checkpoint, device, suite)
         policy.cudagraphs = cudagraphs
         return policy
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
     if not folder.exists():
         there = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
-        raise ValueError(f"checkpoint {str(folder)!r} does not exist{nearest(folder.name, there)}")
+        hint = nearest(folder.name, there) or instead(folder.parent)
+        raise ValueError(f"checkpoint {str(folder)!r} does not exist{hint}")
     missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
     if missing:
         raise ValueError(
             f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both"
+            f"{instead(folder)}"
         )
     try:
         config = read_json(folder / "config.json")
         written = config.pop("policy", None)
         if written != name:
             raise ValueError(f"its config.json is of policy {written!r}")
+        made_for = _check_made_for(config.pop("made_for", None))
         with torch.device("meta"):  # nothing is made or read of a size that only one of the files claims
             expected = new_policy(name, config).state_dict()
         tensors = read_tensors(folder / "model.safetensors", expected)
         policy = new_policy(name, config)
         policy.load_state_dict(tensors)
+        policy.made_for = made_for
     except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(folder)!r} is no checkpoint of {name!r}: {reason}") from error
@@ -114,13 +128,77 @@ def load_policy(
     return to_device(policy, device)
 
 
-def _load_openvla(name: str, checkpoint: str | Path | None, device: str) -> Any:
+def _check_made_for(tasks: Any) -> dict[str, list[int]] | None:
+    fits = tasks is None or (
+        isinstance(tasks, dict)
+        and all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in tasks.values())
+    )
+    if not fits:
+        raise ValueError(f"its made_for is {in_short(tasks)}; expected the numbers of tasks by suite")
+    return tasks
+
+
+def is_training_state(checkpoint: Any) -> bool:
+    """Whether a checkpoint is the state of a run, as ``RUN/checkpoints/latest`` is."""
+    return checkpoint is not None and (Path(checkpoint) / "trained.safetensors").is_file()
+
+
+def instead(folder: Path) -> str:
+    """What may have been meant by ``folder``, which is no whole policy: the end of a line, or nothing."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "; it is an adapter, of which --evaluate --train lora --task-ids K --shared-adapter"
+            f" {folder} takes one for each task{instead(folder.parent)}"
+        )
+    for where in (folder, folder / "checkpoints"):
+        found = [*where.glob("final"), *sorted(where.glob("final_task_*")), *where.glob("latest")]
+        if found:
+            return f"; did you mean {str(found[0])!r}?"
+    return ""
+
+
+def _load_state(name: str, checkpoint: Any, device: str, suite: str | None) -> Any:
+    """The policy of a training state: what its run started from, with what it has trained since."""
+    folder = Path(checkpoint)
+    try:
+        args = read_json(folder.parent.parent / "args.json")
+        if args.get("policy") != name:
+            raise ValueError(f"its run is of policy {in_short(args.get('policy'))}")
+        if args.get("shared_adapter"):
+            raise ValueError("its run trains above the adapters of tasks; expected final_task_K, of its end")
+        train = args["train"]
+        policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
+        trained = (
+            policy if train == "all" else make_trainable(policy, train, args["lora_rank"], args["last_k"])
+        )
+        file = folder / "trained.safetensors"
+        with safetensors.safe_open(str(file), "pt") as tensors:  # PPO's hold the critic too
+            prefix = "policy." if any(key.startswith("critic.") for key in tensors.keys()) else ""
+        weights = read_tensors(file, trainable_state(trained), prefix=prefix)
+        file = folder / "buffers.safetensors"  # runs of earlier versions have none
+        if file.is_file():
+            weights |= read_tensors(file, dict(trained.named_buffers()), prefix=prefix)
+        trained.load_state_dict(weights, strict=False)
+        if train.startswith("lora") and device != "meta":
+            weights = merged(trained)
+            policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
+            policy.load_state_dict(weights)
+        note_tasks(policy, args["suite"], args["task_ids"])
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the state of a run in {str(folder)!r} cannot be loaded: {reason}") from error
+    if device != "meta":
+        _check_finite(policy, folder)
+    return policy
+
+
+def _load_openvla(name: str, checkpoint: str | Path | None, device: str, suite: str | None) -> Any:
     if checkpoint is None:
         return new_policy(name)
     from vla_envs.policies.openvla import OpenVLAPolicy  # takes seconds, so only where it is used
 
     try:
-        policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device)
+        policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device, suite=suite)
     except Exception as error:  # as above
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded: {reason}") from error
@@ -168,30 +246,44 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
+def check_claim(name: str, claim: Any, like: Tensor) -> None:
+    """Compare what a safetensors file says of a tensor with what is expected.
+
+    Raises:
+        ValueError: When it has another shape, or no numbers of floating point, whatever their precision.
+    """
+    shape, wanted = tuple(claim.get_shape()), tuple(like.shape)
+    if shape != wanted:
+        raise ValueError(f"{name} has shape {shape}; expected {wanted}")
+    if like.is_floating_point() and claim.get_dtype() not in FLOATS:
+        raise ValueError(f"{name} is of {claim.get_dtype()}; expected one of {', '.join(FLOATS)}")
+
+
+def read_tensors(
+    path: Path, expected: dict[str, Tensor], partial: bool = False, prefix: str = ""
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, read once its header has the names and shapes of ``expected``.
 
     Args:
         path: The file.
         expected: Tensors like those to read; on ``"meta"`` they take no memory.
         partial: Whether some may be missing.
+        prefix: With which the file has their names; those without it are others', and left alone.
 
     Raises:
         ValueError: When the file is damaged or holds others; names it.
     """
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            names = set(file.keys())
+            names = {key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)}
             missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
             if unknown or (missing and not partial):
                 raise ValueError(
                     f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
                 )
-            for name in names:
-                shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(expected[name].shape)
-                if shape != wanted:
-                    raise ValueError(f"{name} has shape {shape}; expected {wanted}")
-            return {name: file.get_tensor(name) for name in names}
+            for name in sorted(names):
+                check_claim(name, file.get_slice(prefix + name), expected[name])
+            return {name: file.get_tensor(prefix + name) for name in sorted(names)}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged or does not fit: {' '.join(str(error).split())}"
@@ -200,9 +292,8 @@ def read_tensors(path: Path, expected: dict[str, Tensor], partial: bool = False)
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
@@ -221,12 +312,20 @@ def save_policy(policy: Any, name: str, folder: Path) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in merged(policy).items()}
     if name in SHIPPED:
-        config = json.dumps({"policy": name, **policy.describe()}, indent=2)
+        made_for = {"made_for": policy.made_for} if policy.made_for else {}
+        config = json.dumps({"policy": name, **made_for, **policy.describe()}, indent=2)
         (partial / "config.json").write_text(config + "\n")
         safetensors.torch.save_file(tensors, partial / "model.safetensors")
     else:
         policy.save(tensors, partial)
     replace_folder(partial, folder)
+
+
+def note_tasks(policy: Any, suite: str, task_ids: Iterable[int]) -> None:
+    """Add tasks to those that ``policy`` was made for, where these are known: its checkpoint names them."""
+    known = getattr(policy, "made_for", None)
+    if known is not None:
+        policy.made_for = known | {suite: sorted({*known.get(suite, []), *task_ids})}
 
 
 def count_parameters(policy: nn.Module) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What is trained of a policy: a LoRA adapter (by peft), the head, the last blocks, or everything."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from vla_envs import distributed
+from vla_envs.inputs import in_short
 from vla_envs.tasks import nearest
 
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
 MOST_RANK = 4096  # of an adapter that is read
+#: Settings of a LoRA adapter that is read; any other of peft's has to have its default.
+KNOWN_SETTINGS = frozenset(
+    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r"
+    " lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern"
+    " alpha_pattern use_rslora init_lora_weights modules_to_save".split()
+)
 
 
 def make_trainable(
@@ -37,16 +45,27 @@ def make_trainable(
     Raises:
         ValueError: When there is no such set, there are fewer blocks, or an adapter does not fit.
     """
+    below = below or {}
     if train not in TRAINABLE_SETS:
         hint = nearest(train, list(TRAINABLE_SETS))
         raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
     if train.endswith("last-k") and last_k > len(policy.blocks):
         raise ValueError(f"last_k is {last_k}; expected 1 to {len(policy.blocks)}, the policy's blocks")
+    if train.endswith("last-k") and below:
+        raise ValueError(
+            "the blocks that lora+last-k trains are in the tasks' adapters too, and no adapter holds both;"
+            " expected --train lora or lora+head above adapters of tasks"
+        )
     for parameter in policy.parameters():
         parameter.requires_grad = train == "all"
-    names = {folder: f"task_{i}" for i, folder in enumerate(dict.fromkeys((below or {}).values()))}
+    names = {folder: f"task_{i}" for i, folder in enumerate(dict.fromkeys(below.values()))}
+    in_full = {name: _load_adapter(policy, folder, name) for folder, name in names.items()}
     for folder, name in names.items():
-        _load_adapter(policy, folder, name)
+        if in_full[name] and train != "lora":
+            raise ValueError(
+                f"{str(folder)!r} has its own {next(iter(in_full[name]))}; expected --train lora above it,"
+                f" got {train}"
+            )
     if train.startswith("lora"):
         import peft  # takes seconds, so only where it is used
 
@@ -66,12 +85,18 @@ def make_trainable(
     for module in extra:
         for parameter in module.parameters():
             parameter.requires_grad = True
+    if train.startswith("lora") and extra:  # for ``save_adapter``; peft, told before, would copy the modules
+        policy.peft_config["default"].modules_to_save = [
+            name for name, module in policy.named_modules() if any(module is one for one in extra)
+        ]
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if train == "all" and getattr(policy, "large", False):
         distributed.shard(policy)
-    return Stacked(policy, {text: names[folder] for text, folder in below.items()}) if below else policy
+    if below:
+        return Stacked(policy, {text: names[folder] for text, folder in below.items()}, in_full)
+    return policy
 
 
 def _inject(config: Any, policy: Any, name: str) -> None:
@@ -82,8 +107,59 @@ def _inject(config: Any, policy: Any, name: str) -> None:
         peft.inject_adapter_in_model(config, policy, name)
 
 
-def _load_adapter(policy: Any, folder: Path, name: str) -> None:
-    """Put a saved LoRA adapter into ``policy`` under ``name``.
+def _plain(name: str) -> str:
+    """The name that a parameter or module has without LoRA."""
+    return name.replace(".base_layer", "")
+
+
+def _read_settings(folder: Path) -> Any:
+    """The settings of a saved LoRA adapter.
+
+    Raises:
+        ValueError: When there are none, or others than what is computed and merged here.
+    """
+    import peft
+
+    from vla_envs.policies import read_json
+
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"it has no {file.name}; expected the folder of one{_adapter_in(folder)}")
+    kind = read_json(file).get("peft_type")  # peft would read a file of any size, and ask the hub for one
+    if kind != "LORA":
+        raise ValueError(f"its peft_type is {in_short(kind)}; expected 'LORA'")
+    config, usual = peft.LoraConfig.from_pretrained(str(folder)), peft.LoraConfig()
+    for name in sorted(usual.to_dict().keys() - KNOWN_SETTINGS):
+        value, plain = getattr(config, name), getattr(usual, name)
+        if value != plain:
+            raise ValueError(f"its {name} is {in_short(value)}; expected {plain!r}, as plain LoRA has it")
+    if config.init_lora_weights not in (True, False, "gaussian"):  # others change the policy's own weights
+        raise ValueError(
+            f"its init_lora_weights is {in_short(config.init_lora_weights)}; expected true, false or gaussian"
+        )
+    for rank in (config.r, *config.rank_pattern.values()):
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
+            raise ValueError(f"its rank is {in_short(rank)}; expected an int from 1 to {MOST_RANK}")
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+            raise ValueError(f"its lora_alpha is {in_short(alpha)}; expected a finite number above 0")
+    return config
+
+
+def _adapter_in(folder: Path) -> str:
+    """``"; did you mean 'x'?"`` for the adapter in the folder of a run or of its checkpoints, or nothing."""
+    found = sorted(folder.glob("*/adapter_config.json")) or sorted(
+        folder.glob("checkpoints/*/adapter_config.json")
+    )
+    return f"; did you mean {str(found[0].parent)!r}?" if found else ""
+
+
+def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
+    """Put a saved LoRA adapter into ``policy`` under ``name``; it stays as it is, so without dropout.
+
+    Returns:
+        The weights of modules that were trained in full with it, by their names in the plain policy; they
+        are in no place yet, as the adapters of other tasks may have others.
 
     Raises:
         ValueError: When the folder holds none, or one of another policy.
@@ -93,17 +169,25 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> None:
     from vla_envs.policies import read_tensors
 
     try:
-        config = peft.LoraConfig.from_pretrained(str(folder))
-        if not isinstance(config.r, int) or not 1 <= config.r <= MOST_RANK:
-            raise ValueError(f"its rank is {config.r!r}; expected an int from 1 to {MOST_RANK}")
+        config = _read_settings(folder)
+        in_full, config.modules_to_save = config.modules_to_save or [], None
+        config.lora_dropout = 0.0
+        config.init_lora_weights = config.init_lora_weights or True  # nothing where the file has nothing
+        weights = {_plain(key): p for key, p in policy.named_parameters() if ".lora_" not in key}
+        modules = {_plain(key) for key, _ in policy.named_modules()}
+        inside = tuple(f"{key}." for key in modules if key.endswith(tuple(in_full)))  # as peft finds them
         _inject(config, policy, name)
-        prefix, fresh = "base_model.model.", peft.get_peft_model_state_dict(policy, adapter_name=name)
-        tensors = read_tensors(
-            folder / "adapter_model.safetensors", {prefix + key: value for key, value in fresh.items()}
-        )
-        peft.set_peft_model_state_dict(
-            policy, {key.removeprefix(prefix): value for key, value in tensors.items()}, name
-        )
+        fresh = peft.get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+        expected = {key: value for key, value in fresh.items() if not key.startswith(inside)}
+        expected |= {key: p for key, p in weights.items() if key.startswith(inside)}
+        prefix, file = "base_model.model.", folder / "adapter_model.safetensors"
+        found = read_tensors(file, {prefix + key: value for key, value in expected.items()})
+        broken = [key for key, value in found.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise ValueError(f"it has numbers that are not finite in {broken[0]}")
+        tensors = {key.removeprefix(prefix): value for key, value in found.items()}
+        peft.set_peft_model_state_dict(policy, fresh | {k: v for k, v in tensors.items() if k in fresh}, name)
+        return {key: value.to(weights[key]) for key, value in tensors.items() if key not in fresh}
     except Exception as error:  # peft, JSON, safetensors and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{str(folder)!r} is no adapter of this policy: {reason}") from error
@@ -118,11 +202,20 @@ class Stacked(nn.Module):
     Args:
         policy: With the tasks' adapters and the trained one, "default".
         names: The adapter of each instruction.
+        in_full: For each adapter the weights that it has in place of the policy's, by their plain names.
     """
 
-    def __init__(self, policy: Any, names: dict[str, str]) -> None:
+    def __init__(self, policy: Any, names: dict[str, str], in_full: dict[str, dict[str, Tensor]]) -> None:
         super().__init__()
         self.policy, self.names, self.above = policy, names, ["default"]
+        self.own = {
+            name: {key: nn.Parameter(value, requires_grad=False) for key, value in weights.items()}
+            for name, weights in in_full.items()
+        }
+        differing = set().union(*self.own.values())
+        places = {key: p for key, p in policy.named_parameters() if _plain(key) in differing}
+        self.places = {_plain(key): key.rpartition(".") for key in places}
+        self.common = {_plain(key): p for key, p in places.items()}
         self.working: list[str] = []
         self.activate(next(iter(names.values())))
         for module in policy.modules():
@@ -143,6 +236,10 @@ class Stacked(nn.Module):
         if adapters == self.working:
             return
         self.working = adapters
+        for key, parameter in (self.common | self.own[adapters[0]]).items():
+            module, _, leaf = self.places[key]
+            # Another object, and not other numbers in the same: what autograd has saved stays as it was.
+            setattr(self.policy.get_submodule(module), leaf, parameter)
         for _, layer in _lora_layers(self.policy):
             layer.set_adapter(adapters)  # type: ignore[operator]
         for key, parameter in self.policy.named_parameters():
@@ -242,8 +339,11 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged(policy: Any) -> dict[str, Tensor]:
-    """The policy's weights (on the CPU) with its LoRA adapter added in, named as in the plain policy."""
+def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The policy's weights (on the CPU) with its LoRA adapter added in, named as in the plain policy.
+
+    Those whose names begin with one of ``inside``.
+    """
     policy = policy.policy if isinstance(policy, Stacked) else policy
     layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
@@ -251,25 +351,43 @@ def merged(policy: Any) -> dict[str, Tensor]:
     for name, value in (dict(policy.named_parameters()) if spread else policy.state_dict()).items():
         if "lora_" in name:
             continue
-        plain = name.replace(".base_layer", "")
+        plain = _plain(name)
+        if not plain.startswith(inside):
+            continue
         layer = layers.get(plain.rpartition(".")[0])
-        if layer is not None and plain.endswith("weight"):
-            value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        if layer is not None and plain.endswith("weight"):  # adapters need not have the same layers
+            active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
+            value = value + sum(layer.get_delta_weight(adapter) for adapter in active)
         weights[plain] = value.detach().to("cpu", copy=True)
     return weights
 
 
 def save_adapter(policy: Any, folder: Path) -> None:
-    """Write the LoRA adapter in peft's own format, readable by ``PeftModel.from_pretrained``."""
+    """Write the LoRA adapter in peft's own format, readable by ``PeftModel.from_pretrained``.
+
+    What was trained in full with it is in the file too, as peft's ``modules_to_save``; such a module has no
+    LoRA there, so that of trained blocks is added in. It is written whole or not at all.
+    """
     import peft
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    from vla_envs.policies import replace_folder
 
     policy = policy.policy if isinstance(policy, Stacked) else policy
-    config = policy.peft_config["default"]
+    config = copy.copy(policy.peft_config["default"])
     tensors = peft.get_peft_model_state_dict(policy)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    if config.modules_to_save:
+        inside = tuple(f"{name}." for name in config.modules_to_save)
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(inside)}
+        if not tensors:  # every block was trained in full
+            config.target_modules = DUMMY_TARGET_MODULES
+        tensors |= merged(policy, inside)
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(partial))
     named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()}
-    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
+    safetensors.torch.save_file(named, partial / "adapter_model.safetensors")
+    replace_folder(partial, folder)
 
 
 def trainable_state(policy: nn.Module) -> dict[str, Tensor]:

@@ -42,8 +42,9 @@ class FlowConfig(NanoConfig):
         super().__post_init__()
         if self.noise not in ("sde", "fixed"):
             raise ValueError(f"noise {self.noise!r} is unknown; expected 'sde' or 'fixed'")
-        if not 0 < self.noise_level < float("inf"):
-            raise ValueError(f"noise_level is {self.noise_level!r}; expected a number above 0")
+        level: Any = self.noise_level
+        if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < float("inf"):
+            raise ValueError(f"noise_level is {level!r}; expected a number above 0")
 
 
 class FlowHead(nn.Module):
@@ -149,7 +150,11 @@ class FlowPolicy(Backbone):
             mean, std = self.step(chain[-1], x.new_full((1, 1), k), condition, temperature)
             chain.append(mean + std * draw("normal_", x, generators) if temperature > 0 else mean)
         tokens = torch.stack(chain, dim=1)
-        return self.executed(tokens[:, -1].clamp(-1.0, 1.0)), tokens, self._densities(tokens, condition, temperature)[0]
+        return (
+            self.executed(tokens[:, -1].clamp(-1.0, 1.0)),
+            tokens,
+            self._densities(tokens, condition, temperature)[0],
+        )
 
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0

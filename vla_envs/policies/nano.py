@@ -57,7 +57,9 @@ class NanoConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise ValueError(f"{name} is {value!r}; expected an int from 1 to {LARGEST}")
         if self.action_chunk % self.action_repeat:
-            raise ValueError(f"action_chunk {self.action_chunk} must divide by action_repeat {self.action_repeat}")
+            raise ValueError(
+                f"action_chunk {self.action_chunk} must divide by action_repeat {self.action_repeat}"
+            )
         if self.width % self.heads or self.image_size % 16:
             raise ValueError(
                 f"width {self.width} must divide by heads {self.heads}, image_size {self.image_size} by 16"
@@ -131,6 +133,8 @@ class Backbone(nn.Module):
 
     image_size = 128  # pixels, of the rendered picture
     own_pictures = False  # a protocol's processing comes first
+    #: Tasks that it was trained on, by suite; None where its checkpoint does not say.
+    made_for: dict[str, list[int]] | None = None
     #: Linear layers that LoRA adapts: those of the transformer's blocks, never the head.
     lora_targets = r".*blocks\.\d+\.(qkv|proj|fc1|fc2)"
 
@@ -221,7 +225,7 @@ class Backbone(nn.Module):
         return self.norm(x[:, -self.config.num_actions :])
 
     def held(self, actions: Tensor) -> Tensor:
-        """Demonstrated actions ``(B, C, 7)`` as the policy predicts them, ``(B, Q, 7)``: means over a hold."""
+        """Demonstrated actions ``(B, C, 7)`` as they are predicted, ``(B, Q, 7)``: means over a hold."""
         return actions.unflatten(1, (self.config.num_actions, -1)).mean(dim=2)
 
     def executed(self, actions: Tensor) -> NDArray[np.float32]:
@@ -275,7 +279,11 @@ class NanoPolicy(Backbone):
             tokens = torch.multinomial(logprobs.exp().flatten(0, 1), 1).view(logprobs.shape[:2])
         else:
             tokens = (logprobs.exp().cumsum(-1) < 0.5).sum(-1).clamp(max=BINS - 1)
-        return self.executed(token_actions(tokens)), tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return (
+            self.executed(token_actions(tokens)),
+            tokens,
+            logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),
+        )
 
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0

@@ -29,12 +29,33 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vla_envs.policies import read_json, write_json
+from vla_envs.inputs import as_numbers, in_short
+from vla_envs.policies import check_claim, instead, read_json, write_json
 from vla_envs.policies.nano import draw
 from vla_envs.policies.pictures import openvla_pixels
+from vla_envs.tasks import SUITES
 
 BINS = 256
 ACTION_DIM = 7
+
+
+LARGEST = 2**20  # of the sizes of an OpenVLA
+MOST_LAYERS = 1024
+
+
+def check_sizes(config: Any, names: str, least: int = 1) -> None:
+    """Refuse sizes of ``config`` that are not whole numbers, or absurdly large.
+
+    Raises:
+        ValueError: Names the first, and what was expected.
+    """
+    for name in names.split():
+        value, most = (
+            getattr(config, name),
+            MOST_LAYERS if name in ("depth", "num_hidden_layers") else LARGEST,
+        )
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name} is {in_short(value)}; expected an int from {least} to {most}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,15 @@ class ViTConfig:
     cls_token: bool = False
     layer_scale: bool = False
 
+    def __post_init__(self) -> None:
+        check_sizes(self, "dim depth heads mlp_dim image_size patch_size")
+        if self.dim % self.heads or self.image_size % self.patch_size:
+            raise ValueError(
+                f"dim {self.dim} must divide by heads {self.heads},"
+                f" image_size {self.image_size} by patch_size {self.patch_size}"
+            )
+        check_sizes(self, "registers", least=0)
+
 
 @dataclass
 class OpenVLAConfig:
@@ -60,12 +90,32 @@ class OpenVLAConfig:
     siglip: ViTConfig = ViTConfig(1152, 27, 16, 4304)
     llm: LlamaConfig = field(default_factory=lambda: LlamaConfig(vocab_size=32064, pad_token_id=32000))
 
+    def __post_init__(self) -> None:
+        grids = [(tower.image_size, tower.patch_size) for tower in (self.dino, self.siglip)]
+        if grids[0] != grids[1]:
+            raise ValueError(f"image_size and patch_size of dino and siglip are {grids}; expected the same")
+
     @classmethod
     def read(cls, folder: Path) -> "OpenVLAConfig":
-        """Of a checkpoint's ``config.json``; towers of other sizes have entries ``dino`` and ``siglip``."""
+        """Of a checkpoint's ``config.json``; towers of other sizes have entries ``dino`` and ``siglip``.
+
+        Raises:
+            ValueError: When a size is missing or is none.
+        """
         stored = read_json(folder / "config.json")
+        for name in ("text_config", *(tower for tower in ("dino", "siglip") if tower in stored)):
+            if not isinstance(stored.get(name), dict):
+                raise ValueError(f"its {name} is {in_short(stored.get(name))}; expected an object of sizes")
         towers = {name: ViTConfig(**stored[name]) for name in ("dino", "siglip") if name in stored}
-        return cls(**towers, llm=LlamaConfig(**stored["text_config"]))
+        # Dropout would make an update's policy another one than the rollout's.
+        llm = LlamaConfig(**stored["text_config"] | {"attention_dropout": 0.0})
+        check_sizes(llm, "hidden_size intermediate_size num_hidden_layers")
+        check_sizes(llm, "num_attention_heads num_key_value_heads")
+        check_sizes(llm, "vocab_size", least=BINS + 64)
+        heads: Any = (llm.num_attention_heads, llm.num_key_value_heads)
+        if heads[0] % heads[1]:
+            raise ValueError(f"num_attention_heads {heads[0]} must divide by num_key_value_heads {heads[1]}")
+        return cls(**towers, llm=llm)
 
 
 # ---- The network -------------------------------------------------------------------------------------
@@ -251,10 +301,20 @@ class OpenVLAModel(nn.Module):
         if mask is not None:
             sees = sees & mask[:, None, None, :]
             positions = mask.cumsum(1) - 1
-        return self.language_model.model(
-            inputs_embeds=x, attention_mask=sees, position_ids=positions, past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state  # fmt: skip
+        return self.llama(x, sees, positions, cache)
+
+    def llama(self, x: Tensor, sees: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
+        """Llama's last hidden states (B, S, width) of ``x`` (B, S, width), as transformers would have it.
+
+        Args:
+            x: (B, S, width).
+            sees: (B, 1, S, keys) bool, what each position attends to; None: itself and those before it.
+            positions: (B, S); None: 0, 1, ...
+            cache: Where keys and values go.
+        """
+        # The cache by its place: its name was ``past_key_values`` until transformers 5.23.
+        out = self.language_model.model(None, sees, positions, cache, x, use_cache=cache is not None)
+        return out.last_hidden_state
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Any = None) -> Tensor:
         """Logits (B, P + L, vocabulary) of every next token.
@@ -281,7 +341,7 @@ def fetch(checkpoint: str | Path, *patterns: str) -> Path:
     if folder.is_dir():
         missing = [name for name in ("config.json", INDEX) if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"it has no {' and no '.join(missing)}")
+            raise ValueError(f"it has no {' and no '.join(missing)}{instead(folder)}")
         return folder
     try:
         return Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns)))
@@ -311,6 +371,13 @@ def make_room(name: str, parameters: int, dtype: torch.dtype, device: torch.devi
 INDEX = "model.safetensors.index.json"
 
 
+def _open_shard(file: Path) -> Any:
+    try:
+        return safetensors.safe_open(str(file), "pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is damaged or missing: {' '.join(str(error).split())}") from None
+
+
 @torch.no_grad()
 def read_weights(model: OpenVLAModel, folder: Path) -> None:
     """Copy the tensors of ``folder`` into ``model``, shard by shard.
@@ -319,9 +386,12 @@ def read_weights(model: OpenVLAModel, folder: Path) -> None:
         ValueError: When one is missing, has another shape or belongs to nothing known.
     """
     targets = dict(model.named_parameters())
-    files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    index = read_json(folder / INDEX).get("weight_map")
+    files = sorted(map(str, index.values())) if isinstance(index, dict) else []
+    if not files or any(Path(file).name != file for file in files):
+        raise ValueError(f"the weight_map in its {INDEX} is {in_short(index)}; expected each tensor's file")
     with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(safetensors.safe_open(str(folder / file), "pt")) for file in files]
+        shards = [stack.enter_context(_open_shard(folder / file)) for file in dict.fromkeys(files)]
         holders = {name: shard for shard in shards for name in shard.keys()}
         missing = sorted(targets.keys() - holders.keys())
         unknown = sorted(filterfalse(model.is_unused, holders.keys() - targets.keys()))
@@ -330,11 +400,8 @@ def read_weights(model: OpenVLAModel, folder: Path) -> None:
                 f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
             )
         for name, target in targets.items():
-            tensor = holders[name].get_tensor(name)
-            if tensor.shape != target.shape:
-                shapes = f"{tuple(tensor.shape)}; expected {tuple(target.shape)}"
-                raise ValueError(f"{name} has shape {shapes}")
-            target.copy_(tensor)
+            check_claim(name, holders[name].get_slice(name), target)
+            target.copy_(holders[name].get_tensor(name))
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shard_bytes: float = 5e9) -> None:
@@ -370,21 +437,49 @@ def value_bins(values: Tensor) -> Tensor:
     return BINS - torch.bucketize(values.double().clamp(-1.0, 1.0), edges, right=True)
 
 
-def action_statistics(folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
-    """q01, q99 and mask (7,) of the one LIBERO suite that a checkpoint was trained on.
+def action_statistics(
+    folder: Path, suite: str | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """q01, q99 and mask (7,) of a suite's actions, or of the one suite that a checkpoint was trained on.
+
+    Says so where a checkpoint has those of another suite alone.
 
     Raises:
-        ValueError: When there is none, or more than one, or a file is damaged.
+        ValueError: When there are none, or more than one, or they are not seven numbers each.
     """
     file = folder / "dataset_statistics.json"
     stored = read_json(file) if file.is_file() else {}
-    stored = stored or read_json(folder / "config.json").get("norm_stats", {})
+    if not stored:
+        file = folder / "config.json"
+        stored = read_json(file).get("norm_stats", {})
+    if not isinstance(stored, dict):
+        raise ValueError(f"the norm_stats in its {file.name} are {in_short(stored)}; expected an object")
     keys = [key for key in stored if key.startswith("libero")] if len(stored) > 1 else list(stored)
-    if len(keys) != 1:
-        raise ValueError(f"it has action statistics of {sorted(stored)}; expected one LIBERO suite")
-    action = stored[keys[0]]["action"]
+    wanted = "one LIBERO suite" if suite is None else SUITES[suite]
+    its = [key for key in keys if suite and (key == SUITES[suite] or key.startswith(f"{SUITES[suite]}_"))]
+    chosen = min(its, key=len) if its else keys[0] if len(keys) == 1 else None
+    if chosen is None:
+        raise ValueError(f"it has action statistics of {sorted(stored)}; expected {wanted}")
+    if suite and not its:
+        print(f"{folder}: {suite} is played with action statistics of {chosen}, the only ones that it has")
+    where, expected = f"{chosen} in its {file.name}", f"{ACTION_DIM} finite numbers"
+    action = stored[chosen].get("action") if isinstance(stored[chosen], dict) else None
+    if not isinstance(action, dict):
+        raise ValueError(f"the action of {where} is {in_short(action)}; expected q01 and q99")
+    bounds = []
+    for name in ("q01", "q99"):
+        numbers = as_numbers(action.get(name), f"{name} of {where} is", expected)
+        if numbers.shape != (ACTION_DIM,) or not np.isfinite(numbers).all():
+            raise ValueError(f"{name} of {where} is {in_short(action[name])}; expected {expected}")
+        bounds.append(numbers)
     mask = action.get("mask", [True] * (ACTION_DIM - 1) + [False])
-    return np.array(action["q01"]), np.array(action["q99"]), np.array(mask, bool)
+    if not (isinstance(mask, list) and len(mask) == ACTION_DIM and all(isinstance(on, bool) for on in mask)):
+        raise ValueError(f"mask of {where} is {in_short(mask)}; expected {ACTION_DIM} of true or false")
+    if (bounds[0] > bounds[1])[mask].any():
+        raise ValueError(
+            f"q01 of {where} is {bounds[0].tolist()}; expected at most q99, {bounds[1].tolist()}"
+        )
+    return bounds[0], bounds[1], np.array(mask)
 
 
 class OpenVLAPolicy(OpenVLAModel):
@@ -419,21 +514,29 @@ class OpenVLAPolicy(OpenVLAModel):
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, parallel: bool, dtype: torch.dtype | None = None, device: Any = None
-    ) -> "OpenVLAPolicy":
+        cls, checkpoint: str | Path, parallel: bool, dtype: torch.dtype | None = None, device: Any = None,
+        suite: str | None = None,
+    ) -> "OpenVLAPolicy":  # fmt: skip
         """The policy of a checkpoint: one step token by token, or ``parallel``, eight at once.
 
         Raises:
-            ValueError: See ``OpenVLAModel.from_pretrained``.
+            ValueError: See ``OpenVLAModel.from_pretrained`` and, with the ``suite``, ``action_statistics``.
         """
         folder = fetch(checkpoint, "*.json", "*.model")
         if not (folder / "tokenizer.json").is_file():
             raise ValueError("it has no tokenizer.json")
-        statistics = action_statistics(folder)
+        statistics = action_statistics(folder, suite)
         policy: Any = cls.from_pretrained(checkpoint, dtype=dtype, device=device)
         policy.parallel = parallel
         policy.q01, policy.q99, policy.normalised = statistics
-        policy.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        policy.tokenizer = words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        missing = [word for word in ("▁", "</s>") if words.token_to_id(word) is None]
+        count, most = words.get_vocab_size(), policy.config.llm.vocab_size
+        if missing or count > most:
+            raise ValueError(
+                f"its tokenizer.json has {count} words, of {most} that it embeds, and is without {missing};"
+                " expected Llama's"
+            )
         policy.dtype = policy.head.weight.dtype
         kept = (
             path for path in folder.iterdir() if path.suffix in (".json", ".model") and path.name != INDEX
@@ -514,7 +617,10 @@ class OpenVLAPolicy(OpenVLAModel):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., 256) float32 of the action tokens."""
-        return F.linear(hidden, self.head.weight[self.first : self.first + BINS]).float()
+        rows = slice(self.first, self.first + BINS)
+        if hasattr(self.head, "lora_A"):  # of an adapter that was made elsewhere
+            return self.head(hidden)[..., rows].float()
+        return F.linear(hidden, self.head.weight[rows]).float()
 
     def _append(self, x: Tensor, mask: Tensor | None, more: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sequences (B, S, width) and their mask (B, S), longer by ``more`` (B, K, width)."""
@@ -628,7 +734,7 @@ class OpenVLAPolicy(OpenVLAModel):
         q01, q99, normalised = (torch.as_tensor(x) for x in (self.q01, self.q99, self.normalised))
         values = actions.double().cpu().clone()
         values[..., -1] = (1.0 - values[..., -1]) / 2
-        scaled = 2.0 * (values - q01) / (q99 - q01) - 1.0
+        scaled = 2.0 * (values - q01) / (q99 - q01).clamp(min=1e-8) - 1.0  # where all are the same: -1
         return value_bins(torch.where(normalised, scaled, values)).flatten(1)
 
     def imitation_loss(
@@ -699,14 +805,13 @@ class Decoder:
 
     def _step(self) -> None:
         """From ``tokens`` to ``logits``, and one position on."""
-        llama = self.policy.language_model.model
         self.present.index_fill_(1, self.where, True)
         present = self.present[: self.batch]
-        hidden = llama(
-            inputs_embeds=llama.embed_tokens(self.tokens[: self.batch, None] + self.policy.first),
-            attention_mask=present[:, None, None], position_ids=present.sum(1, keepdim=True) - 1,
-            past_key_values=self._cache(self.batch), use_cache=True,
-        ).last_hidden_state  # fmt: skip
+        tokens = self.tokens[: self.batch, None] + self.policy.first
+        hidden = self.policy.llama(
+            self.policy.language_model.model.embed_tokens(tokens), present[:, None, None],
+            present.sum(1, keepdim=True) - 1, self._cache(self.batch),
+        )  # fmt: skip
         self.logits[: self.batch] = self.policy._logits(hidden[:, -1])
         self.where += 1
 

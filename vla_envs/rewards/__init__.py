@@ -7,13 +7,15 @@ environment, and returns an array of rewards, or rewards and stage numbers.
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import VectorEnv, VectorWrapper
-from numpy.typing import NDArray
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_numbers, in_short
 from vla_envs.tasks import nearest
@@ -110,7 +112,7 @@ def all_stage_names(joint: Sequence[bool]) -> list[str]:
 def resolve_reward(reward: str | Reward) -> Reward:
     """The reward function behind ``"binary"``, ``"multi_stage"``, a callable or ``path/to/file.py:function``.
 
-    A file is Python code of the user's own and is run as such.
+    A file is Python code of the user's own and is run as such; it may import the files beside it.
 
     Raises:
         ValueError: When there is no such reward, file or function, or the file does not run.
@@ -132,11 +134,15 @@ def resolve_reward(reward: str | Reward) -> Reward:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)  # it may import what lies beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"reward file {path!r} does not run: {words}; expected Python code") from error
+    finally:
+        sys.path.remove(folder)
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
@@ -146,8 +152,13 @@ def resolve_reward(reward: str | Reward) -> Reward:
     return getattr(module, function)
 
 
-def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Rewards and stages of ``facts``; a function that returns rewards alone gets ``multi_stage``'s stages.
+def evaluate_reward(
+    reward: Reward, facts: Facts
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.str_]]:
+    """Rewards of ``facts``, stages and their names.
+
+    A function that returns rewards alone gets ``multi_stage``'s stages; those that a function returns itself
+    are named by their numbers, "stage 3".
 
     Raises:
         ValueError: When the function raises anything, or its rewards are not finite numbers and its stages
@@ -174,25 +185,135 @@ def evaluate_reward(reward: Reward, facts: Facts) -> tuple[NDArray[np.float64], 
         raise ValueError(f"{name} {in_short(result)}; expected {numbers}")
     if (stage != np.round(np.clip(stage, -(2.0**53), 2.0**53))).any():
         raise ValueError(f"{name} the stages {in_short(stage)}; expected integers of shape {expected}")
-    return values, stage.astype(np.int64)
+    stage = stage.astype(np.int64)
+    if isinstance(result, tuple) and reward not in (binary, multi_stage):
+        return values, stage, np.array([f"stage {k}" for k in stage])
+    return values, stage, stage_names(facts)
 
 
-def FactsReward(env: gym.Env | VectorEnv, reward: str | Reward) -> gym.Wrapper | VectorWrapper:  # noqa: N802
-    """Wrap a LIBERO environment, single or vector, so that it pays ``reward``.
+def warn_of_recorded_states(stacklevel: int) -> None:
+    """Warn of a reset to recorded init states with a reward to learn from."""
+    warnings.warn(
+        "init_state_id names the states that every published evaluation uses, and a reward other "
+        "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
+        stacklevel=stacklevel,
+    )
+
+
+def _check_ours(env: Any) -> None:
+    """Raise a ValueError unless ``env`` is an environment of this package, wrapped or not."""
+    if not hasattr(getattr(env, "unwrapped", None), "set_reward"):
+        raise ValueError(f"env is {in_short(env)}; expected an environment of vla_envs")
+
+
+class FactsReward(gym.Wrapper, RecordConstructorArgs):
+    """Pays ``reward`` for a LIBERO environment, single or vector, in place of the environment's own.
+
+    ``info["stage"]`` and ``info["stage_name"]`` are the reward's too. A vector environment gets the same as a
+    ``VectorFactsReward``.
 
     Args:
         env: An environment of this package.
         reward: As the environments' own ``reward`` argument.
 
     Raises:
-        ValueError: When it is another environment, or there is no such reward.
+        ValueError: When it is another environment, or there is no such reward; from ``reset`` and ``step``
+            when a reward function fails.
 
     Example:
         >>> import gymnasium as gym, vla_envs
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
     """
-    if not hasattr(env.unwrapped, "set_reward"):
-        raise ValueError(f"env is {in_short(env)}; expected an environment of vla_envs")
-    env.unwrapped.set_reward(reward)
-    return VectorWrapper(env) if isinstance(env, VectorEnv) else gym.Wrapper(env)
+
+    def __new__(cls, env: gym.Env | VectorEnv, reward: str | Reward) -> Any:
+        """A wrapper of the kind that ``env`` is."""
+        return VectorFactsReward(env, reward) if isinstance(env, VectorEnv) else super().__new__(cls)
+
+    def __init__(self, env: gym.Env, reward: str | Reward) -> None:
+        _check_ours(env)
+        self.reward, self._reward = reward, resolve_reward(reward)
+        RecordConstructorArgs.__init__(self, reward=reward, _disable_deepcopy=True)
+        gym.Wrapper.__init__(self, env)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.env, self.reward)  # a file's function is not found by its name elsewhere
+
+    def _paid(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """The reward, and ``info`` with its stage."""
+        facts = {name: np.array([value]) for name, value in info["facts"].items()}
+        reward, stage, name = evaluate_reward(self._reward, facts)
+        return float(reward[0]), info | {"stage": int(stage[0]), "stage_name": str(name[0])}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; see ``LiberoEnv.reset``."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        if self._reward is not binary and (options or {}).get("init_state_id") is not None:
+            warn_of_recorded_states(stacklevel=3)
+        return obs, self._paid(info)[1]
+
+    def step(self, action: ArrayLike) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Execute ``action``; see ``LiberoEnv.step``."""
+        waited = self.unwrapped.frozen  # type: ignore[attr-defined]
+        obs, _, terminated, truncated, info = self.env.step(action)
+        reward, info = self._paid(info)
+        return obs, 0.0 if waited or info["diverged"] else reward, terminated, truncated, info
+
+
+class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
+    """``FactsReward`` of a vector environment."""
+
+    def __init__(self, env: VectorEnv, reward: str | Reward) -> None:
+        _check_ours(env)
+        self.reward, self._reward = reward, resolve_reward(reward)
+        RecordConstructorArgs.__init__(self, reward=reward, _disable_deepcopy=True)
+        super().__init__(env)
+        self._stage = np.zeros(env.num_envs, np.int64)
+        self._stage_name = np.full(env.num_envs, "", object)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.env, self.reward)  # a file's function is not found by its name elsewhere
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """Where TorchRL looks for it."""
+        return self.metadata["autoreset_mode"]
+
+    def _pay(self, facts: Facts, which: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Note the stages of the environments ``which`` (N,), whose rewards these are."""
+        given = {name: values[which] for name, values in facts.items()}
+        reward, self._stage[which], self._stage_name[which] = evaluate_reward(self._reward, given)
+        return reward
+
+    def _stages(self) -> dict[str, NDArray[Any]]:
+        return {"stage": self._stage.copy(), "stage_name": self._stage_name.astype(str)}
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        if self._reward is not binary and (options or {}).get("init_state_id") is not None:
+            warn_of_recorded_states(stacklevel=3)
+        ready = self.unwrapped._ready  # type: ignore[attr-defined]
+        if ready.any():  # the others have never been reset
+            self._pay(info["facts"], ready)
+        return obs, info | self._stages()
+
+    def step(
+        self, actions: ArrayLike
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Execute ``actions``; see ``LiberoVectorEnv.step``."""
+        waited = self.unwrapped.frozen  # type: ignore[attr-defined]
+        obs, _, terminated, truncated, info = self.env.step(actions)
+        facts, diverged = info["facts"], info["diverged"]
+        over = info.get("_final_info", np.zeros(self.num_envs, bool))  # have begun anew in this step
+        if over.any():
+            final = info["final_info"]
+            facts = {name: np.where(over, final["facts"][name], facts[name]) for name in facts}
+            diverged = np.where(over, final["diverged"], diverged)
+        reward = np.where(waited | diverged, 0.0, self._pay(facts, np.ones(self.num_envs, bool)))
+        if over.any():
+            info = info | {"final_info": final | self._stages()}
+            self._pay(info["facts"], over)
+        return obs, reward, terminated, truncated, info | self._stages()

@@ -45,10 +45,9 @@ def main(args: Args) -> bool:
     """Do what ``args`` says; whether all rules are kept."""
     task = get_task(args.suite, args.task_id)
     if args.check is None:
-        if args.plot or args.demonstrations:
-            raise ValueError(
-                "--plot and --demonstrations belong to a check; expected --check FILE.py:FUNCTION"
-            )
+        for name in ("plot", "demonstrations", "episodes", "seed"):
+            if getattr(args, name) != getattr(Args, name):
+                raise ValueError(f"--{name} belongs to a check; expected --check FILE.py:FUNCTION")
         print(prompt(task), end="")
         return True
     check_numbers(args, "episodes", above=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs.files import whole
 from vla_envs.rewards import STAGES, Facts, Reward, evaluate_reward, multi_stage, stage_names
 
 EPS = 1e-9  # rewards nearer than this are the same
@@ -73,7 +74,7 @@ def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule],
 
     name = "finite numbers, one per environment"
     try:
-        values, stages = evaluate_reward(watched, facts)
+        values, stages, _ = evaluate_reward(watched, facts)
         again = evaluate_reward(watched, facts)
         backwards = evaluate_reward(watched, {name: fact[::-1] for name, fact in facts.items()})
         alone = evaluate_reward(watched, {name: fact[:1] for name, fact in facts.items()})
@@ -256,4 +257,5 @@ def draw(seen: Seen, path: Path, title: str) -> None:
             stage, (1.02, level.mean()), xycoords=("axes fraction", "data"), va="center", fontsize=7
         )
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=150)

@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.demonstrations import open_hdf5
+from vla_envs.demonstrations import open_hdf5, read_parts
 from vla_envs.experts import COVERED, ScriptedExpert
 from vla_envs.goals import FACTS, predicates_met
 from vla_envs.rewards import Facts
@@ -109,9 +109,9 @@ def _read(path: Path, task: Task, episodes: int) -> list[dict[str, Any]]:
         raise ValueError(f"there is no demonstration file {str(path)!r}")
     with open_hdf5(path, task, ("actions",)) as demos:
         chosen = demos[:episodes]
-        actions = [{"actions": demo["actions"][:]} for demo in chosen]
+        actions = [read_parts(demo, {"actions": 7}) for demo in chosen]
         if all("states" in demo for demo in chosen):
-            return [a | {"states": demo["states"][:]} for a, demo in zip(actions, chosen)]
+            return [a | read_parts(demo, {"states": 0}) for a, demo in zip(actions, chosen)]
         if all("seed" in demo.attrs for demo in chosen):
             return [a | {"seed": int(demo.attrs["seed"])} for a, demo in zip(actions, chosen)]
     raise ValueError(

@@ -1,0 +1,1 @@
+"""What the training scripts offer beyond their papers."""
