@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 BINS = 256
 LABEL_WIDTH = 0.1  # standard deviation of a demonstrated action's soft label, in units of full speed
-SHARPNESS = 4.0  # of acting against imitating: as much narrower are the variances of what is acted by
+SHARPNESS = 8.0  # of acting against imitating: as much narrower are the variances of what is acted by
 SHIFT = 2  # pixels, most that an imitated image is shifted, of image_size
 ACTION_DIM = 7
 LARGEST = 4096  # of the sizes of a nano policy
