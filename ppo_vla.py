@@ -107,7 +107,7 @@ class Args:
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     cudagraphs: bool = False
     """Replay openvla's decoding as CUDA graphs, one a token, instead of launching its kernels one by one"""
-    temperature: float = 1.2
+    temperature: float = 1.0
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
     # ---- Algorithm ----
@@ -124,18 +124,18 @@ class Args:
     critic_warmup: int = 2
     """Iterations in which only the critic learns, at most all but the run's last"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
+    """Control steps of training: the iteration that reaches them is the last [120000, or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 64
     """Scenes a batch (G)"""
     group_size: int = 1
     """Environments of the same scene (K)"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     """AdamW's greatest learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""
-    update_epochs: int = 1
+    update_epochs: int = 3
     """Passes over a batch"""
     minibatch_size: int = 256
     """Decisions an optimiser step (B)"""
@@ -149,7 +149,7 @@ class Args:
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
-    target_kl: float = 0.05
+    target_kl: float = 0.04
     """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""

@@ -100,7 +100,7 @@ class Args:
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     cudagraphs: bool = False
     """Replay openvla's decoding as CUDA graphs, one a token, instead of launching its kernels one by one"""
-    temperature: float = 1.2
+    temperature: float = 1.0
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
     # ---- Algorithm ----
@@ -112,7 +112,7 @@ class Args:
     """Further demonstrations a task that are not learnt from, whose loss is logged"""
     early_stop: int = 0
     """Ends training after so many iterations without a lower held-out loss, and keeps the best [0: never]"""
-    num_iterations: int = 30
+    num_iterations: int = 10
     """Iterations of learning"""
     iteration_steps: int = 100
     """Optimiser steps an iteration"""

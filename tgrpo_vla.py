@@ -119,7 +119,7 @@ class Args:
     """At the end also write checkpoints/final: a whole policy with the adapter added in"""
     cudagraphs: bool = False
     """Replay openvla's decoding as CUDA graphs, one a token, instead of launching its kernels one by one"""
-    temperature: float = 1.2
+    temperature: float = 1.0
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
 
     # ---- Algorithm ----
@@ -144,18 +144,18 @@ class Args:
     clip: bool = True
     """Clip the ratio; --no-clip is the paper's version 1"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [175000, or --num-iterations]"""
+    """Control steps of training: the iteration that reaches them is the last [120000, or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 8
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
     """Members a group (K)"""
-    learning_rate: float = 7e-4
+    learning_rate: float = 3e-4
     """AdamW's greatest learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""
-    update_epochs: int = 1
+    update_epochs: int = 3
     """Passes over a batch"""
     minibatch_size: int = 256
     """Decisions an optimiser step (B), unless --update-every step"""
@@ -169,7 +169,7 @@ class Args:
     """One ratio a token, or one for the whole decision"""
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
-    target_kl: float = 0.05
+    target_kl: float = 0.04
     """An update stops when its approximate KL a ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""

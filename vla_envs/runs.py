@@ -45,7 +45,7 @@ from vla_envs.tasks import get_task
 
 ArgsT = TypeVar("ArgsT")
 _leaving = False  # Ctrl-C has been pressed
-DEFAULT_ENV_STEPS = 175_000  # control steps of training: about 20 iterations of 64 episodes
+DEFAULT_ENV_STEPS = 120_000  # control steps of training: about 13 iterations of 64 episodes
 #: What a run may go on with anew: how fast it goes; how long, and where things lie that it began with. All
 #: else makes it another run.
 HOW_FAST = ("device", "num_threads", "micro_batch_size", "cudagraphs", "cache")
