@@ -16,7 +16,7 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
  1. Every environment runs to its own end (--stop group: what follows a member's success is masked).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
     (--ratio-level action: one a decision).
- 3. One epoch of minibatches over the whole batch (--update-every step: Algorithm 1's update a decision step).
+ 3. Epochs of minibatches over the whole batch (--update-every step: Algorithm 1's update per decision step).
  4. A step at which all members get the same reward has advantage 0; the share of such steps is logged.
     --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2
     (vla_envs/training/tgrpo_extras.py).
