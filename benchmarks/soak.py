@@ -63,7 +63,7 @@ def held() -> Held:
         pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
         len(os.listdir("/proc/self/fd")),
         threading.active_count(),
-        sum(isinstance(thing, Renderer) for thing in gc.get_objects()),
+        sum(issubclass(type(thing), Renderer) for thing in gc.get_objects()),
     )
 
 

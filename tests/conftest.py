@@ -27,10 +27,10 @@ if sys.platform == "linux":
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Scripts that run in this process take Ctrl-C over: give it back."""
-    before = signal.getsignal(signal.SIGINT)
+    """Scripts that run in this process, in fixtures too, take Ctrl-C over: give it back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

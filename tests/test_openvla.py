@@ -992,5 +992,4 @@ def test_scripts(script, kind, tiny, own, tmp_path, monkeypatch):
     assert json.loads((run / "args.json").read_text())["action_chunk"] == CHUNK[kind]
     assert (run / "checkpoints" / "adapter" / "adapter_model.safetensors").is_file()
     before, after = (load_policy(kind, path).state_dict() for path in (tiny, run / "checkpoints" / "final"))
-    moved = script != "ppo_vla"  # there only the critic learns at first
-    assert any(not torch.equal(before[name], after[name]) for name in before) is moved
+    assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -68,7 +68,8 @@ def prepare_libraries() -> None:
         os.environ["USER"] = str(os.getuid())
     named = os.environ.get("NUMBA_CACHE_DIR")
     if not writable(Path(named).absolute() if named else user_folder("numba")):
-        numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = str(session_folder() / "numba")
+        folder = os.environ["NUMBA_CACHE_DIR"] = str(session_folder() / "numba")
+        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]  # it may have been imported before
 
 
 def torchvision_misfit() -> str | None:

@@ -178,11 +178,12 @@ def _load_state(name: str, checkpoint: Any, device: str, suite: str | None) -> A
         file = folder / "buffers.safetensors"  # runs of earlier versions have none
         if file.is_file():
             weights |= read_tensors(file, dict(trained.named_buffers()), prefix=prefix)
-        trained.load_state_dict(weights, strict=False)
-        if train.startswith("lora") and device != "meta":
-            weights = merged(trained)
-            policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
-            policy.load_state_dict(weights)
+        if device != "meta":
+            trained.load_state_dict(weights, strict=False)
+            if train.startswith("lora"):
+                weights = merged(trained)
+                policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
+                policy.load_state_dict(weights)
         note_tasks(policy, args["suite"], args["task_ids"])
     except Exception as error:  # as above
         reason = " ".join(str(error).split()) or type(error).__name__
