@@ -20,7 +20,7 @@ from vla_envs.policies.adapters import (
 )
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 
-SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=3, heads=2)
+SMALL = NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=3, heads=2)
 SENTENCES = ["pick up the milk", "pick up the ketchup"]
 LINEAR = ("qkv", "proj", "fc1", "fc2")
 HEAD = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
@@ -491,7 +491,7 @@ def test_folders_that_hold_no_fitting_adapter(below, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 10**9}))
     with pytest.raises(ValueError, match="its rank is 1000000000"):
         make_trainable(plain(), "lora", below={SENTENCES[0]: first})
-    wide = NanoPolicy(NanoConfig(action_chunk=2, image_size=32, width=32, depth=3, heads=2))
+    wide = NanoPolicy(NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=32, depth=3, heads=2))
     with pytest.raises(ValueError, match="is no adapter of this policy"):
         make_trainable(wide, "lora", below=folders)
 

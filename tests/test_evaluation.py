@@ -413,7 +413,7 @@ def test_evaluating_only_greedily(evaluate_once, capsys):
 
 def test_evaluating_two_checkpoints(evaluate_once, tmp_path):
     torch.manual_seed(0)
-    other = NanoPolicy(NanoConfig(action_chunk=2, image_size=32, width=16, depth=1, heads=2))
+    other = NanoPolicy(NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=1, heads=2))
     save_policy(other, "nano", tmp_path / "other")
     result, calls, policy = evaluate_once(compare=tmp_path / "other")
     assert [temperature for _, temperature, _ in calls] == [0.0, 0.0, 0.5, 0.5]

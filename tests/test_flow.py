@@ -14,7 +14,15 @@ from vla_envs.policies import SHIPPED, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, make_trainable, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 
-SMALL = {"action_chunk": 2, "image_size": 32, "width": 16, "depth": 3, "heads": 2, "head_width": 24}
+SMALL = {
+    "action_chunk": 2,
+    "action_repeat": 1,
+    "image_size": 32,
+    "width": 16,
+    "depth": 3,
+    "heads": 2,
+    "head_width": 24,
+}
 SENTENCES = ["pick up the milk", "pick up the ketchup", "pick up the butter", "pick up the tomato sauce"]
 NOISES = ("sde", "fixed")
 every_noise = pytest.mark.parametrize("noise", NOISES)

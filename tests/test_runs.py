@@ -18,7 +18,7 @@ from vla_envs.policies import write_json
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 
-SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=2, heads=2)
+SMALL = NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=2, heads=2)
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import torch
 import sft_vla
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 
-SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=1, heads=2)
+SMALL = NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=1, heads=2)
 SENTENCES = ["pick up the milk", "pick up the ketchup and place it in the basket"]
 
 
