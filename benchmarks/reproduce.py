@@ -93,10 +93,12 @@ HEAT_MAP = {
 START = "SFT, the start"
 CURVES = {
     "charts/success_rate": "success on the recorded init states",
+    "charts/sampled_success_rate": "the same, sampled",
     "losses/logprob": "mean log-probability of a token",
     "losses/entropy": "mean entropy of a token (nats)",
 }
-RUN = ["method", "task_id", "seed", "before", "after", "trials", "env_steps", "episodes", "wall_s", "commit"]
+RUN = ["method", "task_id", "seed", "before", "after", "sampled_before", "sampled_after", "trials", "env_steps",
+       "episodes", "wall_s", "commit"]  # fmt: skip
 POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
 TOTAL_ENV_STEPS = 175_000  # control steps of training, the same for all
 DRAWS = 5000  # of a bootstrap
@@ -178,6 +180,8 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[dict[str
     which = {"method": method, "task_id": task_id, "seed": seed}
     line = which | {
         "before": result["success_before"]["successes"], "after": result["success_after"]["successes"],
+        "sampled_before": result["sampled_before"]["successes"],
+        "sampled_after": result["sampled_after"]["successes"],
         "trials": result["success_after"]["trials"], "env_steps": result["env_steps"],
         "episodes": result["episodes"], "wall_s": round(result["wall_s"]),
         "commit": folder.with_suffix(".commit").read_text(),
