@@ -93,7 +93,6 @@ HEAT_MAP = {
 START = "SFT, the start"
 CURVES = {
     "charts/success_rate": "success on the recorded init states",
-    "charts/sampled_success_rate": "the same, sampled",
     "losses/logprob": "mean log-probability of a token",
     "losses/entropy": "mean entropy of a token (nats)",
 }
