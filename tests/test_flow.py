@@ -272,7 +272,7 @@ def test_online_rl(script, start):
     own = {
         "grpo_vla": {"keep_low": 0, "keep_high": 1}, "ppo_vla": {"critic_warmup": 1, "num_iterations": 2},
     }  # fmt: skip
-    flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer"}
+    flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer", "temperature": 1.2}
     run, logged = start(script, **flags | own.get(script, {}))
     assert_learnt(run)
     assert abs(logged["losses/ratio_first_minibatch"] - 1) < 1e-6 and logged["losses/logprob_gap"] < 1e-3

@@ -87,7 +87,7 @@ def test_the_episodes(episodes):
 @pytest.mark.parametrize("reward", [multi_stage, own_stages, lambda facts: 3 * multi_stage(facts)[0] + 1])
 def test_good_rewards_keep_every_rule(reward, episodes):
     rules, seen = check(reward, episodes)
-    assert all(rule.kept for rule in rules) and len(rules) == 8
+    assert all(rule.kept for rule in rules) and len(rules) == 9
     assert seen.own == (reward is own_stages)
 
 
@@ -115,6 +115,7 @@ BAD = {
     "constant within a stage": lambda facts: multi_stage(facts)[0] - facts["gripper_to_object"] / 10,
     "rises with the stages": lambda facts: own_stages(facts, pay=(-5.0, -1.0, 4.0, 1.0, 20.0)),
     "success far above": lambda facts: own_stages(facts, pay=(-5.0, -1.0, 1.0, 4.0, 5.0)),
+    "finishing pays more than dawdling": lambda facts: own_stages(facts, pay=(-5.0, -1.0, 1.0, 4.0, 4.0)),
     "a drop below far": lambda facts: own_stages(facts, pay=(0.0, -1.0, 1.0, 4.0, 20.0)),
     "demonstrations above random": lambda facts: tuple(-x for x in own_stages(facts)),
     "leaves the facts alone": changing,
@@ -202,7 +203,7 @@ def test_the_report_and_the_plot(tmp_path, capsys):
     file.write_text("from vla_envs.rewards import multi_stage as reward\n")
     assert main(Args(check=f"{file}:reward", episodes=1, plot=plot))
     report = capsys.readouterr().out
-    assert report.count("\nok ") == 8 and len(report.splitlines()) < 24
+    assert report.count("\nok ") == 9 and len(report.splitlines()) < 24
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 5000
 
 
