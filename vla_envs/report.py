@@ -108,8 +108,9 @@ class Run:
 
     @property
     def videos(self) -> list[Path]:
-        """The first and the last of training; of an evaluation all."""
-        found = [path for path in sorted(self.folder.glob("videos/*.mp4")) if path.stat().st_size]
+        """The first and the last of training, played deterministically; of an evaluation all."""
+        names = "*.mp4" if self.args.get("evaluate") else "iteration_*_success.mp4"
+        found = [path for path in sorted((self.folder / "videos").glob(names)) if path.stat().st_size]
         return found if self.args.get("evaluate") else list(dict.fromkeys(found[:1] + found[-1:]))
 
 
