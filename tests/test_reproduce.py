@@ -15,7 +15,8 @@ reproduce = pytest.importorskip("reproduce", reason="needs the dev extra's rliab
 
 def line(method, task_id, seed, after, before=10):
     return {"method": method, "task_id": task_id, "seed": seed, "before": before, "after": after,
-            "sampled_before": before - 2, "sampled_after": after - 3, "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc"}  # fmt: skip
+            "sampled_before": before - 2, "sampled_after": after - 3,
+            "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc"}  # fmt: skip
 
 
 def cells(text, method):

@@ -138,6 +138,27 @@ def test_the_evidence_is_a_step(episodes):
     assert rule.evidence == f"stage 1 -> stage 2 pays 4 -> 1 at demonstrations 0, step {t}"
 
 
+def test_dawdling_that_pays_more(episodes):
+    """Success pays 2, being up 4: who stays up from its first step on earns most in the 200 of an episode."""
+    pay = (-5.0, -1.0, 1.0, 4.0, 2.0)
+    rules = {rule.name: rule for rule in check(lambda facts: own_stages(facts, pay), episodes)[0]}
+    rule = rules["finishing pays more than dawdling"]
+    worst = None
+    for k, demo in enumerate(episodes["demonstrations"]):
+        paid, stage = (values[1:] for values in own_stages(demo, pay))  # not of the reset
+        totals = [sum(paid[: t + 1]) + paid[t] * (199 - t) for t in range(len(paid))]
+        best = max(range(len(paid) - 1), key=totals.__getitem__)
+        assert stage[best] == 2 and totals[-1] < totals[best]
+        if worst is None or totals[-1] - totals[best] < worst[0]:
+            where = f"'stage 2' at demonstrations {k}, step {best + 1}"
+            words = f"{totals[-1]:.4g} in 200 steps, staying {where} {totals[best]:.4g}"
+            worst = totals[-1] - totals[best], words
+    assert (rule.kept, rule.evidence) == (False, worst[1])
+    swapped = episodes | {"demonstrations": episodes["drops"], "drops": episodes["demonstrations"]}
+    for those, verdict in ((episodes, True), (swapped, None)):  # of those that never succeed nothing is known
+        assert {r.name: r.kept for r in check(multi_stage, those)[0]}[rule.name] is verdict
+
+
 @pytest.mark.parametrize(
     ("reward", "words"),
     [

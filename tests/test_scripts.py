@@ -59,7 +59,8 @@ RESULT = {
 }  # fmt: skip
 ONLINE_TAGS = {
     "charts/success_rate", "charts/sampled_success_rate", "charts/episodic_return",
-    "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss", "losses/entropy", "losses/approx_kl",
+    "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss",
+    "losses/entropy", "losses/approx_kl",
     "losses/clipfrac_low", "losses/clipfrac_high", "losses/ratio_first_minibatch", "losses/logprob_gap",
     "losses/optimizer_steps",
     "group/success_mean", "time/rollout_s", "time/update_s", "time/render_s", "time/physics_s",
