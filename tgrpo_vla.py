@@ -223,9 +223,8 @@ def trajectory_advantages(
     """
     returns = (rewards.double() * alive).sum(dim=0)  # (N,)
     if return_mode == "held":
-        playing = (
-            alive.unflatten(1, (-1, group_size)).any(dim=2).repeat_interleave(group_size, dim=1)
-        )  # (T, N)
+        groups = alive.bool().split(max(group_size, 1), dim=1)  # (T, K) each
+        playing = torch.cat([its.any(dim=1, keepdim=True).expand_as(its) for its in groups], dim=1)  # (T, N)
         returns = (held_rewards(rewards, alive) * playing).sum(dim=0)  # (N,)
     if return_mode == "mean":
         returns = returns / alive.sum(dim=0).clamp(min=1)  # (N,), of a group left out 0

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vla_envs import runs
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.policies import load_policy
+from vla_envs.training.tgrpo_extras import fit_alphas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tgrpo_vla as tgrpo
@@ -65,19 +66,18 @@ def measure(task_id: int, args: Args) -> list[str]:
     settings = runs.fill_in_chunk(settings, policy)
     played = runs.shared_out(settings)
     envs = tgrpo.make_envs(len(played), played, settings.reward, settings, image_size=policy.image_size)
-    fit: Any = tgrpo.FIT_START
+    state: dict[str, Any] = {}  # of the fit
     told: list[Tensor] = []
     of: list[list[Tensor]] = [[], [], []]
     for number in tqdm(range(1, args.batches + 1), desc=f"task {task_id}", unit="batch"):
         scenes, generators = runs.deal(settings, number, 1, settings.num_groups)
         batch = tgrpo.rollout(envs, policy, scenes, settings.temperature, generators)
-        fit, alphas = tgrpo.fit_alphas(fit, batch, settings)
         rewards, alive = batch["rewards"], batch["alive"]
-        signals = [
-            tgrpo.step_advantages(rewards, alive, settings.group_size),
-            tgrpo.trajectory_advantages(rewards, alive, settings.group_size) * alive,
-            tgrpo.group_advantages(batch["success"].float(), settings.group_size) * alive,
-        ]  # (T, N) each
+        step = tgrpo.step_advantages(rewards, alive, settings.group_size)  # (T, N)
+        trajectory = tgrpo.trajectory_advantages(rewards, alive, settings.group_size)  # (N,)
+        outcome = tgrpo.group_advantages(batch["success"].float(), settings.group_size)  # (N,)
+        alphas = fit_alphas(state, step, trajectory, outcome, alive)
+        signals = [step, trajectory * alive, outcome * alive]  # (T, N) each
         told.append(torch.stack(signals)[:, alive & (signals[2] != 0)])  # (3, S)
         for all_groups, groups in zip(of, gradients(policy, batch, signals, settings)):
             all_groups += groups

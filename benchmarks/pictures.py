@@ -51,8 +51,8 @@ class Clip:
     """Task in the suite, from 0"""
     episodes: int = 8
     """Recorded init states 0, 1, ..."""
-    temperature: float = 1.2
-    """Sampling temperature; 0 is greedy"""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is deterministic"""
     seed: int = 1
     """Seed of the sampling"""
 

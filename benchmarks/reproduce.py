@@ -96,7 +96,8 @@ CURVES = {
     "losses/logprob": "mean log-probability of a token",
     "losses/entropy": "mean entropy of a token (nats)",
 }
-RUN = ["method", "task_id", "seed", "before", "after", "trials", "env_steps", "episodes", "wall_s", "commit"]
+RUN = ["method", "task_id", "seed", "before", "after", "sampled_before", "sampled_after", "trials",
+       "env_steps", "episodes", "wall_s", "commit"]  # fmt: skip
 POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
 TOTAL_ENV_STEPS = 175_000  # control steps of training, the same for all
 DRAWS = 5000  # of a bootstrap
@@ -178,6 +179,8 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[dict[str
     which = {"method": method, "task_id": task_id, "seed": seed}
     line = which | {
         "before": result["success_before"]["successes"], "after": result["success_after"]["successes"],
+        "sampled_before": result["sampled_before"]["successes"],
+        "sampled_after": result["sampled_after"]["successes"],
         "trials": result["success_after"]["trials"], "env_steps": result["env_steps"],
         "episodes": result["episodes"], "wall_s": round(result["wall_s"]),
         "commit": folder.with_suffix(".commit").read_text(),
@@ -192,11 +195,14 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[dict[str
 
 
 def read_csv(path: Path, like: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a table, its columns of the types of ``like``; none where there is no table."""
+    """The lines of a table, its columns of the types of ``like``; none where there is no table.
+
+    An empty cell is left out: a run of before there was such a column.
+    """
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [{k: type(like.get(k, ""))(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        return [{k: type(like.get(k, ""))(v) for k, v in line.items() if v} for line in csv.DictReader(file)]
 
 
 def write_csv(path: Path, columns: list[str], lines: list[dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from vla_envs.evaluation import (
     PROTOCOLS,
+    are_results,
+    assess,
     evaluate_only,
     film,
     openvla_pictures,
@@ -337,9 +339,9 @@ def test_openvlas_protocol_changes_only_the_image(protocol):
 
 def test_a_report(capsys):
     outcomes = outcomes_of(21, 50)
-    contents = report("greedy", outcomes)
-    assert capsys.readouterr().out == "greedy: success 21/50 (95 %: 29 to 56 %)\n"
-    assert contents == {"greedy": success(outcomes), "greedy_outcomes": outcomes.tolist()}
+    contents = report("success", outcomes)
+    assert capsys.readouterr().out == "deterministic: success 21/50 (95 %: 29 to 56 %)\n"
+    assert contents == {"success": success(outcomes), "success_outcomes": outcomes.tolist()}
     assert json.loads(json.dumps(contents)) == contents
 
 
@@ -360,7 +362,7 @@ def test_a_report_of_two_checkpoints(capsys, tmp_path):
     assert json.loads(json.dumps(contents)) == contents
 
 
-GREEDY, SAMPLED = [True, True, False, False], [True, False, False, False]
+DETERMINISTIC, SAMPLED = [True, True, False, False], [True, False, False, False]
 
 
 @pytest.fixture
@@ -378,7 +380,7 @@ def evaluate_once(tmp_path):
         def evaluate(envs_, policy_, temperature, args_, video):
             assert envs_ is envs and args_ is args
             calls.append((policy_, temperature, video))
-            outcomes = np.array(SAMPLED if temperature else GREEDY)
+            outcomes = np.array(SAMPLED if temperature else DETERMINISTIC)
             return outcomes if policy_ is policy else ~outcomes
 
         evaluate_only(evaluate, envs, policy, run, args)
@@ -387,33 +389,32 @@ def evaluate_once(tmp_path):
     return evaluate_once
 
 
-def test_evaluating_greedily_and_sampled(evaluate_once, tmp_path, capsys):
+def test_evaluating_both_ways(evaluate_once, tmp_path, capsys):
     result, calls, policy = evaluate_once(protocol="rlinf")
     videos = tmp_path / "run" / "videos"
-    assert calls == [(policy, 0.0, videos / "greedy.mp4"), (policy, 0.5, videos / "sampled.mp4")]
+    assert calls == [(policy, 0.0, videos / "success.mp4"), (policy, 0.5, videos / "sampled.mp4")]
     names = ("suite", "task_id", "seed", "protocol", "max_episode_steps")
     assert [result[name] for name in names] == ["LiberoObject", 4, 7, "rlinf", 512]
     assert "task_ids" not in result
-    assert result["greedy"] == success(GREEDY) and result["greedy_outcomes"] == GREEDY
+    assert result["success"] == success(DETERMINISTIC) and result["success_outcomes"] == DETERMINISTIC
     assert result["sampled"] == success(SAMPLED) and result["sampled_outcomes"] == SAMPLED
-    assert result["success"] == result["sampled"]
     assert not any("compared" in name for name in result)
     where, *lines = capsys.readouterr().out.splitlines()
     assert where == f"{tmp_path / 'run'}: evaluating the shipped nano"
-    assert [line.split(":")[0] for line in lines] == ["greedy", "sampled"]
+    assert [line.split(":")[0] for line in lines] == ["deterministic", "sampled"]
 
 
-def test_evaluating_only_greedily(evaluate_once, capsys):
+def test_evaluating_only_deterministically(evaluate_once, capsys):
     result, calls, _ = evaluate_once(eval_temperature=0.0, checkpoint="a/final")
     assert "run: evaluating a/final\n" in capsys.readouterr().out
     assert [temperature for _, temperature, _ in calls] == [0.0]
-    assert result["success"] == result["greedy"] == success(GREEDY)
+    assert result["success"] == success(DETERMINISTIC)
     assert not any("sampled" in name for name in result) and result["protocol"] is None
 
 
 def test_evaluating_two_checkpoints(evaluate_once, tmp_path):
     torch.manual_seed(0)
-    other = NanoPolicy(NanoConfig(action_chunk=2, image_size=32, width=16, depth=1, heads=2))
+    other = NanoPolicy(NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=1, heads=2))
     save_policy(other, "nano", tmp_path / "other")
     result, calls, policy = evaluate_once(compare=tmp_path / "other")
     assert [temperature for _, temperature, _ in calls] == [0.0, 0.0, 0.5, 0.5]
@@ -421,13 +422,13 @@ def test_evaluating_two_checkpoints(evaluate_once, tmp_path):
     assert calls[0][0] is calls[2][0] is policy
     for call in (calls[1], calls[3]):
         torch.testing.assert_close(call[0].state_dict(), other.state_dict())
-    for name, outcomes in (("greedy", GREEDY), ("sampled", SAMPLED)):
+    for name, outcomes in (("success", DETERMINISTIC), ("sampled", SAMPLED)):
         others = [not outcome for outcome in outcomes]
         assert result[f"{name}_outcomes"] == outcomes
         assert result[f"{name}_compared"]["outcomes"] == others
         assert result[f"{name}_compared"]["checkpoint"] == str(tmp_path / "other")
         assert result[f"{name}_compared"]["paired"] == paired(outcomes, others)
-    assert result["success"] == result["sampled"] == success(SAMPLED)
+        assert result[name] == success(outcomes)
 
 
 def test_an_evaluation_of_several_tasks_names_them(evaluate_once):
@@ -440,6 +441,58 @@ def test_comparing_with_nothing_evaluates_nothing(evaluate_once, tmp_path, capsy
         evaluate_once(compare=tmp_path / "absent")
     assert exit_.value.code == 2 and "absent" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+class Board:
+    """What TensorBoard is given."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars[tag] = (value, step)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_a_runs_evaluation_is_played_both_ways(temperature, tmp_path, capsys):
+    """Of two tasks; where sampling has no temperature either, deterministic alone."""
+    board, calls = Board(), []
+    args = SimpleNamespace(eval_temperature=temperature, task_ids=(4, 0))
+
+    def evaluate(envs, policy, temperature, args_, video):
+        assert (envs, policy, args_) == ("envs", "policy", args)
+        calls.append((temperature, video))
+        return np.array(SAMPLED if temperature else DETERMINISTIC)
+
+    state = {"iteration": 12, "evaluated": 3}
+    results = assess(evaluate, "envs", "policy", tmp_path, board, args, state, 480)
+    names = ["success", "sampled"] if temperature else ["success"]
+    videos = tmp_path / "videos"
+    assert calls == [
+        (0.0, videos / "iteration_0012_success.mp4"), (0.7, videos / "iteration_0012_sampled.mp4"),
+    ][: len(names)]  # fmt: skip
+    expected = {"success": success(DETERMINISTIC, (4, 0)), "sampled": success(SAMPLED, (4, 0))}
+    assert results == {name: expected[name] for name in names} and state["evaluated"] == 12
+    rates = {"charts/success_rate": 0.5, "charts/success_rate_task_4": 1.0, "charts/success_rate_task_0": 0.0}
+    rates |= {
+        "charts/sampled_success_rate": 0.25, "charts/sampled_success_rate_task_4": 0.5,
+        "charts/sampled_success_rate_task_0": 0.0,
+    } if temperature else {}  # fmt: skip
+    assert board.scalars == {tag: (rate, 480) for tag, rate in rates.items()}
+    said = capsys.readouterr().out
+    assert said.startswith("iteration 12: success deterministic 2/4 ") and said.count("\n") == 1
+    assert ("; sampled 1/4 " in said) is bool(temperature)
+    assert are_results(json.loads(json.dumps(results)))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, [], {"success": None}, {"success": 0.5}, success([True]), {"success": {"rate": 0.5}},
+     {"success": success([True]), "sampled": success([True]) | {"low": "0"}}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_evaluation(value):
+    assert not are_results(value)
 
 
 # ---- Videos ------------------------------------------------------------------------------------------

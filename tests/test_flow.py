@@ -14,7 +14,15 @@ from vla_envs.policies import SHIPPED, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, make_trainable, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 
-SMALL = {"action_chunk": 2, "image_size": 32, "width": 16, "depth": 3, "heads": 2, "head_width": 24}
+SMALL = {
+    "action_chunk": 2,
+    "action_repeat": 1,
+    "image_size": 32,
+    "width": 16,
+    "depth": 3,
+    "heads": 2,
+    "head_width": 24,
+}
 SENTENCES = ["pick up the milk", "pick up the ketchup", "pick up the butter", "pick up the tomato sauce"]
 NOISES = ("sde", "fixed")
 every_noise = pytest.mark.parametrize("noise", NOISES)
@@ -264,7 +272,7 @@ def test_online_rl(script, start):
     own = {
         "grpo_vla": {"keep_low": 0, "keep_high": 1}, "ppo_vla": {"critic_warmup": 1, "num_iterations": 2},
     }  # fmt: skip
-    flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer"}
+    flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer", "temperature": 1.2}
     run, logged = start(script, **flags | own.get(script, {}))
     assert_learnt(run)
     assert abs(logged["losses/ratio_first_minibatch"] - 1) < 1e-6 and logged["losses/logprob_gap"] < 1e-3

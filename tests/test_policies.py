@@ -14,10 +14,10 @@ import torch
 import ppo_vla
 from vla_envs import runs
 from vla_envs.policies import SHIPPED, adapters, count_parameters, load_policy, new_policy, save_policy
-from vla_envs.policies.nano import NanoConfig, NanoPolicy, action_tokens, token_actions, tokenize
+from vla_envs.policies.nano import NanoConfig, NanoPolicy, action_tokens, draw, shift, token_actions, tokenize
 from vla_envs.tasks import get_task
 
-SMALL = {"action_chunk": 2, "image_size": 32, "width": 16, "depth": 2, "heads": 2}
+SMALL = {"action_chunk": 2, "action_repeat": 1, "image_size": 32, "width": 16, "depth": 2, "heads": 2}
 SENTENCES = [get_task("LiberoObject", task_id).instruction for task_id in range(10)]
 
 
@@ -37,6 +37,27 @@ def shipped():
 def policy(request, shipped):
     torch.manual_seed(0)
     return {"shipped": shipped, "new": NanoPolicy(), "small": NanoPolicy(NanoConfig(**SMALL))}[request.param]
+
+
+def with_logits(logits, **config):
+    """A policy that has these logits (7, 256) at every action, whatever it sees."""
+    policy = NanoPolicy(NanoConfig(**SMALL | config)).eval()
+
+    def forward(inputs):
+        batch, actions = len(inputs["image"]), policy.config.num_actions
+        return logits.expand(batch, actions, 7, 256), torch.zeros(batch, actions, policy.config.width)
+
+    policy.forward = forward
+    return policy
+
+
+def with_probabilities(rows, **config):
+    """The same by the probabilities of some tokens in each of the 7 dimensions."""
+    logits = torch.full((7, 256), -1e4)
+    for row, weights in zip(logits, rows, strict=True):
+        for token, weight in weights.items():
+            row[token] = math.log(weight)
+    return with_logits(logits, **config)
 
 
 # ---- Tokens and words --------------------------------------------------------------------------------
@@ -74,7 +95,7 @@ def test_the_sentences_of_the_suite_stay_apart():
 
 def test_shapes_and_dtypes(policy):
     chunk, width = policy.config.action_chunk, policy.config.width
-    obs, size = observations(3), 7 * policy.config.action_chunk
+    obs, size = observations(3), 7 * policy.config.num_actions
     actions, tokens, logprobs = policy.sample(obs, SENTENCES[:3], 1.0)
     assert (actions.shape, actions.dtype) == ((3, chunk, 7), np.float32) and np.abs(actions).max() < 1
     assert (tokens.shape, tokens.dtype) == (
@@ -102,9 +123,10 @@ def test_evaluation_repeats_the_sampled_logprobs(policy, temperature):
 
 def test_the_temperature_divides_the_logits(shipped):
     obs = observations(2)
-    tokens = torch.arange(112).view(2, 56)
+    size = 7 * shipped.config.num_actions
+    tokens = torch.arange(2 * size).view(2, size)
     with torch.no_grad():
-        logits = shipped(shipped.prepare(obs, SENTENCES[:2]))[0].reshape(2, 56, 256)
+        logits = shipped(shipped.prepare(obs, SENTENCES[:2]))[0].reshape(2, size, 256)
         cool, cool_entropy, _ = shipped.evaluate(obs, SENTENCES[:2], tokens, 0.7)
         hot_entropy = shipped.evaluate(obs, SENTENCES[:2], tokens, 2.0)[1]
     scaled = logits.double() / 0.7
@@ -118,12 +140,7 @@ def test_the_temperature_divides_the_logits(shipped):
 
 def test_samples_follow_the_probabilities():
     """A policy of known probabilities: frequencies of 4000 draws, within five standard errors."""
-    policy = NanoPolicy(NanoConfig(**SMALL))
-    with torch.no_grad():
-        policy.head.weight.zero_()
-        policy.head.bias.fill_(-1e4)
-        for token, weight in ((3, 0.5), (200, 0.3), (255, 0.2)):
-            policy.head.bias.view(7, 256)[:, token] = math.log(weight)
+    policy = with_probabilities([{3: 0.5, 200: 0.3, 255: 0.2}] * 7)
     torch.manual_seed(0)
     obs = {name: np.repeat(array, 4000, axis=0) for name, array in observations(1, size=32).items()}
     for temperature in (1.0, 0.5):
@@ -136,8 +153,9 @@ def test_samples_follow_the_probabilities():
 
 
 def test_actions_are_those_of_the_tokens(policy):
+    """Each held for action_repeat control steps."""
     actions, tokens, _ = policy.sample(observations(2), SENTENCES[:2], 1.0)
-    bins = tokens.view(2, -1, 7).numpy()
+    bins = tokens.view(2, -1, 7).numpy().repeat(policy.config.action_repeat, axis=1)
     np.testing.assert_allclose(actions, -1 + (bins + 0.5) / 128, atol=1e-6)
     assert torch.equal(policy.encode(torch.from_numpy(actions)), tokens)
 
@@ -145,7 +163,7 @@ def test_actions_are_those_of_the_tokens(policy):
 def test_a_batch_equals_its_members_alone(policy):
     obs = observations(4)
     tokens = torch.randint(
-        0, 256, (4, 7 * policy.config.action_chunk), generator=torch.Generator().manual_seed(0)
+        0, 256, (4, 7 * policy.config.num_actions), generator=torch.Generator().manual_seed(0)
     )
     together = policy.evaluate(obs, SENTENCES[:4], tokens)
     for i in range(4):
@@ -156,17 +174,44 @@ def test_a_batch_equals_its_members_alone(policy):
             torch.testing.assert_close(mine[0], theirs[i], atol=1e-5, rtol=1e-5)
 
 
-def test_greedy_takes_the_likeliest(policy):
+def test_temperature_0_takes_the_median(policy):
+    """Half of the probability lies at or below the token, less than half below it; it draws nothing."""
     obs = observations(2)
     torch.manual_seed(1)
-    actions, tokens, _ = policy.sample(obs, SENTENCES[:2], 0.0)
+    actions, tokens, logprobs = policy.sample(obs, SENTENCES[:2], 0.0)
     torch.manual_seed(2)
     assert np.array_equal(policy.sample(obs, SENTENCES[:2], 0.0)[0], actions)
-    best = policy.evaluate(obs, SENTENCES[:2], tokens)[0]
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        others = torch.randint(0, 256, tokens.shape, generator=rng)
-        assert (policy.evaluate(obs, SENTENCES[:2], others)[0] <= best + 1e-6).all()
+    with torch.no_grad():
+        logits = policy(policy.prepare(obs, SENTENCES[:2]))[0].flatten(1, 2)  # (2, D, 256)
+    up_to = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    here = up_to.gather(-1, tokens[..., None])[..., 0]
+    below = torch.where(tokens > 0, up_to.gather(-1, (tokens - 1).clamp(min=0)[..., None])[..., 0], 0.0)
+    assert (here >= 0.5 - 1e-5).all() and (below < 0.5 + 1e-5).all()
+    expected = policy.evaluate(obs, SENTENCES[:2], tokens, 1.0)[0]  # of the distribution itself
+    torch.testing.assert_close(logprobs, expected.detach(), atol=1e-5, rtol=0)
+
+
+def test_the_median_by_hand():
+    """Of symmetric distributions it is the middle, whichever bin is likeliest; of skewed ones it is not.
+
+    The likeliest bins would be 10, 100, 9, 0, 255, 3 and 20.
+    """
+    rows = [
+        {10: 0.4, 100: 0.2, 190: 0.4},
+        {98: 0.1, 99: 0.2, 100: 0.4, 101: 0.2, 102: 0.1},
+        {9: 0.4, 60: 0.25, 61: 0.2, 62: 0.15},
+        {0: 1.0},
+        {255: 1.0},
+        {3: 0.45, 200: 0.3, 255: 0.25},
+        {20: 0.6, 240: 0.4},
+    ]
+    policy = with_probabilities(rows, action_chunk=4, action_repeat=2)
+    actions, tokens, logprobs = policy.sample(observations(1, size=32), SENTENCES[:1], 0.0)
+    medians = [100, 100, 60, 0, 255, 200, 20]
+    assert tokens.tolist() == [medians * 2]
+    np.testing.assert_allclose(actions, np.tile((np.array(medians) + 0.5) / 128 - 1, (1, 4, 1)), atol=1e-6)
+    weights = [row[median] for row, median in zip(rows, medians)]
+    assert logprobs.exp()[0].tolist() == pytest.approx(weights * 2, abs=1e-4)
 
 
 def test_sampling_follows_torchs_seed(policy):
@@ -204,7 +249,7 @@ def test_states_of_another_table_are_not_cut_off():
 def test_tensors_and_arrays_are_the_same_to_it(policy):
     obs = observations(2)
     tensors = {name: torch.from_numpy(array) for name, array in obs.items()}
-    tokens = torch.zeros(2, 7 * policy.config.action_chunk, dtype=torch.int64)
+    tokens = torch.zeros(2, 7 * policy.config.num_actions, dtype=torch.int64)
     mine, theirs = (
         policy.evaluate(obs, SENTENCES[:2], tokens),
         policy.evaluate(tensors, SENTENCES[:2], tokens),
@@ -220,6 +265,177 @@ def test_gradients_reach_every_parameter():
     tokens = torch.randint(0, 256, (3, 14))
     policy.evaluate(observations(3, size=32), SENTENCES[:3], tokens)[0].sum().backward()
     assert [name for name, p in policy.named_parameters() if not p.grad.abs().max() > 0] == []
+
+
+# ---- Held actions ------------------------------------------------------------------------------------
+
+
+def test_actions_are_held():
+    """A chunk of 6 control steps in which each of 2 predicted actions is held for 3."""
+    torch.manual_seed(0)
+    policy = NanoPolicy(NanoConfig(**SMALL | {"action_chunk": 6, "action_repeat": 3}))
+    assert policy.config.num_actions == 2 and policy.action_chunk == 6
+    actions, tokens, _ = policy.sample(observations(2, size=32), SENTENCES[:2], 1.0)
+    assert actions.shape == (2, 6, 7) and tokens.shape == (2, 14)
+    for first in (0, 3):
+        np.testing.assert_array_equal(actions[:, first : first + 3], actions[:, [first] * 3])
+    assert (actions[:, 0] != actions[:, 3]).any()
+    assert torch.equal(policy.encode(torch.from_numpy(actions)), tokens)
+
+
+def test_demonstrated_actions_are_predicted_as_means():
+    policy = NanoPolicy(NanoConfig(**SMALL | {"action_chunk": 4, "action_repeat": 2}))
+    actions = torch.zeros(1, 4, 7)
+    actions[0, :, 0] = torch.tensor([-0.5, 0.25, 1.0, 0.5])
+    held = policy.held(actions)
+    assert held.shape == (1, 2, 7) and held[0, :, 0].tolist() == [-0.125, 0.75] and not held[..., 1:].any()
+    tokens = policy.encode(actions)
+    assert tokens.shape == (1, 14) and tokens[0, [0, 7]].tolist() == [int(0.875 * 128), int(1.75 * 128)]
+    executed = policy.executed(held.flatten(1))
+    assert executed.shape == (1, 4, 7) and executed.dtype == np.float32
+    assert executed[0, :, 0].tolist() == [-0.125, -0.125, 0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"action_chunk": 8, "action_repeat": 3}, "action_chunk 8 must divide by action_repeat 3"),
+        ({"action_chunk": 2, "action_repeat": 4}, "action_chunk 2 must divide by action_repeat 4"),
+        ({"action_repeat": 0}, "action_repeat is 0; expected an int from 1"),
+        ({"action_repeat": 2.0}, r"action_repeat is 2\.0; expected an int"),
+        ({"action_repeat": True}, "action_repeat is True; expected an int"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["nano", "flow"])
+def test_holds_that_do_not_fit(name, config, words):
+    with pytest.raises(ValueError, match=words) as error:
+        new_policy(name, SMALL | config)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ---- Imitation ---------------------------------------------------------------------------------------
+
+
+def losses_of(tokens, action):
+    """Imitation losses of policies that prefer a token each, of the same action in all dimensions."""
+    actions = torch.full((1, 2, 7), action)
+    logits = 10.0 * torch.nn.functional.one_hot(torch.tensor(tokens), 256)
+    return [
+        with_logits(row).imitation_loss(observations(1, size=32), SENTENCES[:1], actions).item()
+        for row in logits
+    ]
+
+
+def test_neighbouring_bins_cost_less_than_far_ones():
+    action = token_actions(torch.tensor(100)).item()
+    losses = losses_of([100, 104, 110, 124], action)
+    assert min(np.diff(losses)) > 1e-4
+    assert losses_of([96], action)[0] == pytest.approx(losses[1], rel=1e-4)  # either way
+    assert losses_of([252], action)[0] == pytest.approx(losses_of([200], action)[0], rel=1e-4)  # far is far
+
+
+def test_imitation_leads_to_the_demonstrated_distribution():
+    """A bell around the action, which is its mode and its median; every other distribution costs more."""
+    torch.manual_seed(0)
+    free = torch.nn.Parameter(0.01 * torch.randn(7, 256))
+    policy, obs = with_logits(free), observations(1, size=32)
+    action = torch.tensor([-0.8, -0.3, 0.0, 0.1, 0.45, 0.7, 0.9]).expand(1, 2, 7)
+    optimizer = torch.optim.Adam([free], lr=0.5)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.5 * 0.99**step
+        loss = policy.imitation_loss(obs, SENTENCES[:1], action)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert free.grad.abs().max() < 1e-4  # nothing is cheaper
+    with torch.no_grad():
+        best, wanted = policy.imitation_loss(obs, SENTENCES[:1], action), policy.encode(action)[0, :7]
+        assert (free.argmax(dim=-1) - wanted).abs().max() <= 1
+        tokens = policy.sample(obs, SENTENCES[:1], 0.0)[1][0, :7]
+        assert (tokens - wanted)[1:6].abs().max() <= 1  # at the ends the bell is cut off
+        for row, token in zip(free, wanted):
+            assert row[token - 6 : token].diff().min() > 0 > row[token + 1 : token + 7].diff().max()
+        for _ in range(5):
+            free.add_(torch.randn_like(free))
+            assert policy.imitation_loss(obs, SENTENCES[:1], action) > best + 1e-3
+
+
+def test_the_loss_is_of_what_is_predicted():
+    """Actions with equal means over a hold are the same to it."""
+    torch.manual_seed(0)
+    policy = NanoPolicy(NanoConfig(**SMALL | {"action_repeat": 2})).eval()
+    obs, half = observations(2, size=32), torch.rand(2, 1, 7) - 0.5
+    losses = [
+        policy.imitation_loss(obs, SENTENCES[:2], torch.cat([half - d, half + d], dim=1)).item()
+        for d in (0.0, 0.4)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_shifted_images():
+    images = torch.arange(2 * 3 * 5 * 5.0).view(2, 3, 5, 5)
+    assert torch.equal(shift(images, 0, None), images)
+    torch.manual_seed(0)
+    seen = set()
+    for shifted in (shift(images, 2, None) for _ in range(60)):
+        assert shifted.shape == images.shape
+        for image, original in zip(shifted, images):
+            moves = [
+                (down, right)
+                for down in range(-2, 3)
+                for right in range(-2, 3)
+                if torch.equal(image, moved(original, down, right))
+            ]
+            assert len(moves) == 1
+            seen.update(moves)
+    assert len(seen) > 20  # of 25
+
+
+def moved(image, down, right):
+    """An image (3, H, W) of which the pixel at each place is the one so much further on, or the edge's."""
+    size = image.shape[-1]
+    rows, columns = ([min(max(k + by, 0), size - 1) for k in range(size)] for by in (down, right))
+    return image[:, rows][:, :, columns]
+
+
+def of_rows(rows):
+    return [torch.Generator().manual_seed(row) for row in rows]
+
+
+def test_a_row_draws_the_same_in_any_batch():
+    images = torch.rand(6, 3, 8, 8)
+    together = shift(images, 2, of_rows(range(6)))
+    for some in ([0], [4, 1], [5, 3, 0, 2]):
+        assert torch.equal(shift(images[some], 2, of_rows(some)), together[some])
+        for kind in ("uniform_", "normal_", "exponential_"):
+            whole = draw(kind, images, of_rows(range(6)))
+            assert torch.equal(draw(kind, images[some], of_rows(some)), whole[some])
+    assert not torch.equal(shift(images, 2, of_rows(range(6, 12))), together)
+
+
+@pytest.mark.parametrize("name", ["nano", "flow"])
+def test_only_what_learns_sees_shifted_images(name):
+    """In training mode a sample's draws are its own, so that it costs the same in any batch."""
+    torch.manual_seed(0)
+    policy = new_policy(name, SMALL)
+    if name == "flow":
+        torch.nn.init.normal_(policy.head.out.weight, std=0.2)
+    obs, actions = observations(4, size=32), torch.rand(4, 2, 7) * 2 - 1
+
+    def loss(rows, seeds, training):
+        some = {key: array[rows] for key, array in obs.items()}
+        with torch.no_grad():
+            return policy.train(training).imitation_loss(
+                some, [SENTENCES[i] for i in rows], actions[rows], of_rows(seeds)
+            )
+
+    rows = [0, 1, 2, 3]
+    alone = torch.stack([loss([i], [i], training=True) for i in rows])
+    torch.testing.assert_close(loss(rows, rows, training=True), alone.mean(), atol=1e-5, rtol=1e-5)
+    assert (loss(rows, rows, training=True) - loss(rows, rows, training=False)).abs() > 1e-6
+    if name == "nano":  # a flow draws its noise either way
+        assert torch.equal(loss(rows, rows, training=False), loss(rows, [7, 8, 9, 10], training=False))
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------
@@ -247,7 +463,7 @@ def test_the_shipped_checkpoint(shipped):
     assert shipped.config == NanoConfig()
     assert sum(file.stat().st_size for file in SHIPPED["nano"].iterdir()) < 20e6
     torch.manual_seed(0)
-    obs, tokens = observations(1), torch.zeros(1, 56, dtype=torch.int64)
+    obs, tokens = observations(1), torch.zeros(1, 7 * shipped.config.num_actions, dtype=torch.int64)
     trained, untrained = (p.evaluate(obs, SENTENCES[:1], tokens)[1].mean() for p in (shipped, NanoPolicy()))
     assert trained < untrained - 1  # nats: it has learnt something
 

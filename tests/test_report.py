@@ -3,6 +3,7 @@
 import re
 import runpy
 import shutil
+import signal
 import sys
 from html.parser import HTMLParser
 
@@ -28,11 +29,13 @@ def folder(tmp_path_factory):
         patch.setattr(sys, "argv", [script, *words_of(flags)])
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
+    interrupts = signal.getsignal(signal.SIGINT)  # which the scripts take over
     with pytest.MonkeyPatch.context() as patch:
         run("tgrpo_vla", "finished", alpha1=0.2, alpha2=0.6)
         patch.setattr(runs, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("ppo_vla", "stopped", task_id=7, seed=3)
+    signal.signal(signal.SIGINT, interrupts)
     return folder
 
 
@@ -90,7 +93,8 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
     assert "<b>" not in text and '_a <b> & "c" $x$' in page.text
     assert page.count["tr"] == 4 and page.count["video"] == 6 and page.count["svg"] == 10
     for words in (
-        "tgrpo_vla", "ppo_vla", "LiberoObject", "0/2 (0 to 66 %)", "finished", "iteration 2", "kl_coef",
+        "tgrpo_vla", "ppo_vla", "LiberoObject", "0/2 (0 to 66 %)", "sampled before", "sampled after",
+        "finished", "iteration 2", "kl_coef",
         "Success on the recorded init states", "Success of the training episodes", "Groups", "Entropy",
         "KL of an update", "clipped", "step part", "explained variance", "Stages", "Seconds of an iteration",
         "approaching", "physics", "update",
@@ -142,7 +146,7 @@ def test_a_resumed_run_that_has_logged_nothing_again(folder, tmp_path):
     shutil.copytree(folder / "finished", tmp_path / "run")
     runs.make_writer(tmp_path / "run", purge_step=1).close()
     run = report.read_run(tmp_path / "run")
-    assert set(run.scalars) == {"charts/success_rate"}
+    assert set(run.scalars) == {"charts/success_rate", "charts/sampled_success_rate"}
     Checked(report.page([run], tmp_path / "page.html"))
 
 
@@ -150,7 +154,8 @@ def test_large_videos_are_linked(folder, tmp_path, monkeypatch, capsys):
     write(monkeypatch, capsys, folder / "stopped", "--out", tmp_path / "a.html", "--embed-mb", 0)
     links = [link for link in Checked((tmp_path / "a.html").read_text()).links if link[0] != "#"]
     videos = {(tmp_path / link).resolve() for link in links}
-    assert videos == {folder / "stopped" / "videos" / f"iteration_000{k}.mp4" for k in (0, 2)}
+    names = {f"iteration_000{k}_success.mp4" for k in (0, 2)}
+    assert videos == {folder / "stopped" / "videos" / name for name in names}
 
 
 def test_a_run_that_has_only_begun(folder, tmp_path):
@@ -170,6 +175,10 @@ def test_a_run_that_has_only_begun(folder, tmp_path):
         ("result.json", "", "result.json' is damaged"),
         ("result.json", '{"success_after": 3}', "success_after is no result"),
         ("result.json", '{"success_before": {"rate": 0.5}}', "success_before is no result"),
+        ("result.json", '{"sampled_after": null}', "sampled_after is no result"),
+        ("result.json", '{"before": 3}', "success_before is no result"),
+        ("result.json", '{"after": {"sampled": 3}}', "sampled_after is no result"),
+        ("result.json", '{"sampled": "0/2"}', "sampled_after is no result"),
     ],
 )
 def test_damaged_runs(folder, tmp_path, monkeypatch, capsys, file, contents, words):

@@ -1,5 +1,6 @@
 """benchmarks/reproduce.py: what it makes, keeps, and works out."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ reproduce = pytest.importorskip("reproduce", reason="needs the dev extra's rliab
 
 def line(method, task_id, seed, after, before=10):
     return {"method": method, "task_id": task_id, "seed": seed, "before": before, "after": after,
+            "sampled_before": before - 2, "sampled_after": after - 3,
             "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc"}  # fmt: skip
 
 
@@ -193,6 +195,10 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     tags = [point["tag"] for point in reproduce.read_csv(args.results / "curves.csv", {})]
     assert set(tags) == set(reproduce.CURVES) and tags.count("charts/success_rate") == 2
     (made,) = reproduce.read_csv(args.results / "runs.csv", {})
+    result = json.loads((args.out / "tgrpo__4__3" / "result.json").read_text())
+    for column, name in {"before": "success_before", "after": "success_after"}.items():
+        assert int(made[column]) == result[name]["successes"]
+        assert int(made[f"sampled_{column}"]) == result[f"sampled_{column}"]["successes"]
     assert made["commit"] == reproduce.commit() == (args.out / "tgrpo__4__3.commit").read_text()
     before = (args.results / "runs.csv").read_bytes()
     monkeypatch.setattr(reproduce, "play", lambda *_: pytest.fail("a run was made twice"))

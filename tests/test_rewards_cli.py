@@ -87,7 +87,7 @@ def test_the_episodes(episodes):
 @pytest.mark.parametrize("reward", [multi_stage, own_stages, lambda facts: 3 * multi_stage(facts)[0] + 1])
 def test_good_rewards_keep_every_rule(reward, episodes):
     rules, seen = check(reward, episodes)
-    assert all(rule.kept for rule in rules) and len(rules) == 8
+    assert all(rule.kept for rule in rules) and len(rules) == 9
     assert seen.own == (reward is own_stages)
 
 
@@ -115,6 +115,7 @@ BAD = {
     "constant within a stage": lambda facts: multi_stage(facts)[0] - facts["gripper_to_object"] / 10,
     "rises with the stages": lambda facts: own_stages(facts, pay=(-5.0, -1.0, 4.0, 1.0, 20.0)),
     "success far above": lambda facts: own_stages(facts, pay=(-5.0, -1.0, 1.0, 4.0, 5.0)),
+    "finishing pays more than dawdling": lambda facts: own_stages(facts, pay=(-5.0, -1.0, 1.0, 4.0, 4.0)),
     "a drop below far": lambda facts: own_stages(facts, pay=(0.0, -1.0, 1.0, 4.0, 20.0)),
     "demonstrations above random": lambda facts: tuple(-x for x in own_stages(facts)),
     "leaves the facts alone": changing,
@@ -135,6 +136,27 @@ def test_the_evidence_is_a_step(episodes):
     demo = episodes["demonstrations"][0]
     t = int(np.argmax(own_stages(demo)[1] == 2))
     assert rule.evidence == f"stage 1 -> stage 2 pays 4 -> 1 at demonstrations 0, step {t}"
+
+
+def test_dawdling_that_pays_more(episodes):
+    """Success pays 2, being up 4: who stays up from its first step on earns most in the 200 of an episode."""
+    pay = (-5.0, -1.0, 1.0, 4.0, 2.0)
+    rules = {rule.name: rule for rule in check(lambda facts: own_stages(facts, pay), episodes)[0]}
+    rule = rules["finishing pays more than dawdling"]
+    worst = None
+    for k, demo in enumerate(episodes["demonstrations"]):
+        paid, stage = (values[1:] for values in own_stages(demo, pay))  # not of the reset
+        totals = [sum(paid[: t + 1]) + paid[t] * (199 - t) for t in range(len(paid))]
+        best = max(range(len(paid) - 1), key=totals.__getitem__)
+        assert stage[best] == 2 and totals[-1] < totals[best]
+        if worst is None or totals[-1] - totals[best] < worst[0]:
+            where = f"'stage 2' at demonstrations {k}, step {best + 1}"
+            words = f"{totals[-1]:.4g} in 200 steps, staying {where} {totals[best]:.4g}"
+            worst = totals[-1] - totals[best], words
+    assert (rule.kept, rule.evidence) == (False, worst[1])
+    swapped = episodes | {"demonstrations": episodes["drops"], "drops": episodes["demonstrations"]}
+    for those, verdict in ((episodes, True), (swapped, None)):  # of those that never succeed nothing is known
+        assert {r.name: r.kept for r in check(multi_stage, those)[0]}[rule.name] is verdict
 
 
 @pytest.mark.parametrize(
@@ -202,7 +224,7 @@ def test_the_report_and_the_plot(tmp_path, capsys):
     file.write_text("from vla_envs.rewards import multi_stage as reward\n")
     assert main(Args(check=f"{file}:reward", episodes=1, plot=plot))
     report = capsys.readouterr().out
-    assert report.count("\nok ") == 8 and len(report.splitlines()) < 24
+    assert report.count("\nok ") == 9 and len(report.splitlines()) < 24
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 5000
 
 

@@ -18,7 +18,7 @@ from vla_envs.policies import write_json
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 
-SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=2, heads=2)
+SMALL = NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=2, heads=2)
 
 
 @dataclasses.dataclass
@@ -740,7 +740,7 @@ def test_a_new_run_can_be_resumed_at_once(load, tmp_path):
 def test_a_run_goes_on_where_it_was_saved(tmp_path):
     run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
     policy, optimizer = training(steps=2)
-    state |= {"iteration": 2, "env_steps": 48, "before": success([True, False]), "best": {"nll": 0.5}}
+    state |= {"iteration": 2, "env_steps": 48, "before": {"success": success([True])}, "best": {"nll": 0.5}}
     runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
     other, other_optimizer = training(steps=0)
     assert runs.start(Started(resume=run), "x_vla", other, other_optimizer) == (run, state)
@@ -750,7 +750,7 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("iteration", None), ("env_steps", -1), ("wall_s", "long"), ("evaluated", True), ("before", 3),
-     ("after", {"successes": 1})],
+     ("after", {"successes": 1}), ("after", {"success": {"successes": 1}}), ("before", success([True]))],
 )  # fmt: skip
 def test_damaged_counters(tmp_path, name, value):
     args = Started(run_dir=tmp_path)

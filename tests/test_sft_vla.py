@@ -9,7 +9,7 @@ import torch
 import sft_vla
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 
-SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=1, heads=2)
+SMALL = NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=1, heads=2)
 SENTENCES = ["pick up the milk", "pick up the ketchup and place it in the basket"]
 
 
@@ -27,6 +27,7 @@ def new_policy(seed=0):
     torch.manual_seed(seed)
     policy = NanoPolicy(SMALL)
     torch.nn.init.normal_(policy.film.weight, std=0.1)  # else the words make no difference yet
+    torch.nn.init.normal_(policy.head.weight, std=0.3)  # else nothing makes much of one
     return policy
 
 
@@ -40,22 +41,18 @@ def test_the_loss_of_a_policy_that_knows_nothing():
     assert loss.item() == pytest.approx(math.log(256), abs=1e-5)
 
 
-def test_the_loss_is_the_cross_entropy_of_the_demonstrated_tokens():
-    policy, samples, inds = new_policy(), samples_of(), [1, 4]
-    with torch.no_grad():
-        obs = {name: samples[name][inds] for name in ("image", "state")}
-        logits = policy(policy.prepare(obs, [samples["instructions"][i] for i in inds]))[0]  # (2, 2, 7, 256)
-    total = 0.0
-    for b, i in enumerate(inds):
-        for c in range(2):
-            for d in range(7):
-                token = int((samples["actions"][i, c, d] + 1) * 128)  # 256 bins over [-1, 1]
-                total += float(logits[b, c, d].logsumexp(0) - logits[b, c, d, token])
-    assert sft_vla.loss_of(policy, samples, np.array(inds)).item() == pytest.approx(total / 28, abs=1e-4)
+def test_the_loss_is_the_policys_own_of_the_chosen_samples():
+    policy, samples, inds = new_policy().eval(), samples_of(), [1, 4]
+    obs = {name: samples[name][inds] for name in ("image", "state")}
+    actions = torch.from_numpy(samples["actions"][inds])
+    expected = policy.imitation_loss(obs, [samples["instructions"][i] for i in inds], actions)
+    assert torch.equal(sft_vla.loss_of(policy, samples, np.array(inds)), expected)
+    others = sft_vla.loss_of(policy, samples, np.array([1, 3]))
+    assert abs(float(others) - float(expected)) > 1e-5
 
 
 def test_every_sample_has_its_own_instruction():
-    policy, samples = new_policy(), samples_of()
+    policy, samples = new_policy().eval(), samples_of()
     turned = samples | {"instructions": samples["instructions"][::-1]}
     loss, other = (sft_vla.loss_of(policy, each, np.arange(6)).item() for each in (samples, turned))
     assert loss != pytest.approx(other, abs=1e-4)
@@ -65,7 +62,7 @@ def test_every_sample_has_its_own_instruction():
 
 @pytest.mark.parametrize("count", [1, 300])
 def test_the_held_out_loss_is_the_mean_over_all_samples(count):
-    policy, samples = new_policy(), samples_of(count)
+    policy, samples = new_policy().eval(), samples_of(count)
     losses = [sft_vla.loss_of(policy, samples, np.array([i])).item() for i in range(count)]
     loss = sft_vla.held_out_loss(policy, samples)
     assert loss == pytest.approx(np.mean(losses), abs=1e-5)
@@ -102,7 +99,7 @@ def test_an_update_brings_the_loss_down():
         policy, (1, 2), num_iterations=2, iteration_steps=30, minibatch_size=6, learning_rate=0.01
     )
     after = sft_vla.held_out_loss(policy, samples)
-    assert before > 5 and after < 2 and before > first["nll"] > second["nll"] > after
+    assert before - 0.5 > first["nll"] > second["nll"] > after
     assert first["grad_norm"] > 0
 
 
@@ -157,12 +154,15 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 # ---- Arguments ---------------------------------------------------------------------------------------
 
 
+EPISODES = sft_vla.Args.episodes  # of one task
+
+
 @pytest.mark.parametrize(
     ("flags", "task_id", "task_ids", "episodes"),
     [
-        ({}, 4, (4,), (8,)),
+        ({}, 4, (4,), EPISODES),
         ({"task_id": 7, "episodes": (3,)}, 7, (7,), (3,)),
-        ({"task_ids": (2, 0)}, 2, (2, 0), (8, 8)),
+        ({"task_ids": (2, 0)}, 2, (2, 0), 2 * EPISODES),
         ({"task_ids": (2, 0), "episodes": (3, 5)}, 2, (2, 0), (3, 5)),
     ],
     ids=str,
@@ -170,5 +170,5 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 def test_tasks_and_demonstrations(flags, task_id, task_ids, episodes):
     args = sft_vla.check(sft_vla.Args(**flags))
     assert (args.task_id, args.task_ids, args.episodes) == (task_id, task_ids, episodes)
-    assert (args.eval_episodes, args.eval_temperature) == (50, 1.2)
+    assert (args.eval_episodes, args.eval_temperature) == (50, args.temperature)
     assert sft_vla.check(args) == args  # as it is for a resumed run

@@ -22,7 +22,9 @@ from vla_envs.policies.nano import NanoConfig, NanoPolicy
 ROOT = Path(__file__).parent.parent
 RL = ("grpo_vla", "tgrpo_vla", "ppo_vla")
 SCRIPTS = (*RL, "sft_vla")
-SMALL = NanoConfig(action_chunk=2, image_size=32, width=16, depth=1, heads=2, max_words=8, vocabulary=64)
+SMALL = NanoConfig(
+    action_chunk=2, action_repeat=1, image_size=32, width=16, depth=1, heads=2, max_words=8, vocabulary=64
+)
 
 
 @pytest.fixture(params=[grpo_vla, tgrpo_vla, ppo_vla], ids=RL)

@@ -1,5 +1,6 @@
 """TGRPO: advantages by hand and against the equations, groups that stop together, the paper's letter."""
 
+import json
 import math
 import statistics
 
@@ -18,15 +19,13 @@ from test_shared import (
 )
 
 import tgrpo_vla
-from tgrpo_vla import (
-    fit_alphas,
-    stage_advantages,
-    step_advantages,
-    stop_groups,
-    tgrpo_advantages,
-    trajectory_advantages,
-)
+from tgrpo_vla import held_rewards, step_advantages, stop_groups, tgrpo_advantages, trajectory_advantages
 from vla_envs import runs
+from vla_envs.training import tgrpo_extras
+
+
+def stage_advantages(rewards, alive, group_size):
+    return tgrpo_extras.by_stage(step_advantages, rewards, alive, group_size)
 
 
 def full(rewards):
@@ -53,9 +52,14 @@ def score(values, i):
     return 0.0 if spread == 0 else (values[i] - statistics.mean(values)) / spread
 
 
-def slow_trajectory(rewards, alive, size, summary=sum):
+def slow_trajectory(rewards, alive, size, mode="held"):
     steps, members = rewards.shape
-    totals = [summary([float(rewards[t, n]) for t in range(steps) if alive[t, n]]) for n in range(members)]
+    own = [[float(rewards[t, n]) for t in range(steps) if alive[t, n]] for n in range(members)]
+    if mode == "held":
+        ends = [max(map(len, own[n // size * size :][:size])) for n in range(members)]
+        totals = [sum(its) + its[-1] * (end - len(its)) for its, end in zip(own, ends)]
+    else:
+        totals = [(sum if mode == "sum" else statistics.mean)(its) for its in own]
     return torch.tensor([score(totals[n // size * size :][:size], n % size) for n in range(members)])
 
 
@@ -82,9 +86,50 @@ def test_trajectory_advantages_by_hand():
 
 
 def test_what_a_finished_member_would_get_is_not_in_its_total():
+    """The last is done with 3; by 'held' the totals are 1, 2 and 6, else 1, 2 and 3 or their means."""
     rewards, alive = full([[1, 2, 3], [0, 0, 100]])
     alive[1, 2] = False
-    torch.testing.assert_close(trajectory_advantages(rewards, alive, 3), torch.tensor([-1.0, 0.0, 1.0]))
+    for mode, totals in (("held", [1, 2, 6]), ("sum", [1, 2, 3]), ("mean", [0.5, 1, 3])):
+        expected = torch.tensor([score(totals, n) for n in range(3)])
+        torch.testing.assert_close(trajectory_advantages(rewards, alive, 3, mode), expected)
+
+
+def test_who_finishes_beats_who_hovers():
+    """One places the object (16) at decision 2, the other holds it over the basket (10) to the end.
+
+    Held: 26 + 3 * 16 against 10 + 4 * 10; by their own steps 26 against 50.
+    """
+    rewards, alive = full([[10, 10], [16, 10], [0, 10], [0, 10], [0, 10]])
+    alive[2:, 0] = False
+    half = math.sqrt(0.5)
+    held, by_sum = (trajectory_advantages(rewards, alive, 2, mode) for mode in ("held", "sum"))
+    torch.testing.assert_close(held, torch.tensor([half, -half]))
+    torch.testing.assert_close(by_sum, torch.tensor([-half, half]))
+    torch.testing.assert_close(trajectory_advantages(rewards, alive, 2), held)  # the default
+    earlier = rewards.clone()
+    earlier[2:, 1] = torch.tensor([16.0, 0.0, 0.0])  # now the other one finishes as well, a decision later
+    ended = alive.clone()
+    ended[3:, 1] = False
+    torch.testing.assert_close(trajectory_advantages(earlier, ended, 2), torch.tensor([half, -half]))
+
+
+def test_rewards_are_held_until_the_own_group_ends():
+    """The second group plays on for two decisions, which changes nothing in the first."""
+    rewards, alive = full([[2, 4, 2, 2], [8, 2, 2, 4], [7, 7, 2, 2], [7, 7, 4, 2]])
+    alive[1:, 0] = alive[2:, 1] = False
+    assert held_rewards(rewards, alive).tolist() == [[2, 4, 2, 2], [2, 2, 2, 4], [2, 2, 2, 2], [2, 2, 4, 2]]
+    half = math.sqrt(0.5)  # totals 2 + 2 and 4 + 2; 10 and 10
+    torch.testing.assert_close(trajectory_advantages(rewards, alive, 2), torch.tensor([-half, half, 0, 0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_is_the_sum_where_all_members_stop_together(seed):
+    rewards, alive = random_rollout(seed)
+    ends = alive.unflatten(1, (3, 4)).any(dim=2).repeat_interleave(4, dim=1)  # of the groups, at own times
+    rewards = torch.where(ends & ~alive, torch.full_like(rewards, -2.0), rewards)
+    held, by_sum = (trajectory_advantages(rewards, ends, 4, mode) for mode in ("held", "sum"))
+    torch.testing.assert_close(held, by_sum)
+    assert not torch.allclose(*(trajectory_advantages(rewards, alive, 4, mode) for mode in ("held", "sum")))
 
 
 def test_the_mean_reward_of_a_trajectory():
@@ -92,9 +137,7 @@ def test_the_mean_reward_of_a_trajectory():
     alive[1:, 2] = False  # means 1, 3, 5; totals 3, 9, 5
     expected = torch.tensor([-1.0, 0.0, 1.0])
     torch.testing.assert_close(trajectory_advantages(rewards, alive, 3, "mean"), expected)
-    both = tgrpo_advantages(rewards, alive, 3, 0.0, 2.0, "mean")
-    torch.testing.assert_close(both, 2 * expected * alive)
-    assert not torch.allclose(trajectory_advantages(rewards, alive, 3), expected, atol=0.1)
+    assert not torch.allclose(trajectory_advantages(rewards, alive, 3, "sum"), expected, atol=0.1)
 
 
 def test_step_advantages_by_hand():
@@ -129,10 +172,11 @@ def test_the_equations(seed, size):
     step, trajectory = slow_step(rewards, alive, size), slow_trajectory(rewards, alive, size)
     torch.testing.assert_close(step_advantages(rewards, alive, size), step, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(trajectory_advantages(rewards, alive, size), trajectory, atol=1e-5, rtol=1e-5)
-    mean = slow_trajectory(rewards, alive, size, statistics.mean)
-    torch.testing.assert_close(
-        trajectory_advantages(rewards, alive, size, "mean"), mean, atol=1e-5, rtol=1e-5
-    )
+    for mode in ("held", "sum", "mean"):
+        torch.testing.assert_close(
+            trajectory_advantages(rewards, alive, size, mode), slow_trajectory(rewards, alive, size, mode),
+            atol=1e-5, rtol=1e-5,
+        )  # fmt: skip
     both = torch.where(alive, 0.3 * step + 0.7 * trajectory, torch.zeros(()))
     torch.testing.assert_close(tgrpo_advantages(rewards, alive, size, 0.3, 0.7), both, atol=1e-5, rtol=1e-5)
 
@@ -152,8 +196,10 @@ def test_scale_and_shift_of_rewards_do_not_matter():
     for scale, shift in ((3.0, 0.0), (0.01, 0.0), (1.0, 5.0), (250.0, -40.0)):
         changed = tgrpo_advantages(rewards * scale + shift, everyone, 4, 0.3, 0.7)
         torch.testing.assert_close(changed, expected, atol=1e-4, rtol=1e-4)
-    scaled = tgrpo_advantages(rewards * 7, alive, 4, 0.3, 0.7)  # a shift would pay for time
+    scaled = tgrpo_advantages(rewards * 7 - 3, alive, 4, 0.3, 0.7)  # nor where members end at their own times
     torch.testing.assert_close(scaled, tgrpo_advantages(rewards, alive, 4, 0.3, 0.7), atol=1e-4, rtol=1e-4)
+    own = trajectory_advantages(rewards * 7, alive, 4, "sum")  # of which a shift would pay for time
+    torch.testing.assert_close(own, trajectory_advantages(rewards, alive, 4, "sum"), atol=1e-4, rtol=1e-4)
 
 
 def test_small_differences_count_in_full():
@@ -218,13 +264,20 @@ def test_arguments_are_left_alone():
     rewards, alive = random_rollout(5)
     copies = rewards.clone(), alive.clone()
     tgrpo_advantages(rewards, alive, 4, 0.3, 0.7)
+    stage_advantages(rewards, alive, 4)
     assert torch.equal(rewards, copies[0]) and torch.equal(alive, copies[1])
 
 
 @pytest.mark.parametrize(("members", "size"), [(12, 5), (12, 8), (3, 4), (6, 1), (6, 0), (6, -2)])
 def test_groups_that_do_not_divide(members, size):
     rewards, alive = torch.zeros(2, members), torch.ones(2, members, dtype=torch.bool)
-    for function, extra in ((trajectory_advantages, ()), (step_advantages, ()), (tgrpo_advantages, (1, 1))):
+    modes = [(trajectory_advantages, (mode,)) for mode in ("held", "sum", "mean")]
+    for function, extra in (
+        *modes,
+        (step_advantages, ()),
+        (stage_advantages, ()),
+        (tgrpo_advantages, (1, 1)),
+    ):
         with pytest.raises(ValueError, match=rf"{members}\D.*{size}"):
             function(rewards, alive, size, *extra)
 
@@ -286,37 +339,34 @@ def test_the_stages_of_random_rollouts(seed, size):
     torch.testing.assert_close(scaled, scores, atol=1e-5, rtol=1e-5)
     order = torch.arange(12).view(-1, size).flip(1).flatten()
     torch.testing.assert_close(stage_advantages(rewards[:, order], alive[:, order], size), scores[:, order])
-    both = tgrpo_advantages(rewards, alive, size, 2.0, 0.0, "sum", "stage")
-    torch.testing.assert_close(both, 2 * scores)
 
 
 # ---- Alphas from what predicts success ---------------------------------------------------------------
 
 
-def rollout_of(rewards, alive, success):
-    return {"rewards": rewards, "alive": alive, "success": torch.tensor(success)}
+def fit(state, rewards, alive, success, size):
+    """The fit of plain TGRPO's terms, as the script calls it."""
+    return tgrpo_extras.fit_alphas(
+        state, step_advantages(rewards, alive, size), trajectory_advantages(rewards, alive, size),
+        tgrpo_vla.group_advantages(torch.tensor(success).float(), size), alive,
+    )  # fmt: skip
 
 
-def auto(size, **more):
-    return arguments(tgrpo_vla, group_size=size, alphas="auto", **more)
-
-
-@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("mode", ["held", "sum", "mean"])
 @pytest.mark.parametrize("group_by", ["time", "stage"])
 def test_alphas_are_the_least_squares_fit(mode, group_by):
     """NumPy's least squares, of the decisions of groups with both outcomes and the start's two samples."""
     rewards, alive = random_rollout(3, groups=4)
     success = [letter == "1" for letter in "1011000011110100"]  # of four groups
-    args = auto(4, return_mode=mode, group_by=group_by)
-    _, alphas = fit_alphas(tgrpo_vla.FIT_START, rollout_of(rewards, alive, success), args)
     step = (slow_stage if group_by == "stage" else slow_step)(rewards, alive, 4)
-    trajectory = slow_trajectory(rewards, alive, 4, sum if mode == "sum" else statistics.mean)
-    root = math.sqrt(tgrpo_vla.FIT_MEMORY)
+    trajectory = slow_trajectory(rewards, alive, 4, mode)
+    outcomes = [score([float(x) for x in success[n // 4 * 4 :][:4]], n % 4) for n in range(16)]
+    alphas = tgrpo_extras.fit_alphas({}, step, trajectory, torch.tensor(outcomes), alive)
+    root = math.sqrt(tgrpo_extras.MEMORY)
     rows = [[root, 0.0, 0.3 * root], [0.0, root, 0.7 * root]]
     for n in (*range(4), *range(12, 16)):
-        outcome = score([float(x) for x in success[n // 4 * 4 :][:4]], n % 4)
         root = math.sqrt(1.0 / int(alive[:, n].sum()))
-        rows += [[root * float(step[t, n]), root * float(trajectory[n]), root * outcome]
+        rows += [[root * float(step[t, n]), root * float(trajectory[n]), root * outcomes[n]]
                  for t in range(len(alive)) if alive[t, n]]  # fmt: skip
     rows = np.array(rows)
     expected = np.linalg.lstsq(rows[:, :2], rows[:, 2], rcond=None)[0]
@@ -325,26 +375,26 @@ def test_alphas_are_the_least_squares_fit(mode, group_by):
 
 def test_groups_of_one_outcome_leave_the_alphas():
     rewards, alive = random_rollout(1)
-    batch = rollout_of(rewards, alive, [True] * 4 + [False] * 8)
-    fit, alphas = fit_alphas(tgrpo_vla.FIT_START, batch, auto(4))
-    assert alphas == pytest.approx([0.3, 0.7])
-    assert np.array(fit) == pytest.approx(tgrpo_vla.FIT_MEMORY * np.array(tgrpo_vla.FIT_START))
+    state = {}
+    assert fit(state, rewards, alive, [True] * 4 + [False] * 8, 4) == pytest.approx([0.3, 0.7])
+    assert np.array(state["fit"]) == pytest.approx(tgrpo_extras.MEMORY * np.array(tgrpo_extras.START))
+    assert json.loads(json.dumps(state)) == state  # as counters are saved
 
 
 def test_what_tells_success_gets_the_weight():
     """Who succeeds has the larger total; the steps are the same for all but once, the wrong way round."""
     rewards, alive = full([[0, 1, 0, 1], [9, 0, 9, 0]])
-    fit = tgrpo_vla.FIT_START
+    state = {}
     for _ in range(30):
-        fit, (alpha1, alpha2) = fit_alphas(fit, rollout_of(rewards, alive, [True, False] * 2), auto(2))
+        alpha1, alpha2 = fit(state, rewards, alive, [True, False] * 2, 2)
     assert alpha1 == pytest.approx(0.0, abs=0.01) and alpha2 == pytest.approx(1.0, abs=0.02)
 
 
 def test_what_tells_the_contrary_gets_none():
     rewards, alive = full([[1, 0, 1, 0]])
-    fit = tgrpo_vla.FIT_START
+    state = {}
     for _ in range(30):
-        fit, alphas = fit_alphas(fit, rollout_of(rewards, alive, [False, True] * 2), auto(2))
+        alphas = fit(state, rewards, alive, [False, True] * 2, 2)
     assert alphas == [0.0, 0.0]
 
 
@@ -439,8 +489,21 @@ def test_one_update_a_decision_step():
 # ---- Arguments ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("suite", ["LiberoObject", "LiberoGoal"])
+@pytest.mark.parametrize("task_id", [0, 4, 7])
+def test_default_alphas(suite, task_id):
+    args = tgrpo_vla.check(tgrpo_vla.Args(suite=suite, task_id=task_id))
+    assert (args.alpha1, args.alpha2, args.return_mode) == (0.3, 0.7, "held")
+    args = tgrpo_vla.check(tgrpo_vla.Args(suite=suite, task_id=task_id, alpha1=0.0))
+    assert (args.alpha1, args.alpha2) == (0.0, 0.7)
+
+
+def of_paper(**given):
+    return tgrpo_vla.Args(**tgrpo_vla.PRESETS["paper"], preset="paper", **given)
+
+
 @pytest.mark.parametrize("task_id", range(10))
-def test_default_alphas_are_the_papers(task_id):
+def test_the_papers_alphas(task_id):
     paper = [
         (10, 1),
         (1, 0.1),
@@ -453,27 +516,34 @@ def test_default_alphas_are_the_papers(task_id):
         (0.3, 0.7),
         (0.3, 0.7),
     ]
-    args = tgrpo_vla.check(tgrpo_vla.Args(task_id=task_id))
+    args = tgrpo_vla.check(of_paper(task_id=task_id))
     assert (args.alpha1, args.alpha2) == paper[task_id]
-    args = tgrpo_vla.check(tgrpo_vla.Args(task_id=task_id, alpha1=0.0))
+    args = tgrpo_vla.check(of_paper(task_id=task_id, alpha1=0.0))
     assert (args.alpha1, args.alpha2) == (0.0, paper[task_id][1])
+    for elsewhere in (
+        of_paper(task_id=task_id, suite="LiberoGoal"),
+        of_paper(task_ids=(task_id, (task_id + 1) % 10)),
+    ):
+        args = tgrpo_vla.check(elsewhere)
+        assert (args.alpha1, args.alpha2) == (0.3, 0.7)
 
 
 def test_the_papers_letter():
-    args = tgrpo_vla.check(tgrpo_vla.Args(**tgrpo_vla.PRESETS["paper"], preset="paper"))
-    assert (args.stop, args.clip, args.update_every, args.return_mode) == ("group", False, "step", "sum")
-    assert args.target_kl == 1e9 and tgrpo_vla.check(tgrpo_vla.Args()).target_kl == 0.05
+    """All members of a group stop together, so that the return is the paper's sum."""
+    args, plain = tgrpo_vla.check(of_paper()), tgrpo_vla.check(tgrpo_vla.Args())
+    assert (args.stop, args.clip, args.update_every, args.update_epochs) == ("group", False, "step", 1)
+    assert args.target_kl == 1e9 > 1 > plain.target_kl
+    batch = stop_groups(play((2, 99, 99, 1)), 2)
+    held, by_sum = (
+        trajectory_advantages(batch["rewards"], batch["alive"], 2, mode) for mode in ("held", "sum")
+    )
+    torch.testing.assert_close(held, by_sum)
 
 
 def test_alphas_are_found_or_given():
     args = tgrpo_vla.check(tgrpo_vla.Args(alphas="auto"))
     assert (args.alpha1, args.alpha2) == (None, None)
     assert tgrpo_vla.check(args) == args  # as when it is resumed
-
-
-def test_default_alphas_elsewhere():
-    args = tgrpo_vla.check(tgrpo_vla.Args(suite="LiberoGoal", task_id=0))
-    assert (args.alpha1, args.alpha2) == (0.3, 0.7)
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,9 @@ class Run:
 
     @property
     def videos(self) -> list[Path]:
-        """The first and the last of training; of an evaluation all."""
-        found = [path for path in sorted(self.folder.glob("videos/*.mp4")) if path.stat().st_size]
+        """The first and the last of training, played deterministically; of an evaluation all."""
+        names = "*.mp4" if self.args.get("evaluate") else "iteration_*_success.mp4"
+        found = [path for path in sorted((self.folder / "videos").glob(names)) if path.stat().st_size]
         return found if self.args.get("evaluate") else list(dict.fromkeys(found[:1] + found[-1:]))
 
 
@@ -130,12 +131,15 @@ def read_run(folder: Path) -> Run:
     files = [folder / "result.json"]
     files += [folder / "checkpoints" / name / "counters.json" for name in ("latest", "latest.previous")]
     state: dict[str, Any] = next((read_json(file) for file in files if file.is_file()), {})
-    for when in ("before", "after"):  # of a run that has not ended
-        state |= {f"{name}_{when}": its for name, its in (state.get(when) or {}).items()}
+    for when in ("before", "after"):
+        its = state.get(when) or {}  # of a run that has not ended
+        its = its if isinstance(its, dict) else {"success": its}
+        state |= {f"{name}_{when}": outcome for name, outcome in its.items()}
     for name in ("success", "sampled"):  # of one that only evaluates or imitates
         state |= {f"{name}_after": state[name]} if name in state else {}
-    if not evaluation.are_results({name: state[name] for name in OUTCOMES if name in state}):
-        raise ValueError(f"{str(folder)!r} is damaged: what it says of an evaluation is not a result of one")
+    for name in OUTCOMES:
+        if name in state and not evaluation.are_results({name: state[name]}):
+            raise ValueError(f"{str(folder)!r} is damaged: its {name} is no result of an evaluation")
     events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
     scalars = {
         tag: np.array([(event.step, event.value) for event in found]).T
