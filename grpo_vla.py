@@ -127,7 +127,7 @@ class Args:
     """Groups a batch (G), each on a scene of its own"""
     group_size: int = 8
     """Members a group (K)"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1.5e-4
     """AdamW's greatest learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""

@@ -131,7 +131,7 @@ class Args:
     """Scenes a batch (G)"""
     group_size: int = 1
     """Environments of the same scene (K)"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """AdamW's greatest learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its value"""
