@@ -99,7 +99,7 @@ CURVES = {
 RUN = ["method", "task_id", "seed", "before", "after", "sampled_before", "sampled_after", "trials",
        "env_steps", "episodes", "wall_s", "commit"]  # fmt: skip
 POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
-TOTAL_ENV_STEPS = 175_000  # control steps of training, the same for all
+TOTAL_ENV_STEPS = 120_000  # control steps of training, the same for all
 DRAWS = 5000  # of a bootstrap
 MINUTES = 12.0  # of a run, as long as nothing was measured
 
