@@ -52,10 +52,11 @@ METHODS = {
     "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
     "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
 }
+PAPERS = "TGRPO with the paper's alphas"  # which differ from task to task
 QUESTIONS = {  # a picture each
-    "alphas": {
-        "TGRPO 0.3/0.7": ["tgrpo_vla.py", "--alpha1", "0.3", "--alpha2", "0.7"],
-        "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"],
+    "alphas": {PAPERS: ["tgrpo_vla.py"], "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"]},
+    "return": {
+        f"TGRPO --return-mode {mode}": ["tgrpo_vla.py", "--return-mode", mode] for mode in ("sum", "mean")
     },
     "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
     "letter": {  # the paper's choices all at once, also with smaller steps, and one by one
@@ -71,15 +72,11 @@ QUESTIONS = {  # a picture each
     },
 }
 ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
-PAIRS = (  # of methods, on the same tasks and seeds; TGRPO has the paper's alphas
-    ("TGRPO --alphas auto", "TGRPO"),
-    ("TGRPO --alphas auto", "TGRPO 0.3/0.7"),
-    ("TGRPO --group-by stage", "TGRPO"),
-    *((method, "TGRPO") for method in QUESTIONS["letter"]),
-    *((f"TGRPO --preset paper{rate} --target-kl 0.05", "TGRPO") for rate in ("", " --learning-rate 1e-4")),
+PAIRS = (  # of methods, on the same tasks and seeds
+    *((method, "TGRPO") for method in ASKED),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
-TWINS = {  # where 0.3 and 0.7 are the paper's alphas, these are the same runs under two names
+TWINS = {  # the same runs under two names
     "TGRPO 0.3/0.7": "TGRPO",
     "TGRPO 0/0.7": "TGRPO without the step term",
     "TGRPO 0.3/0": "TGRPO without the trajectory term",
@@ -154,6 +151,9 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     cores = max(1, available_cores() // args.jobs)
     script, *flags = (METHODS | ASKED | HEAT_MAP)[method]
+    if method == PAPERS:
+        alpha1, alpha2 = PAPER_ALPHAS[task_id]
+        flags = ["--alpha1", alpha1, "--alpha2", alpha2]
     begun = (folder / "args.json").is_file()
     words = ["--resume", folder, "--num-threads", cores] if begun else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
@@ -269,18 +269,13 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
-def twin_of(method: str, task_id: int) -> str | None:
-    """The other name of a method's runs on a task."""
-    return TWINS.get(method) if PAPER_ALPHAS[task_id] == (0.3, 0.7) else None
-
-
 def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of a table, and those of equal runs once more under their other name."""
     return lines + [
         line | {"method": method}
         for line in lines
-        for method in TWINS
-        if twin_of(method, line["task_id"]) == line["method"]
+        for method, other in TWINS.items()
+        if other == line["method"]
     ]
 
 
@@ -414,7 +409,7 @@ def main(args: Args) -> None:
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
     wanted = [each for seed in args.seeds for task_id in task_ids for method in methods
               if (each := (method, task_id, seed)) not in known
-              and twin_of(method, task_id) not in methods]  # fmt: skip
+              and TWINS.get(method) not in methods]  # fmt: skip
     if args.run and not wanted:
         print(f"nothing to run: all of it is in {args.results}; a new --results makes it anew")
     if args.run and wanted:

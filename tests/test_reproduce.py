@@ -2,8 +2,8 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -50,27 +50,43 @@ def test_a_table_of_runs_that_do_not_overlap():
 
 def test_the_pairs():
     """On the same task and seed; the seed that only one of them has does not count."""
-    auto, plain = "TGRPO --alphas auto", "TGRPO 0.3/0.7"
+    auto, papers = "TGRPO --alphas auto", reproduce.PAPERS
     lines = [line(auto, 0, 1, 30), line(auto, 0, 2, 40), line(auto, 7, 1, 20), line(auto, 7, 2, 5)]
-    lines += [line("TGRPO", 0, 1, 25), line("TGRPO", 0, 2, 45), line("TGRPO", 7, 1, 10), line(plain, 7, 2, 0)]
+    lines += [
+        line("TGRPO", 0, 1, 25),
+        line("TGRPO", 0, 2, 45),
+        line("TGRPO", 7, 1, 10),
+        line(papers, 7, 1, 15),
+    ]
     text = reproduce.pairs_table(lines)
     assert "| pair | task 0 | task 7 | all |" in text
     row = cells(text, f"{auto} against TGRPO")
     assert row[:2] == ["+0 (2)", "+20 (1)"] and row[2].startswith("+6.7 (") and row[2].endswith("; 3)")
-    assert cells(text, f"{auto} against {plain}") == ["", "+10 (1)", "+10.0 (1)"]
+    assert cells(text, f"{papers} against TGRPO") == ["", "+10 (1)", "+10.0 (1)"]
     assert cells(text, "TGRPO --preset paper against TGRPO") == ["", "", ""]
 
 
-def test_the_papers_alphas_are_the_plain_ones_on_some_tasks():
+def test_ablations_are_cells_of_the_heat_map():
     ablations = ["TGRPO without the step term", "TGRPO without the trajectory term"]
-    made = [line(method, task_id, 1, 30) for method in ("TGRPO", *ablations, "GRPO") for task_id in (4, 0)]
+    made = [line(method, 4, 1, 30) for method in ("TGRPO", *ablations, "GRPO")]
     twins = reproduce.with_twins(made)[len(made) :]
-    assert {x["task_id"] for x in twins} == {4}
     assert [x["method"] for x in twins] == ["TGRPO 0.3/0.7", "TGRPO 0/0.7", "TGRPO 0.3/0"]
     assert all(
         reproduce.HEAT_MAP[x["method"]] == ["tgrpo_vla.py", "--alpha1", alpha1, "--alpha2", alpha2]
         for x, (alpha1, alpha2) in zip(twins, [("0.3", "0.7"), ("0", "0.7"), ("0.3", "0")])
     )
+
+
+def test_the_papers_alphas_are_the_tasks(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        reproduce.subprocess, "run", lambda words, **_: started.append(words) or SimpleNamespace(returncode=0)
+    )
+    monkeypatch.setattr(reproduce, "commit", lambda: "abc")
+    for task_id in (0, 3):
+        reproduce.play(reproduce.PAPERS, task_id, 1, reproduce.Args(out=tmp_path))
+    alphas = ["--alpha1", "10.0", "--alpha2", "1.0"], ["--alpha1", "0.35", "--alpha2", "0.65"]
+    assert [words[-4:] for words in started] == list(alphas)
 
 
 def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
@@ -84,7 +100,8 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
     monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
-    assert played == [(method, 4, 1) for method in letter]
+    returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
+    assert [each[0] for each in played] == [reproduce.PAPERS, *returns, *letter]
     assert "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 (1) |" in capsys.readouterr().out
     assert "paper against TGRPO" in (tmp_path / "questions.md").read_text()
 
@@ -140,35 +157,18 @@ def rows_below(header):
     return {first.strip("`"): rest for first, *rest in rows}
 
 
-def test_the_readmes_tables_are_the_runs():
+def test_the_readmes_table_is_of_the_runs():
     kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
     runs = reproduce.read_csv(ROOT / "benchmarks/results/runs.csv", kinds)
-    runs = reproduce.with_twins([run for run in runs if run["seed"] <= 3])
-    won = {}  # by method and task: by seed
+    rows = rows_below("| LiberoObject task 4 |")
+    assert list(rows) == [f"{run['method']}, seed {run['seed']}" for run in runs if run["task_id"] == 4]
     for run in runs:
-        won.setdefault((run["method"], run["task_id"]), {})[run["seed"]] = run["after"]
-        won.setdefault((reproduce.START, run["task_id"]), {})[run["seed"]] = run["before"]
-
-    def seeds(method, task_id):
-        found = won.get((method, task_id), {})
-        return ", ".join(str(found.get(seed, "-")) for seed in range(1, 1 + max(found, default=0)))
-
-    methods = rows_below("| method | success after, all seeds |")
-    assert list(methods) == [reproduce.START, *reproduce.METHODS]
-    for method, (success, by_seed, _) in methods.items():
-        outcomes = [k < n for n in won[method, 4].values() for k in range(50)]
-        assert (success, by_seed) == (reproduce.evaluation.percent(reproduce.evaluation.success(outcomes)),
-                                      seeds(method, 4))  # fmt: skip
-    questions = rows_below("| successes of 50 |")
-    assert len(questions) > 8
-    for name, cells_ in questions.items():
-        method = reproduce.START if name == "the start" else f"TGRPO {name}".removesuffix(" TGRPO")
-        assert cells_ == [seeds(method, task_id) for task_id in (0, 2, 4, 7)], name
-
-    (shipped,) = rows_below("| task | 0 | 1 |").values()
-    assert {(task_id, its[1]) for (method, task_id), its in won.items() if method == reproduce.START} == {
-        (task_id, int(shipped[task_id])) for task_id in (0, 2, 4, 7)
-    }
+        if run["task_id"] == 4:
+            names = ("before", "after", "sampled_before", "sampled_after")
+            assert rows[f"{run['method']}, seed {run['seed']}"][:4] == [str(run[name]) for name in names]
+    tasks = {run["task_id"]: run["after"] for run in runs if run["method"] == "TGRPO" and run["seed"] == 1}
+    (after,) = rows_below("| TGRPO, seed 1: task | 0 | 1 |").values()
+    assert after == [str(tasks.get(task_id, "")) for task_id in range(10)]
 
 
 def test_csv(tmp_path):
@@ -221,18 +221,6 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"TGRPO, task 4, seed 3: error: group_size is 1; .* \(all of it"):
         reproduce.main(args)
     assert not (args.results / "runs.csv").exists()
-
-
-def test_equal_runs_are_made_once(tmp_path, monkeypatch):
-    """TGRPO has the paper's alphas, which on task 4 are 0.3 and 0.7."""
-    played = []
-    monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
-    monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
-    args = reproduce.Args(out=tmp_path, task_ids=(0, 4), seeds=(1,))
-    for methods in (("TGRPO 0.3/0.7",), ("TGRPO", "TGRPO 0.3/0.7")):
-        reproduce.main(replace(args, results=tmp_path / str(len(methods)), methods=methods))
-    assert sorted(played[:2]) == [("TGRPO 0.3/0.7", 0, 1), ("TGRPO 0.3/0.7", 4, 1)]
-    assert sorted(played[2:]) == [("TGRPO", 0, 1), ("TGRPO", 4, 1), ("TGRPO 0.3/0.7", 0, 1)]
 
 
 @pytest.mark.parametrize(("name", "value"), [("methods", ("REINFORCE",)), ("task_ids", (4, 10))])
