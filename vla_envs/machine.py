@@ -10,7 +10,7 @@ import numba
 import platformdirs
 from packaging.requirements import Requirement
 
-SPINS = "2000"  # some microseconds, longer than most waits; none at all makes training a fifth slower
+SPINS = "2000"  # some microseconds, longer than most waits; none at all makes training a quarter slower
 
 
 def writable(folder: Path) -> bool:
