@@ -1,6 +1,7 @@
 """Simulations that diverge: real ones, given velocities or positions of no use between two steps."""
 
 import math
+from functools import partial
 
 import gymnasium as gym
 import mujoco
@@ -16,6 +17,7 @@ import grpo_vla
 import ppo_vla
 import tgrpo_vla
 from vla_envs import runs
+from vla_envs.training import tgrpo_extras
 from vla_envs.vector import MAX_VELOCITY, Simulation
 
 
@@ -279,12 +281,19 @@ def test_others_learn_as_if_the_group_had_not_been_there(make_vec):
     whole = tgrpo_vla.rollout(some_envs(make_vec, 6, []), policy, seeds, 1.0)
     kept = torch.tensor([True, True, False, False, True, True])
     assert not whole["diverged"].any() and whole["alive"].all()
-    for mode in ("sum", "mean"):
-        rewards = (whole["rewards"] + torch.rand(whole["rewards"].shape)) * whole["alive"]
-        expected = tgrpo_vla.tgrpo_advantages(rewards, whole["alive"], 2, 0.3, 0.7, mode)
-        given = tgrpo_vla.tgrpo_advantages(rewards * kept, ruined["alive"], 2, 0.3, 0.7, mode)
-        assert torch.equal(given[:, kept], expected[:, kept]) and given[:, ~kept].eq(0).all()
-        assert expected[:, ~kept].ne(0).any()
+    rewards = (whole["rewards"] + torch.rand(whole["rewards"].shape)) * whole["alive"]
+
+    def by_stage(*given):
+        return tgrpo_extras.by_stage(tgrpo_vla.step_advantages, *given)
+
+    modes = ("held", "sum", "mean")
+    trajectory = [partial(tgrpo_vla.trajectory_advantages, return_mode=mode) for mode in modes]
+    for function in (partial(tgrpo_vla.tgrpo_advantages, alpha1=0.3, alpha2=0.7), by_stage, *trajectory):
+        expected, given = (
+            function(its, of["alive"], 2) for its, of in ((rewards, whole), (rewards * kept, ruined))
+        )
+        assert torch.equal(given[..., kept], expected[..., kept]) and given[..., ~kept].eq(0).all()
+        assert expected[..., ~kept].ne(0).any()
     assert grpo_vla.group_advantages(ruined["rewards"].sum(dim=0), 2)[~kept].eq(0).all()
 
 

@@ -170,7 +170,7 @@ def _finishing(seen: Seen) -> Rule:
         totals = np.cumsum(paid) + paid * np.maximum(HORIZON - 1 - np.arange(end + 1), 0)
         best = int(np.argmax(totals[:-1])) if end else 0
         if end and totals[-1] - totals[best] < least[0]:
-            where = f"{seen.stage_name[its][best]!r} at {np.array(seen.where)[its][best]}"
+            where = f"{str(seen.stage_name[its][best])!r} at {np.array(seen.where)[its][best]}"
             least = (
                 totals[-1] - totals[best],
                 f"{totals[-1]:.4g} in {HORIZON} steps, staying {where} {totals[best]:.4g}",
