@@ -534,7 +534,7 @@ class Length:
 def test_a_run_has_an_end():
     for given in (Length(num_iterations=3), Length(total_env_steps=7), Length(3, 7)):
         assert runs.fill_in_length(given) == given
-    assert runs.fill_in_length(Length()) == Length(total_env_steps=175_000)
+    assert runs.fill_in_length(Length()) == Length(total_env_steps=runs.DEFAULT_ENV_STEPS)
 
 
 def test_every_iteration_of_every_seed_draws_other_numbers():

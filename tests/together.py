@@ -39,7 +39,7 @@ def learn(*rounds, max_rounds=2, minibatch_size=2, **kwargs):
     policy = small_policy()
     advantages = grpo_vla.group_advantages(batch["rewards"].sum(dim=0), 2).expand_as(batch["rewards"])
     b = grpo_vla.samples_of(policy, batch, advantages, args)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
     logs = grpo_vla.update(policy, optimizer, b, runs.minibatches(batch, args), args)
     parameters = torch.cat([p.detach().flatten() for p in policy.parameters()])
     flags = {name: batch[name].tolist() for name in ("kept", "zero_std")}
