@@ -856,7 +856,7 @@ def test_early_stop_keeps_the_best(start, own, capfd):
     final, stored = tensors(run, FINAL), tensors(run, "checkpoints/best/trained.safetensors")
     assert all(torch.equal(final[name], value) for name, value in stored.items())
     assert same(stored, tensors(run, TRAINED))  # evaluated last, so saved last
-    policy = load_policy("nano", run / "checkpoints" / "final")
+    policy = load_policy("nano", run / "checkpoints" / "final").eval()
     loss = sft_vla.held_out_loss(policy, held_out_samples(own, {4: 2, 7: 1}))
     assert loss == pytest.approx(best["nll"], abs=1e-4)
     assert f"lowest at {best['iteration']}" in capfd.readouterr().out
