@@ -47,7 +47,7 @@ class Args:
     resume: Path | None = None
     """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
     evaluate: bool = False
-    """Only evaluate --checkpoint, greedy and sampled"""
+    """Only evaluate --checkpoint, deterministically and sampled"""
     compare: Path | None = None
     """With --evaluate: a second checkpoint, compared with the first state by state"""
     protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
@@ -57,7 +57,7 @@ class Args:
     eval_episodes: int | None = None
     """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
     eval_temperature: float | None = None
-    """Sampling temperature of evaluations; 0 is greedy [the protocol's, else --temperature]"""
+    """Temperature of evaluations' sampled episodes; 0: none [the protocol's, else --temperature]"""
     device: str | None = None
     """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; openvla: cuda where there is one]"""
 

@@ -5,8 +5,9 @@ predicts discrete action tokens. What differs, and why:
 
 - a convolutional stem makes 16 picture tokens: a plain ViT of this width learns nothing from the picture;
 - initial weights have a standard deviation of 1/sqrt(width): 0.02 is meant for widths of thousands;
-- all tokens of a chunk are predicted in parallel from one query a control step, so that a decision is one
-  forward pass;
+- all tokens of a chunk are predicted in parallel from one query per action, so that a decision is one forward
+  pass; each action is held for a few control steps, so that exploration is coherent and tokens are few;
+- bins are ordered: labels are spread over neighbouring ones, and the deterministic action is the median;
 - the instruction also scales and shifts the picture tokens (FiLM), which grounds words far sooner.
 """
 
@@ -210,7 +211,7 @@ class Backbone(nn.Module):
         }
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Hidden states ``(B, C, width)`` of prepared inputs."""
+        """Hidden states ``(B, Q, width)`` of prepared inputs."""
         words = self.words(inputs["words"])  # (B, 16, width)
         present = (inputs["words"] > 0).unsqueeze(-1)
         sentence = (words * present).sum(1) / present.sum(1).clamp(min=1)  # (B, width)
@@ -239,7 +240,7 @@ class Backbone(nn.Module):
 
 
 class NanoPolicy(Backbone):
-    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, 56)`` action tokens.
+    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, D)`` action tokens, D = 7 Q.
 
     ``sample`` and ``evaluate`` are the interface of every policy of this package.
     """
@@ -251,7 +252,7 @@ class NanoPolicy(Backbone):
         nn.init.normal_(self.head.weight, std=0.1 * config.width**-0.5)  # starts near uniform over the bins
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, C, 7, 256)`` and hidden states ``(B, C, width)`` of prepared inputs."""
+        """Logits ``(B, Q, 7, 256)`` and hidden states ``(B, Q, width)`` of prepared inputs."""
         hidden = self.hidden(inputs)
         return SHARPNESS * self.head(hidden).unflatten(-1, (ACTION_DIM, BINS)), hidden
 
@@ -263,15 +264,15 @@ class NanoPolicy(Backbone):
         temperature: float = 1.0,
         generators: list[torch.Generator] | None = None,
     ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
-        """Actions ``(B, C, 7)`` in [-1, 1], tokens ``(B, 56)`` and their log-probabilities ``(B, 56)``.
+        """Actions ``(B, C, 7)`` in [-1, 1], tokens ``(B, D)`` and their log-probabilities ``(B, D)``.
 
         Args:
             obs: ``image`` and ``state`` as the environments give them.
             instructions: One sentence each.
-            temperature: Divides the logits; 0 takes the likeliest tokens.
+            temperature: Divides the logits; 0 takes the median of each token's distribution.
             generators: One for each instruction, from which it draws; by default torch's own for all.
         """
-        logits = self(self.prepare(obs, instructions))[0].flatten(1, 2)  # (B, 56, 256)
+        logits = self(self.prepare(obs, instructions))[0].flatten(1, 2)  # (B, D, 256)
         logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature > 0 and generators is not None:
             tokens = (logprobs - draw("exponential_", logprobs, generators).log()).argmax(-1)
@@ -288,7 +289,7 @@ class NanoPolicy(Backbone):
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities ``(B, 56)`` of tokens, entropies ``(B, 56)`` (nats), hidden ``(B, width)``."""
+        """Log-probabilities ``(B, D)`` of tokens, entropies ``(B, D)`` (nats), hidden ``(B, width)``."""
         logits, hidden = self(self.prepare(obs, instructions))
         logprobs = F.log_softmax(logits.flatten(1, 2) / (temperature if temperature > 0 else 1.0), dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -301,7 +302,11 @@ class NanoPolicy(Backbone):
     def imitation_loss(
         self, obs: dict[str, Any], instructions: list[str], actions: Tensor, generators: Any = None
     ) -> Tensor:
-        """Cross-entropy of demonstrated actions ``(B, C, 7)``."""
+        """Cross-entropy to labels around the demonstrated actions ``(B, C, 7)``, of images that are shifted.
+
+        A label is a normal distribution of width ``LABEL_WIDTH`` over the bins; the policy acts by a sharper
+        one than it imitates (``SHARPNESS``).
+        """
         inputs = self.prepare(obs, instructions)
         if self.training:
             inputs["image"] = shift(inputs["image"], SHIFT, generators)
