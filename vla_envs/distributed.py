@@ -7,10 +7,12 @@ none. A large policy of which everything is trained is spread over the processes
 everything here does nothing.
 """
 
+import atexit
 import datetime
 import functools
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -88,6 +90,9 @@ def stop() -> None:
     if dist.is_initialized():
         _gather_objects(None)
         dist.destroy_process_group()
+        # gloo's threads drop what they exchanged with Python's lock held; coming for it as Python ends, one
+        # would end the process by SIGABRT. Until then they can have it.
+        atexit.register(time.sleep, 0.5)
 
 
 # ---- What the first process does alone ---------------------------------------------------------------
