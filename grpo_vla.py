@@ -9,6 +9,7 @@ steps (one executes C control steps), D action tokens a decision, S samples (dec
 them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finished before decision t.
 
     advantage    A_i = (R_i - mean_i R_i) / std_i R_i of the total rewards R_i      group_advantages
+                 or, with --credit stage, one for each stage that a member enters   stage_credit
     objective    1/M sum_i 1/|o_i| sum_t 1/D sum_d min(ratio A_i, clip(ratio) A_i)  policy_loss
     penalty      beta (p_ref / p - 1 - log p_ref / p), the k3 estimate of the KL    update
 
@@ -42,6 +43,7 @@ from tqdm import tqdm
 
 from vla_envs import distributed, evaluation, runs
 from vla_envs.policies import adapters
+from vla_envs.training.credit import in_order, stage_credit
 
 
 @dataclass
@@ -113,6 +115,9 @@ class Args:
     # ---- Algorithm ----
     reward: str = "binary"
     """binary, multi_stage, or path/to/file.py:function"""
+    credit: Literal["trajectory", "stage"] = "trajectory"
+    """trajectory: all decisions share the reward of the whole; stage: each has the outcome of its own stage,
+    whether the member went on to a later one, compared among those that entered it"""
     keep_low: float = 0.1
     """Least success rate of a group that dynamic sampling keeps"""
     keep_high: float = 0.9
@@ -239,8 +244,8 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any =
     """Play an episode from each scene of ``seeds`` (N,) in so many environments, each with its generator.
 
     Returns:
-        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
-        success, diverged; last, the observation after the end; instructions; policy_s, seconds of deciding.
+        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, stages, steps (control steps);
+        (N,) success, diverged; last, the observation after the end; instructions; policy_s, seconds deciding.
     """
     alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
     padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
@@ -256,7 +261,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any =
         decisions.append({
             "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
             "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
-            "steps": np.where(alive, envs.steps - steps, 0),
+            "stages": info["stage"], "steps": np.where(alive, envs.steps - steps, 0),
         })  # fmt: skip
         alive = alive & ~terminated & ~truncated  # finished environments leave the batch
         obs = next_obs
@@ -403,6 +408,8 @@ def check(args: Args) -> Args:
         raise ValueError(
             f"keep_low, keep_high are {args.keep_low}, {args.keep_high}; expected 0 <= low <= high <= 1"
         )
+    if args.credit == "stage" and args.reward not in ("binary", "multi_stage"):
+        raise ValueError(f"--credit stage is for the reward binary or multi_stage, not {args.reward}")
     runs.check_numbers(args, "max_rounds", above=True)
     runs.check_training(args)
     return runs.fill_in_evaluation(runs.fill_in_length(args))
@@ -458,6 +465,8 @@ if __name__ == "__main__":
             break
         advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
         advantages = advantages.expand_as(batch["rewards"])  # (T, N)
+        if args.credit == "stage":
+            advantages = stage_credit(in_order(batch["stages"]), batch["alive"], args.group_size)  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()

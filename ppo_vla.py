@@ -260,8 +260,8 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any =
     """Play an episode from each scene of ``seeds`` (N,) in so many environments, each with its generator.
 
     Returns:
-        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, steps (control steps); (N,)
-        success, diverged; last, the observation after the end; instructions; policy_s, seconds of deciding.
+        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, stages, steps (control steps);
+        (N,) success, diverged; last, the observation after the end; instructions; policy_s, seconds deciding.
     """
     alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
     padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
@@ -277,7 +277,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any =
         decisions.append({
             "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
             "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
-            "steps": np.where(alive, envs.steps - steps, 0),
+            "stages": info["stage"], "steps": np.where(alive, envs.steps - steps, 0),
         })  # fmt: skip
         alive = alive & ~terminated & ~truncated  # finished environments leave the batch
         obs = next_obs

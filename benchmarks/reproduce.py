@@ -10,6 +10,7 @@ What is in --results is not run again, and an interrupted run goes on, so the wh
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -59,6 +60,7 @@ QUESTIONS = {  # a picture each
         f"TGRPO --return-mode {mode}": ["tgrpo_vla.py", "--return-mode", mode] for mode in ("sum", "mean")
     },
     "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
+    "credit": {"GRPO": METHODS["GRPO"], "GRPO --credit stage": ["grpo_vla.py", "--credit", "stage"]},
     "letter": {  # the paper's choices all at once, also with smaller steps, and one by one
         f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
         for flags in (
@@ -74,6 +76,7 @@ QUESTIONS = {  # a picture each
 ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
 PAIRS = (  # of methods, on the same tasks and seeds
     *((method, "TGRPO") for method in ASKED),
+    ("GRPO --credit stage", "GRPO"),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
 TWINS = {  # the same runs under two names
@@ -97,6 +100,7 @@ RUN = ["method", "task_id", "seed", "before", "after", "sampled_before", "sample
        "env_steps", "episodes", "wall_s", "commit"]  # fmt: skip
 POINT = ["method", "task_id", "seed", "tag", "env_steps", "value"]
 TOTAL_ENV_STEPS = 120_000  # control steps of training, the same for all
+REACHED = (0.8, 0.9)  # success, deterministic: how soon
 DRAWS = 5000  # of a bootstrap
 MINUTES = 12.0  # of a run, as long as nothing was measured
 
@@ -105,14 +109,21 @@ MINUTES = 12.0  # of a run, as long as nothing was measured
 class Args:
     """Run every method on every task and seed, from the shipped checkpoint, and compare them."""
 
-    results: Path = RESULTS
-    """Folder of runs.csv, curves.csv, table.md and the pictures; a new one makes every run anew"""
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    checkpoint: Path | None = None
+    """Starting checkpoint [the shipped one, which plays LIBERO-Object]"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [the scripts']"""
+    results: Path | None = None
+    """Folder of runs.csv, curves.csv, table.md and the pictures; a new one makes every run anew
+    [benchmarks/results/<suite>]"""
     out: Path | None = None
-    """Folder of the runs themselves [runs/reproduce; of other --results than the repository's: runs there]"""
+    """Folder of the runs themselves [runs/reproduce/<suite>; with --results: runs there]"""
     methods: tuple[str, ...] = ()
     """Which of the methods [all of Table 1; with --questions those that the pairs need]"""
     task_ids: tuple[int, ...] = tuple(range(10))
-    """Tasks of LIBERO-Object"""
+    """Tasks of the suite"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds"""
     questions: bool = False
@@ -131,7 +142,7 @@ class Args:
 def folder_of(method: str, task_id: int, seed: int, args: Args) -> Path:
     """Where a run is."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
-    out = args.out or (Path("runs/reproduce") if args.results == RESULTS else args.results / "runs")
+    out = args.out or (args.results / "runs" if args.results else Path("runs/reproduce") / args.suite)
     return out / f"{name}__{task_id}__{seed}"
 
 
@@ -154,10 +165,13 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     if method == PAPERS:
         alpha1, alpha2 = PAPER_ALPHAS[task_id]
         flags = ["--alpha1", alpha1, "--alpha2", alpha2]
+    start = ["--checkpoint", args.checkpoint] if args.checkpoint else []
+    if args.max_episode_steps is not None:
+        start += ["--max-episode-steps", args.max_episode_steps]
     begun = (folder / "args.json").is_file()
     words = ["--resume", folder, "--num-threads", cores] if begun else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
-        "--total-env-steps", TOTAL_ENV_STEPS, *flags,
+        "--total-env-steps", TOTAL_ENV_STEPS, "--suite", args.suite, *start, *flags,
     ]  # fmt: skip
     if not begun:
         folder.with_suffix(".commit").write_text(commit())
@@ -269,6 +283,41 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
+def reached(lines: list[dict[str, Any]], points: list[dict[str, Any]], methods: list[str]) -> str:
+    """Steps and minutes until an evaluation showed ``REACHED``: the median and the range over the seeds."""
+    curves: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
+    for p in (p for p in points if p["tag"] == "charts/success_rate"):
+        curves.setdefault((p["method"], p["task_id"], p["seed"]), []).append((p["env_steps"], p["value"]))
+    shares = [f"{share:.0%}".replace("%", " %") for share in REACHED]
+    text = [
+        f"| method | task | {' | '.join(f'steps to {s} | minutes to {s}' for s in shares)} |",
+        "| --- | --- |" + " --- | --- |" * len(REACHED),
+    ]
+    for method, task_id in dict.fromkeys((m, x["task_id"]) for m in methods for x in lines):
+        its = [x for x in lines if x["method"] == method and x["task_id"] == task_id]
+        cells = []
+        for share in REACHED:
+            steps, minutes = [], []
+            for x in its:
+                curve = sorted(curves.get((method, task_id, x["seed"]), []))
+                if first := [step for step, value in curve if value >= share]:
+                    steps.append(first[0])
+                    minutes.append(first[0] / x["env_steps"] * x["wall_s"] / 60)
+            short = "" if len(steps) == len(its) else f"; {len(steps)} of {len(its)} runs"
+            for values, form in ((steps, "{:,.0f}"), (minutes, "{:.1f}")):
+                words = [form.format(value) for value in np.quantile(values, [0.5, 0, 1])] if values else []
+                cells.append(f"{words[0]} ({words[1]} to {words[2]}{short})" if words else "not reached")
+        if its:
+            text.append(f"| {method} | {task_id} | {' | '.join(cells)} |")
+    text += [
+        "",
+        "Control steps of training before the first evaluation, one in five iterations, whose deterministic"
+        " success was that high: median and range over the seeds. Minutes are that share of a run's own, its"
+        " evaluations among them, with the other jobs beside it.",
+    ]
+    return "\n".join(text) + "\n"
+
+
 def with_twins(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of a table, and those of equal runs once more under their other name."""
     return lines + [
@@ -364,25 +413,26 @@ def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], args: Args) -> None:
+def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], results: Path) -> None:
     """Table and pictures of the runs so far."""
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     named, named_points = with_twins(lines), with_twins(points)
     if methods:
-        with whole(args.results / "table.md") as partial:
-            partial.write_text(table([x for x in lines if x["method"] in methods], methods))
+        with whole(results / "table.md") as partial:
+            shown = [x for x in lines if x["method"] in methods]
+            partial.write_text(table(shown, methods) + "\n" + reached(shown, points, methods))
     if any(line["method"] in ASKED for line in lines):
-        with whole(args.results / "questions.md") as partial:
+        with whole(results / "questions.md") as partial:
             partial.write_text(pairs_table(named))
     if any(point["method"] in METHODS for point in points):
-        draw_curves(points, list(METHODS), args.results / "curves.png")
+        draw_curves(points, list(METHODS), results / "curves.png")
     for question, asked in QUESTIONS.items():
         if any(point["method"] in asked for point in points):
-            draw_curves(named_points, ["TGRPO", *asked], args.results / f"{question}.png")
+            draw_curves(named_points, ["TGRPO", *asked], results / f"{question}.png")
     only_mapped = HEAT_MAP.keys() - ASKED.keys()
     for task_id in sorted({line["task_id"] for line in lines if line["method"] in only_mapped}):
         its_lines = [x for x in named if x["task_id"] == task_id and x["method"] in HEAT_MAP]
-        draw_heat_map(its_lines, args.results / f"heat_map_{task_id}.png")
+        draw_heat_map(its_lines, results / f"heat_map_{task_id}.png")
 
 
 def main(args: Args) -> None:
@@ -401,9 +451,12 @@ def main(args: Args) -> None:
         raise ValueError(
             "heat_map is of all alphas on its task; expected neither --methods nor --questions nor --task-ids"
         )
-    args.results.mkdir(parents=True, exist_ok=True)
-    lines = read_csv(args.results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
-    points = read_csv(args.results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
+    if args.results is None:
+        args = dataclasses.replace(args, out=folder_of("", 0, 0, args).parent, results=RESULTS / args.suite)
+    results = args.results
+    results.mkdir(parents=True, exist_ok=True)
+    lines = read_csv(results / "runs.csv", dict.fromkeys(RUN, 0) | {"method": "", "commit": ""})
+    points = read_csv(results / "curves.csv", {"task_id": 0, "seed": 0, "env_steps": 0, "value": 0.0})
     chosen = HEAT_MAP if args.heat_map is not None else ("TGRPO", *ASKED) if args.questions else METHODS
     methods = args.methods or tuple(chosen)
     known = {(line["method"], line["task_id"], line["seed"]) for line in with_twins(lines)}
@@ -411,7 +464,7 @@ def main(args: Args) -> None:
               if (each := (method, task_id, seed)) not in known
               and TWINS.get(method) not in methods]  # fmt: skip
     if args.run and not wanted:
-        print(f"nothing to run: all of it is in {args.results}; a new --results makes it anew")
+        print(f"nothing to run: all of it is in {results}; a new --results makes it anew")
     if args.run and wanted:
         minutes = np.median([line["wall_s"] for line in lines]) / 60 if lines else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60
@@ -423,16 +476,16 @@ def main(args: Args) -> None:
                     future.result()
                     line, its_points = read_run(*futures[future], args)
                     lines, points = lines + [line], points + its_points
-                    write_csv(args.results / "runs.csv", RUN, lines)
-                    write_csv(args.results / "curves.csv", POINT, points)
-                    show(lines, points, args)
+                    write_csv(results / "runs.csv", RUN, lines)
+                    write_csv(results / "curves.csv", POINT, points)
+                    show(lines, points, results)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    show(lines, points, args)
+    show(lines, points, results)
     for name in ("table.md", "questions.md"):
-        if (args.results / name).is_file():
-            print((args.results / name).read_text())
+        if (results / name).is_file():
+            print((results / name).read_text())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from test_shared import OnesPolicy, ScriptedEnvs, arguments, small_policy
 
 import grpo_vla
-from grpo_vla import collect, group_advantages
+from grpo_vla import collect, group_advantages, in_order, stage_credit
 from vla_envs import runs
 
 # ---- Advantages --------------------------------------------------------------------------------------
@@ -137,6 +137,68 @@ def test_groups_that_do_not_divide(members, size):
     with pytest.raises(ValueError, match=rf"{members}\D.*{size}") as error:
         group_advantages(torch.zeros(members), size)
     assert len(str(error.value).splitlines()) == 1
+
+
+# ---- Credit by stage ---------------------------------------------------------------------------------
+
+
+def slow_credit(stages, alive, size):
+    """Stage by stage, group by group, member by member."""
+    steps, members = len(stages), len(stages[0])
+    result = [[0.0] * members for _ in range(steps)]
+    for start in range(0, members, size):
+        for stage in {0, *(number for row in stages for number in row)}:
+            entries, outcomes = {}, {}
+            for i in range(start, start + size):
+                its = [t for t in range(steps) if alive[t][i] and (stages[t - 1][i] if t else 0) == stage]
+                if its:
+                    later = [stages[t][i] for t in range(its[0], steps) if alive[t][i]]
+                    entries[i], outcomes[i] = its, float(max(later) > stage)
+            if len(set(outcomes.values())) < 2:
+                continue
+            mean, spread = statistics.mean(outcomes.values()), statistics.stdev(outcomes.values())
+            for i, its in entries.items():
+                for t in its:
+                    result[t][i] = (outcomes[i] - mean) / (spread + 1e-6)
+    return torch.tensor(result)
+
+
+def test_credit_by_hand():
+    """Two members: one drops the object and fails in what it did while it held it, one succeeds."""
+    stages = torch.tensor([[1, 0], [3, 1], [-1, 3], [-1, 3], [-1, 9]])
+    credit = stage_credit(stages, torch.ones(5, 2), 2)
+    half = 1 / math.sqrt(2)  # both left stages 0 and 1, one left stage 3
+    expected = [[0.0, 0.0], [0.0, 0.0], [-half, 0.0], [0.0, half], [0.0, half]]
+    torch.testing.assert_close(credit, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_credit_against_the_slow_one(seed, size):
+    numbers = torch.Generator().manual_seed(seed)
+    stages = torch.randint(-1, 5, (9, 24), generator=numbers)
+    lengths = torch.randint(0, 10, (24,), generator=numbers)  # 0: left out
+    alive = torch.arange(9).unsqueeze(1) < lengths
+    credit = stage_credit(stages, alive, size)
+    assert credit.dtype == torch.float32 and credit.abs().max() > 0.5
+    torch.testing.assert_close(
+        credit, slow_credit(stages.tolist(), alive.tolist(), size), atol=1e-5, rtol=1e-5
+    )
+    assert credit[~alive].eq(0).all()
+    junk = torch.where(alive, stages, torch.randint(-1, 5, (9, 24), generator=numbers))
+    assert torch.equal(stage_credit(junk, alive, size), credit)  # what follows an end is not looked at
+
+
+def test_stages_in_order():
+    """What was dropped is before what is far; the second of two goals comes after the first."""
+    assert in_order(torch.tensor([[6, 0, 5], [13, 7, 12]])).tolist() == [[-1, 0, 5], [6, 7, 12]]
+
+
+def test_where_members_agree_there_is_no_credit():
+    assert stage_credit(torch.arange(5).unsqueeze(1).expand(5, 4), torch.ones(5, 4), 4).eq(0).all()
+    assert stage_credit(torch.zeros(5, 4, dtype=torch.int64), torch.ones(5, 4), 2).eq(0).all()
+    with pytest.raises(ValueError, match="4 environments do not divide into groups of 3"):
+        stage_credit(torch.zeros(5, 4, dtype=torch.int64), torch.ones(5, 4), 3)
 
 
 # ---- Dynamic sampling --------------------------------------------------------------------------------
@@ -329,6 +391,7 @@ def numbered(steps, members, first):
         "tokens": numbers.long().unsqueeze(2).expand(-1, -1, 14),
         "logprobs": -numbers.unsqueeze(2).expand(-1, -1, 14),
         "rewards": numbers * 10,
+        "stages": numbers.long(),
         "alive": torch.ones(steps, members, dtype=torch.bool),
         "instructions": [f"task {first + i}" for i in range(members)],
     }
@@ -351,7 +414,7 @@ def test_one_batch_of_all_members_stays_as_it_is():
     batch = numbered(2, 3, 1)
     joined = runs.join_batches([batch], [torch.ones(3, dtype=torch.bool)])
     assert joined["instructions"] == batch["instructions"]
-    for name in ("image", "state", "tokens", "logprobs", "rewards", "alive"):
+    for name in ("image", "state", "tokens", "logprobs", "rewards", "stages", "alive"):
         assert torch.equal(joined[name], batch[name])
 
 

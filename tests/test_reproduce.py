@@ -48,6 +48,22 @@ def test_a_table_of_runs_that_do_not_overlap():
     assert cells(text, "GRPO")[2:] == ["", ""] and "no task and seed" in text
 
 
+def test_how_soon():
+    """The first evaluation that was high enough; minutes in proportion."""
+
+    def curve(seed, *values):
+        which = {"method": "GRPO", "task_id": 4, "seed": seed, "tag": "charts/success_rate"}
+        return [which | {"env_steps": 25 * k, "value": value} for k, value in enumerate(values)]
+
+    points = curve(1, 0.2, 0.85, 0.7, 0.95, 1.0) + curve(2, 0.2, 0.5, 0.8, 0.8, 0.8)
+    text = reproduce.reached([line("GRPO", 4, seed, 50) for seed in (1, 2)], points, ["PPO", "GRPO"])
+    expected = ["4", "38 (25 to 50)", "0.4 (0.2 to 0.5)", "75 (75 to 75; 1 of 2 runs)",
+                "0.8 (0.8 to 0.8; 1 of 2 runs)"]  # fmt: skip
+    assert cells(text, "GRPO") == expected and "PPO" not in text
+    low = reproduce.reached([line("GRPO", 4, 1, 10)], curve(1, 0.2, 0.2), ["GRPO"])
+    assert cells(low, "GRPO") == ["4"] + ["not reached"] * 4
+
+
 def test_the_pairs():
     """On the same task and seed; the seed that only one of them has does not count."""
     auto, papers = "TGRPO --alphas auto", reproduce.PAPERS
@@ -101,7 +117,8 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
     returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
-    assert [each[0] for each in played] == [reproduce.PAPERS, *returns, *letter]
+    credit = ["GRPO", "GRPO --credit stage"]
+    assert [each[0] for each in played] == [reproduce.PAPERS, *returns, *credit, *letter]
     assert "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 (1) |" in capsys.readouterr().out
     assert "paper against TGRPO" in (tmp_path / "questions.md").read_text()
 
@@ -133,7 +150,7 @@ def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
         line("TGRPO", 4, 3, 50),
         line("TGRPO", 0, 1, 9),
     ]
-    reproduce.show(lines, [], reproduce.Args(results=tmp_path))
+    reproduce.show(lines, [], tmp_path)
     assert {path.name for path in tmp_path.glob("heat*")} == {"heat_map_4.png", "heat_map_7.png"}
     cells = [[text.get_text() for text in figure.axes[0].texts] for figure in figures]
     assert cells == [["45 %", "70 %"], ["10 %"]]  # 0.3/0.7 is TGRPO's, of the seeds that both have
@@ -159,7 +176,7 @@ def rows_below(header):
 
 def test_the_readmes_table_is_of_the_runs():
     kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
-    runs = reproduce.read_csv(ROOT / "benchmarks/results/runs.csv", kinds)
+    runs = reproduce.read_csv(ROOT / "benchmarks/results/LiberoObject/runs.csv", kinds)
     rows = rows_below("| LiberoObject task 4 |")
     assert list(rows) == [f"{run['method']}, seed {run['seed']}" for run in runs if run["task_id"] == 4]
     for run in runs:
@@ -206,7 +223,7 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
 
 def test_other_results_have_runs_of_their_own(tmp_path):
     own, other = reproduce.Args(), reproduce.Args(results=tmp_path)
-    assert reproduce.folder_of("GRPO", 4, 1, own) == Path("runs/reproduce/grpo__4__1")
+    assert reproduce.folder_of("GRPO", 4, 1, own) == Path("runs/reproduce/LiberoObject/grpo__4__1")
     assert reproduce.folder_of("GRPO", 4, 1, other) == tmp_path / "runs" / "grpo__4__1"
 
 

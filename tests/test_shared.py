@@ -253,7 +253,7 @@ class ScriptedEnvs:
         reward = np.where(self.frozen, -99.0, self.pay())  # what is paid after an end must not count
         self.truncated = ~self.terminated & (self.t >= self.limit)
         self.frozen = self.terminated | self.truncated
-        info = {"diverged": np.zeros(self.num_envs, bool)}
+        info = {"diverged": np.zeros(self.num_envs, bool), "stage": np.full(self.num_envs, 3 + self.t)}
         return self.observe(), reward, self.terminated.copy(), self.truncated.copy(), info
 
 
@@ -309,6 +309,7 @@ def test_rollout_masks_those_that_have_finished():
     assert batch["rewards"].tolist() == [[10, 11, 12, 13], [20, 21, 22, 0], [0, 31, 32, 0]]
     assert batch["rewards"].dtype == torch.float32
     assert batch["steps"].tolist() == [[2, 2, 2, 2], [2, 2, 2, 0], [0, 2, 2, 0]]
+    assert batch["stages"].tolist() == [[4] * 4, [5] * 4, [6] * 4]
     assert batch["tokens"].shape == batch["logprobs"].shape == (3, 4, 14)
     assert batch["tokens"][..., 0].tolist() == [[1, 1, 1, 1], [2, 2, 2, 0], [0, 3, 3, 0]]
     assert torch.equal(batch["logprobs"], -batch["tokens"].float())

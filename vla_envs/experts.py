@@ -1,9 +1,9 @@
-"""A scripted expert for pick-and-place: reach, grasp, lift, carry, release.
+"""A scripted expert for pick-and-place: reach, grasp, lift, carry, release, and then the next object.
 
-It plays all of LIBERO-Object and LIBERO-Spatial, and of LIBERO-Goal the tasks that put one thing somewhere:
-the bowl on the stove (1), on the cabinet (4) and on the plate (8), the wine bottle on the cabinet (2) and on
-the rack (9), the cream cheese in the bowl (6). It reads poses from the simulator, which no policy may, and
-serves to make demonstrations:
+It plays all of LIBERO-Object and LIBERO-Spatial; of LIBERO-Goal the tasks that put one thing somewhere: the
+bowl on the stove (1), on the cabinet (4) and on the plate (8), the wine bottle on the cabinet (2) and on the
+rack (9), the cream cheese in the bowl (6); and of LIBERO-10 those that put two things in the basket (0, 7).
+It reads poses from the simulator, which no policy may, and serves to make demonstrations:
 
     python -m vla_envs.experts --task-ids 4 --episodes 8 --out demos --videos
     python -m vla_envs.experts --suite LiberoSpatial --task-ids 3 --episodes 8 --out demos
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import h5py
 import imageio.v2 as imageio
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -26,22 +25,29 @@ from tqdm import tqdm
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.demonstrations import OBS_BEFORE_ACTION
 from vla_envs.files import whole
-from vla_envs.goals import IN_REGION, ON_OBJECT
+from vla_envs.goals import IN_REGION, ON_OBJECT, predicates_met
 from vla_envs.tasks import get_task
 from vla_envs.vector import LiberoVectorEnv
 
 #: Ids of the tasks that the expert plays.
-COVERED = {"LiberoObject": range(10), "LiberoSpatial": range(10), "LiberoGoal": (1, 2, 4, 6, 8, 9)}
+COVERED = {
+    "LiberoObject": range(10),
+    "LiberoSpatial": range(10),
+    "LiberoGoal": (1, 2, 4, 6, 8, 9),
+    "Libero10": (0, 7),
+}
+LIMITS = {"Libero10": 400}  # control steps after which an attempt has failed; of other suites 200
 REACH = 0.035  # m, how far below an object's top the fingertips get before the palm touches it
 SHIFTS = {
     "cream": -0.02,
     "tomato": -0.012,
     "bbq": -0.008,
-}  # m along x: clear of a neighbour that the hand would hit
+}  # m along x, in LIBERO-Object: clear of a neighbour that the hand would hit
 WIDE = 0.09  # m; what is wider, a bowl, is grasped at its rim
 RIM = 0.015  # m, how far inside the rim the hand comes down, which keeps it off what stands beside the bowl
 RIM_REACH = 0.012  # m, how far below the rim the fingertips get: the palm stays above a drawer's sides
 TURNS = {"wooden_cabinet": 1.12}  # rad about the vertical: fingers along the drawer, on the robot's side
+TABLES = ("table_top", "living_room_table")  # how the sites on a table's surface are named
 FLOOR = 0.012  # m above the table or floor, lowest that the fingertips go
 CARRY = 0.27  # m above the table or floor, on the way to the goal
 RELEASE = 0.22  # m, height of the fingertips over the basket when they open
@@ -77,8 +83,9 @@ def check_covered(suite: str, task_id: int) -> None:
 class ScriptedExpert:
     """Actions for every environment of a ``LiberoVectorEnv`` with ``action_chunk=1``.
 
-    The phases are approach, descend, close, lift, carry and release; each ends when the fingertips, or the
-    object they hold, have arrived. A grasp that has slipped starts over.
+    The phases are approach, descend, close, lift, carry, release and withdraw; each ends when the fingertips,
+    or the object they hold, have arrived. A grasp that has slipped starts over. When an object is in its
+    place, the next one that is not follows.
 
     Args:
         envs: The environments.
@@ -102,15 +109,20 @@ class ScriptedExpert:
         """Forget the phases; call it with the environments' reset."""
         self.phase = np.zeros(self.envs.num_envs, np.int64)
         self.waited = np.zeros(self.envs.num_envs, np.int64)
+        self.predicate = np.zeros(self.envs.num_envs, np.int64)  # of the goal, which is being met
         self.grounds = [self._ground(i) for i in range(self.envs.num_envs)]
         self.turns = [self._turn(i) for i in range(self.envs.num_envs)]
-        self.offsets = np.stack([self._grasp_offset(i) for i in range(self.envs.num_envs)])
+        self.offsets = [
+            [self._grasp_offset(i, k) for k in range(len(simulation.scene.goal.kind))]
+            for i, simulation in enumerate(self.envs.simulations)
+        ]
 
     def _ground(self, i: int) -> float:
         """Height of the table, or of the floor where there is none (m)."""
-        simulation = self.envs.simulations[i]
-        site = mujoco.mj_name2id(simulation.scene.model, mujoco.mjtObj.mjOBJ_SITE, "table_top")
-        return float(simulation.data.site_xpos[site, 2]) if site >= 0 else 0.0
+        model, data = self.envs.simulations[i].scene.model, self.envs.simulations[i].data
+        names = [model.site(k).name for k in range(model.nsite)]
+        table = [k for k, name in enumerate(names) if name.startswith(TABLES)]
+        return float(data.site_xpos[table[0], 2]) if table else 0.0
 
     def _turn(self, i: int) -> NDArray[np.float64]:
         """The hand's rotation about the vertical (3, 3), from square to the world with fingers along y."""
@@ -118,46 +130,57 @@ class ScriptedExpert:
         sin, cos = np.sin(angle), np.cos(angle)
         return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
 
-    def _grasp_offset(self, i: int) -> NDArray[np.float64]:
-        """From the object's origin to where the fingers close (3, m): its middle or its rim, or as low as
-        they reach."""
+    def _grasp_offset(self, i: int, k: int) -> NDArray[np.float64]:
+        """From the origin of predicate k's object to where the fingers close (3, m): its middle or its rim,
+        or as low as they reach."""
         simulation = self.envs.simulations[i]
-        model, data = simulation.scene.model, simulation.data
-        boxes = simulation.facts.solid[0]
+        model, data, goal = simulation.scene.model, simulation.data, simulation.scene.goal
+        boxes = simulation.facts.solid[k]
         extent = np.einsum(
             "gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes]
         )
         low, high = (data.geom_xpos[boxes] - extent).min(axis=0), (data.geom_xpos[boxes] + extent).max(axis=0)
         point, width = (low + high) / 2, high[1] - low[1]
-        point[0] += SHIFTS.get(self.envs.tasks[i].name.split("_")[3], 0.0)
+        if self.envs.tasks[i].suite == "LiberoObject":
+            point[0] += SHIFTS.get(model.body(goal.subject[k]).name.split("_")[0], 0.0)
         if width > WIDE:
             point += self.turns[i] @ [0.0, width / 2 - RIM, 0.0]
         reach = RIM_REACH if width > WIDE else REACH
         point[2] = max(point[2], high[2] - reach, self.grounds[i] + FLOOR)
-        return point - data.xpos[simulation.scene.goal.subject[0]]
+        return point - data.xpos[goal.subject[k]]
 
     def _intended(self, i: int) -> NDArray[np.float64]:
         simulation = self.envs.simulations[i]
         data, goal, arm = simulation.data, simulation.scene.goal, simulation.scene.arm
-        hand, subject = data.site_xpos[arm.site], data.xpos[goal.subject[0]]
-        grasp = subject + self.offsets[i]
-        x, y, z = (data.xpos if goal.kind[0] == ON_OBJECT else data.site_xpos)[goal.target[0]]
+        met = predicates_met(goal, data)
+        if self.phase[i] == 0 and not met.all():
+            self.predicate[i] = np.flatnonzero(~met)[0]
+        k = self.predicate[i]
+        hand, subject = data.site_xpos[arm.site], data.xpos[goal.subject[k]]
+        grasp = subject + self.offsets[i][k]
+        x, y, z = (data.xpos if goal.kind[k] == ON_OBJECT else data.site_xpos)[goal.target[k]]
         carry = self.grounds[i] + CARRY
         # What is steered to the goal, and the height at which that ends.
-        if goal.kind[0] == IN_REGION:
+        if goal.kind[k] == IN_REGION:
             manner, steered, release = DROP, hand, RELEASE
         else:
             manner, steered, release = PLACE, subject, z
 
+        if met[k] and self.phase[i] in (1, 2, 5):
+            self.phase[i] = 6
         if self.phase[i] in manner.held and np.linalg.norm(grasp - hand) >= 0.05:
             self.phase[i] = 0  # lost it
+        above = grasp + np.array([0.0, 0.0, manner.hover])
+        if met.any() and np.linalg.norm((above - hand)[:2]) > 0.1:
+            above[2] = carry  # clear of where the last object lies
         error = [
-            grasp + np.array([0.0, 0.0, manner.hover]) - hand,
+            above - hand,
             grasp - hand,
             grasp - hand,
             np.array([0.0, 0.0, carry - steered[2]]),
             np.array([x, y, carry]) - steered,
             np.array([x, y, release]) - steered,
+            np.array([0.0, 0.0, carry - hand[2]]),
         ][self.phase[i]]
         arrived = [
             np.linalg.norm(error[:2]) < 0.015,
@@ -166,6 +189,7 @@ class ScriptedExpert:
             error[2] < 0.03,
             np.linalg.norm(error[:2]) < manner.over,
             False,
+            error[2] < 0.03,
         ][self.phase[i]]
         action = np.zeros(7)
         action[:3] = np.clip(error * GAIN, -1.0, 1.0)
@@ -177,7 +201,7 @@ class ScriptedExpert:
             action[6] = 1.0
         self.waited[i] = self.waited[i] + 1 if self.phase[i] == 2 else 0
         if arrived:
-            self.phase[i] += 1
+            self.phase[i] = (self.phase[i] + 1) % 7
         return action
 
     def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -277,8 +301,9 @@ def main(args: Args) -> None:
         check_covered(args.suite, task_id)
     for task_id in tqdm(task_ids, desc="demonstrations", unit="task"):
         envs = LiberoVectorEnv(
-            min(args.episodes, 16), args.suite, task_id, image_size=args.image_size, assets=args.assets
-        )
+            min(args.episodes, 16), args.suite, task_id, image_size=args.image_size, assets=args.assets,
+            max_episode_steps=LIMITS.get(args.suite, 200),
+        )  # fmt: skip
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

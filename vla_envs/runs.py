@@ -514,7 +514,7 @@ def join_batches(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str,
     joined["round"] = torch.cat([torch.full((int(kept.sum()),), i) for i, kept in enumerate(keep)])  # (N,)
     for batch, kept in zip(batches, keep):
         joined["instructions"] += [batch["instructions"][i] for i in torch.nonzero(kept).flatten().tolist()]
-    for name in ("image", "state", "tokens", "logprobs", "rewards", "alive"):
+    for name in ("image", "state", "tokens", "logprobs", "rewards", "stages", "alive"):
         parts = [batch[name][:, kept] for batch, kept in zip(batches, keep)]  # (T, kept members, ...)
         pads = [part.new_zeros((steps - len(part), *part.shape[1:])) for part in parts]
         joined[name] = torch.cat([torch.cat(pair) for pair in zip(parts, pads)], dim=1)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.demonstrations import open_hdf5, read_parts
-from vla_envs.experts import COVERED, ScriptedExpert
+from vla_envs.experts import COVERED, LIMITS, ScriptedExpert
 from vla_envs.goals import FACTS, predicates_met
 from vla_envs.rewards import Facts
 from vla_envs.tasks import Task
@@ -45,7 +45,7 @@ def collect(task: Task, episodes: int, seed: int = 0, file: Path | None = None) 
     demos = _read(file, task, episodes) if file else []
     count = len(demos) or episodes
     placements = list(range(seed, seed + count))
-    limit = max([len(demo["actions"]) for demo in demos], default=200)
+    limit = max([len(demo["actions"]) for demo in demos], default=LIMITS.get(task.suite, 200))
     envs = LiberoVectorEnv(count, task.suite, task.task_id, image_size=8, max_episode_steps=limit)
     with contextlib.closing(envs):
         if demos and "states" in demos[0]:
