@@ -125,11 +125,12 @@ class Args:
     max_rounds: int = 4
     """Rollouts of all groups an iteration, at most, until --num-groups groups are kept"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [120000, or --num-iterations]"""
+    """Control steps of training: the iteration that reaches them is the last [120000, or 60000 for each of
+    several tasks; or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
-    num_groups: int = 8
-    """Groups a batch (G), each on a scene of its own"""
+    num_groups: int | None = None
+    """Groups a batch (G), each on a scene of its own [8, or 2 for each of --task-ids]"""
     group_size: int = 8
     """Members a group (K)"""
     learning_rate: float = 1.5e-4
@@ -411,8 +412,9 @@ def check(args: Args) -> Args:
     if args.credit == "stage" and args.reward not in ("binary", "multi_stage"):
         raise ValueError(f"--credit stage is for the reward binary or multi_stage, not {args.reward}")
     runs.check_numbers(args, "max_rounds", above=True)
+    args = runs.fill_in_evaluation(runs.fill_in_length(args))
     runs.check_training(args)
-    return runs.fill_in_evaluation(runs.fill_in_length(args))
+    return args
 
 
 if __name__ == "__main__":

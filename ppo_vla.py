@@ -124,7 +124,8 @@ class Args:
     critic_warmup: int = 2
     """Iterations in which only the critic learns, at most all but the run's last"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [120000, or --num-iterations]"""
+    """Control steps of training: the iteration that reaches them is the last [120000, or 60000 for each of
+    several tasks; or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int = 64
@@ -433,8 +434,9 @@ def check(args: Args) -> Args:
         raise ValueError(f"gamma, gae_lambda are {args.gamma}, {args.gae_lambda}; expected 0 to 1")
     runs.check_numbers(args, "critic_warmup", above=False)
     runs.check_numbers(args, "group_size value_learning_rate value_clip", above=True)
+    args = runs.fill_in_evaluation(runs.fill_in_length(args))
     runs.check_training(args)
-    return runs.fill_in_evaluation(runs.fill_in_length(args))
+    return args
 
 
 if __name__ == "__main__":

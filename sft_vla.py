@@ -106,8 +106,8 @@ class Args:
     # ---- Algorithm ----
     demos: Path = Path("demos")
     """Folder of demonstrations: LIBERO's HDF5 files or a LeRobot data set"""
-    episodes: tuple[int, ...] = (8,)
-    """Demonstrations a task: one number for all, or one for each of --task-ids"""
+    episodes: tuple[int, ...] = ()
+    """Demonstrations a task: one number for all, or one for each of --task-ids [all that are not held out]"""
     held_out: int = 1
     """Further demonstrations a task that are not learnt from, whose loss is logged"""
     early_stop: int = 0
@@ -244,7 +244,7 @@ def check(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
     args = runs.fill_in_evaluation(args)
     episodes = args.episodes * len(args.task_ids) if len(args.episodes) == 1 else args.episodes
-    if len(episodes) != len(args.task_ids) or min(episodes) < 1:
+    if episodes and (len(episodes) != len(args.task_ids) or min(episodes) < 1):
         raise ValueError(
             f"episodes are {args.episodes}; expected one number above 0, or one for each of {args.task_ids}"
         )
@@ -277,17 +277,16 @@ if __name__ == "__main__":
         protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
         tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
         if not args.evaluate:
+            counts = [count + args.held_out for count in args.episodes] or [None] * len(tasks)  # None: all
             demos = [
                 demonstrations.load_demonstrations(
-                    args.demos, task, count + args.held_out, policy.action_chunk
+                    args.demos, task, count, policy.action_chunk, least=1 + args.held_out
                 )
-                for task, count in zip(tasks, args.episodes)
+                for task, count in zip(tasks, counts)
             ]
-            samples = demonstrations.samples(tasks, [d[:count] for d, count in zip(demos, args.episodes)])
+            samples = demonstrations.samples(tasks, [d[: len(d) - args.held_out] for d in demos])
             held_out = (
-                demonstrations.samples(tasks, [d[count:] for d, count in zip(demos, args.episodes)])
-                if args.held_out
-                else None
+                demonstrations.samples(tasks, [d[-args.held_out :] for d in demos]) if args.held_out else None
             )
             if new:
                 policy.centre_states(samples["state"])

@@ -144,11 +144,12 @@ class Args:
     clip: bool = True
     """Clip the ratio; --no-clip is the paper's version 1"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [120000, or --num-iterations]"""
+    """Control steps of training: the iteration that reaches them is the last [120000, or 60000 for each of
+    several tasks; or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
-    num_groups: int = 8
-    """Groups a batch (G), each on a scene of its own"""
+    num_groups: int | None = None
+    """Groups a batch (G), each on a scene of its own [8, or 2 for each of --task-ids]"""
     group_size: int = 8
     """Members a group (K)"""
     learning_rate: float = 1.5e-4

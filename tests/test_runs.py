@@ -529,12 +529,21 @@ def test_how_much_is_done(iteration, env_steps, num_iterations, limit, expected)
 class Length:
     num_iterations: int | None = None
     total_env_steps: int | None = None
+    num_groups: int | None = 8
+    task_ids: tuple[int, ...] = ()
 
 
 def test_a_run_has_an_end():
     for given in (Length(num_iterations=3), Length(total_env_steps=7), Length(3, 7)):
         assert runs.fill_in_length(given) == given
     assert runs.fill_in_length(Length()) == Length(total_env_steps=runs.DEFAULT_ENV_STEPS)
+
+
+@pytest.mark.parametrize(("tasks", "steps", "groups"), [(1, 120_000, 8), (3, 180_000, 8), (10, 600_000, 20)])
+def test_several_tasks_take_longer(tasks, steps, groups):
+    filled = runs.fill_in_length(Length(num_groups=None, task_ids=tuple(range(tasks))))
+    assert (filled.total_env_steps, filled.num_groups) == (steps, groups)
+    assert runs.fill_in_length(dataclasses.replace(filled, num_groups=12)).num_groups == 12
 
 
 def test_every_iteration_of_every_seed_draws_other_numbers():

@@ -154,15 +154,12 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 # ---- Arguments ---------------------------------------------------------------------------------------
 
 
-EPISODES = sft_vla.Args.episodes  # of one task
-
-
 @pytest.mark.parametrize(
     ("flags", "task_id", "task_ids", "episodes"),
     [
-        ({}, 4, (4,), EPISODES),
+        ({}, 4, (4,), ()),
         ({"task_id": 7, "episodes": (3,)}, 7, (7,), (3,)),
-        ({"task_ids": (2, 0)}, 2, (2, 0), 2 * EPISODES),
+        ({"task_ids": (2, 0)}, 2, (2, 0), ()),
         ({"task_ids": (2, 0), "episodes": (3, 5)}, 2, (2, 0), (3, 5)),
     ],
     ids=str,

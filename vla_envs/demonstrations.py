@@ -30,15 +30,18 @@ MOST_ROWS = 2**23  # of a file of LeRobot's; all of LIBERO's demonstrations have
 OBS_BEFORE_ACTION = "obs_before_action"
 
 
-def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> list[Episode]:
+def load_demonstrations(
+    folder: Path, task: Task, episodes: int | None, chunk: int, least: int = 1
+) -> list[Episode]:
     """The first demonstrations of a task, as samples to imitate.
 
     Args:
         folder: With ``<suite>_<task id>_demo.hdf5`` or, as LIBERO names them, ``<task name>_demo.hdf5``; or a
             data set in LeRobot's format (a folder with ``meta/info.json``).
         task: What is to be demonstrated.
-        episodes: How many demonstrations.
+        episodes: How many demonstrations; None: all.
         chunk: Control steps that a decision covers (C).
+        least: Without ``episodes``, how many there must be.
 
     Returns:
         For each demonstration of T control steps: ``image (T, H, H, 3)`` uint8, upright as the environments
@@ -50,7 +53,7 @@ def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> 
             be learnt from; names the file and the demonstration.
     """
     if (folder / "meta" / "info.json").is_file():
-        demos = _read_lerobot(folder, task, episodes)
+        demos = _read_lerobot(folder, task, episodes, episodes or least)
     else:
         paths = [folder / f"{task.suite}_{task.task_id}_demo.hdf5", folder / f"{task.name}_demo.hdf5"]
         path = next((path for path in paths if path.is_file()), None)
@@ -59,7 +62,7 @@ def load_demonstrations(folder: Path, task: Task, episodes: int, chunk: int) -> 
                 f"no demonstrations at {str(paths[0])!r}, nor {paths[1].name!r}, nor a LeRobot data set;"
                 " expected a folder that python -m vla_envs.experts --out FOLDER has made"
             )
-        demos = _read_hdf5(path, task, episodes)
+        demos = _read_hdf5(path, task, episodes, episodes or least)
     hand = np.concatenate([demo["actions"][:, 6] for demo in demos])
     if hand.min() == 0:
         raise ValueError(
@@ -175,15 +178,15 @@ def read_parts(demo: h5py.Group, widths: dict[str, int | None]) -> Episode:
     return parts
 
 
-def _read_hdf5(path: Path, task: Task, episodes: int) -> list[Episode]:
+def _read_hdf5(path: Path, task: Task, episodes: int | None, least: int) -> list[Episode]:
     """Demonstrations with pictures.
 
     Where ``expert_actions`` is there (the scripted expert's actions without its noise) it is imitated.
     """
     needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
     with open_hdf5(path, task, needed) as demos:
-        if len(demos) < episodes:
-            raise ValueError(f"{str(path)!r} holds {len(demos)} demonstrations; expected at least {episodes}")
+        if len(demos) < least:
+            raise ValueError(f"{str(path)!r} holds {len(demos)} demonstrations; expected at least {least}")
         chosen = demos[:episodes]
         before = _obs_before_action(path, chosen)
         # Stored turned by 180 degrees; where robosuite's macros say so, as a mirror image.
@@ -242,7 +245,7 @@ def _obs_before_action(path: Path, demos: list[h5py.Group]) -> bool:
 # ---- LeRobot -----------------------------------------------------------------------------------------
 
 
-def _read_lerobot(folder: Path, task: Task, episodes: int) -> list[Episode]:
+def _read_lerobot(folder: Path, task: Task, episodes: int | None, least: int) -> list[Episode]:
     """Demonstrations of LIBERO in LeRobot's format, versions 2.0, 2.1 and 3.0.
 
     Expects ``observation.state`` and ``action``, or openpi's ``state`` and ``actions``, and takes the first
@@ -258,11 +261,11 @@ def _read_lerobot(folder: Path, task: Task, episodes: int) -> list[Episode]:
         rows = _lerobot_episodes(folder, info)
         of_task = [row for row in rows if list(row["tasks"]) == [task.instruction]]
         shown = sorted({str(name) for row in rows for name in row["tasks"]})
-    if len(of_task) < episodes:
+    if len(of_task) < least:
         near = "" if of_task else nearest(task.instruction, shown)
         raise ValueError(
             f"{str(folder)!r} holds {len(of_task)} demonstrations of {task.instruction!r};"
-            f" expected at least {episodes}{near}"
+            f" expected at least {least}{near}"
         )
     demos = []
     for row in of_task[:episodes]:

@@ -45,7 +45,8 @@ from vla_envs.tasks import get_task
 
 ArgsT = TypeVar("ArgsT")
 _leaving = False  # Ctrl-C has been pressed
-DEFAULT_ENV_STEPS = 120_000  # control steps of training: about 13 iterations of 64 episodes
+DEFAULT_ENV_STEPS = 120_000  # control steps of training on one task: about 13 iterations of 64 episodes
+ENV_STEPS_PER_TASK = 60_000  # where one policy learns several
 #: What a run may go on with anew: how fast it goes; how long, and where things lie that it began with. All
 #: else makes it another run.
 HOW_FAST = ("device", "num_threads", "micro_batch_size", "cudagraphs", "cache")
@@ -134,11 +135,14 @@ def check_together(args: Any) -> None:
 
 
 def fill_in_length(args: ArgsT) -> ArgsT:
-    """``args`` with a number of control steps, unless the number of iterations is given."""
+    """``args`` with groups for every task, and control steps unless the number of iterations is given."""
     given: Any = args
-    if given.num_iterations is None and given.total_env_steps is None:
-        return dataclasses.replace(given, total_env_steps=DEFAULT_ENV_STEPS)
-    return args
+    tasks = len(given.task_ids)
+    groups = max(8, 2 * tasks) if given.num_groups is None else given.num_groups
+    steps = given.total_env_steps
+    if given.num_iterations is None and steps is None:
+        steps = max(DEFAULT_ENV_STEPS, ENV_STEPS_PER_TASK * tasks)
+    return dataclasses.replace(given, num_groups=groups, total_env_steps=steps)
 
 
 def fill_in_evaluation(args: ArgsT) -> ArgsT:
