@@ -42,12 +42,25 @@ def test_it_succeeds_on_other_suites(make_vec, suite, task_id):
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "task_id"), [(suite, k) for suite, ids in COVERED.items() for k in ids])
 def test_it_succeeds_on_all_recorded_states(make_vec, suite, task_id):
-    envs = make_vec(50, suite=suite, task_id=task_id)
+    envs = make_vec(
+        50, suite=suite, task_id=task_id, max_episode_steps=experts.LIMITS.get(suite, 200), image_size=8
+    )
     envs.reset(options={"init_state_id": list(range(50))})
     assert episode(envs, ScriptedExpert(envs.unwrapped)).sum() >= (48 if suite == "LiberoObject" else 45)
 
 
-@pytest.mark.parametrize(("suite", "task_ids"), [("LiberoGoal", (1, 7)), ("Libero10", ())])
+@pytest.mark.parametrize("task_id", [0, 7])
+def test_it_puts_two_things_in_the_basket(make_vec, task_id):
+    """One after the other, within 300 control steps."""
+    envs = make_vec(2, suite="Libero10", task_id=task_id, max_episode_steps=300)
+    envs.reset(options={"init_state_id": [0, 25]})
+    expert = ScriptedExpert(envs.unwrapped)
+    assert episode(envs, expert).all() and expert.predicate.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("suite", "task_ids"), [("LiberoGoal", (1, 7)), ("Libero10", (1,)), ("Libero90", ())]
+)
 def test_what_it_does_not_play_is_refused(tmp_path, suite, task_ids):
     """In one line that says what it plays, before anything is written."""
     with pytest.raises(ValueError, match="LiberoGoal 1, 2, 4, 6, 8, 9") as error:

@@ -174,15 +174,35 @@ def rows_below(header):
     return {first.strip("`"): rest for first, *rest in rows}
 
 
-def test_the_readmes_table_is_of_the_runs():
+COLUMNS = ("before", "after", "sampled_before", "sampled_after")
+
+
+def published():
     kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
-    runs = reproduce.read_csv(ROOT / "benchmarks/results/LiberoObject/runs.csv", kinds)
-    rows = rows_below("| LiberoObject task 4 |")
-    assert list(rows) == [f"{run['method']}, seed {run['seed']}" for run in runs if run["task_id"] == 4]
-    for run in runs:
-        if run["task_id"] == 4:
-            names = ("before", "after", "sampled_before", "sampled_after")
-            assert rows[f"{run['method']}, seed {run['seed']}"][:4] == [str(run[name]) for name in names]
+    return reproduce.read_csv(ROOT / "benchmarks/results/LiberoObject/runs.csv", kinds)
+
+
+def spread(values):
+    return str(min(values)) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+
+
+def test_the_readmes_methods_are_those_of_the_runs():
+    rows = rows_below("| task 4, seeds 1 to 5 |")
+    assert list(rows) == ["PPO", "GRPO", "TGRPO"]
+    for method, row in rows.items():
+        its = [run for run in published() if (run["method"], run["task_id"]) == (method, 4)]
+        assert [run["seed"] for run in its] == [1, 2, 3, 4, 5]
+        assert row[:4] == [spread([run[name] for run in its]) for name in COLUMNS]
+
+
+def test_the_readmes_tasks_are_those_of_the_runs():
+    rows = rows_below("| TGRPO, seed 1, task |")
+    runs = sorted((run for run in published() if run["method"] == "TGRPO" and run["seed"] == 1),
+                  key=lambda run: run["task_id"])  # fmt: skip
+    assert [run["task_id"] for run in runs] == list(range(10))
+    assert list(rows) == [name.replace("_", " ") for name in COLUMNS]
+    for name in COLUMNS:
+        assert rows[name.replace("_", " ")] == [str(run[name]) for run in runs]
 
 
 def test_csv(tmp_path):
