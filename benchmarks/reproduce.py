@@ -18,6 +18,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -413,17 +414,26 @@ def draw_heat_map(lines: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def page(of: Callable[[list[dict[str, Any]]], str], lines: list[dict[str, Any]], soon: str) -> str:
+    """A table of deterministic episodes, the same of sampled ones, and how soon success was reached."""
+    sampled = [x | {"before": x["sampled_before"], "after": x["sampled_after"]} for x in lines]
+    return (
+        f"# Deterministic\n\n{of(lines)}\n# Sampled at the training temperature\n\n{of(sampled)}\n"
+        f"# How soon\n\n{soon}"
+    )
+
+
 def show(lines: list[dict[str, Any]], points: list[dict[str, Any]], results: Path) -> None:
     """Table and pictures of the runs so far."""
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     named, named_points = with_twins(lines), with_twins(points)
     if methods:
+        shown = [x for x in lines if x["method"] in methods]
         with whole(results / "table.md") as partial:
-            shown = [x for x in lines if x["method"] in methods]
-            partial.write_text(table(shown, methods) + "\n" + reached(shown, points, methods))
+            partial.write_text(page(lambda x: table(x, methods), shown, reached(shown, points, methods)))
     if any(line["method"] in ASKED for line in lines):
         with whole(results / "questions.md") as partial:
-            partial.write_text(pairs_table(named))
+            partial.write_text(page(pairs_table, named, reached(named, points, ["TGRPO", *ASKED])))
     if any(point["method"] in METHODS for point in points):
         draw_curves(points, list(METHODS), results / "curves.png")
     for question, asked in QUESTIONS.items():
