@@ -12,7 +12,7 @@ further ones are never learnt from; their loss is logged and, with --early-stop,
 An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun every
 process has its share of each minibatch.
 
-    python -m vla_envs.experts --out demos --episodes 12
+    python -m vla_envs.experts --out demos --task-ids 4 --episodes 25
     python sft_vla.py --demos demos --task-id 4
     python sft_vla.py --demos demos --task-ids 0 1 2 3 4 5 6 7 8 9
     python sft_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final

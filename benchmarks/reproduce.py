@@ -94,6 +94,7 @@ HEAT_MAP = {
 START = "SFT, the start"
 CURVES = {
     "charts/success_rate": "success on the recorded init states",
+    "group/success_mean": "success of the training episodes, sampled",
     "losses/logprob": "mean log-probability of a token",
     "losses/entropy": "mean entropy of a token (nats)",
 }
@@ -304,17 +305,18 @@ def reached(lines: list[dict[str, Any]], points: list[dict[str, Any]], methods: 
                 if first := [step for step, value in curve if value >= share]:
                     steps.append(first[0])
                     minutes.append(first[0] / x["env_steps"] * x["wall_s"] / 60)
-            short = "" if len(steps) == len(its) else f"; {len(steps)} of {len(its)} runs"
             for values, form in ((steps, "{:,.0f}"), (minutes, "{:.1f}")):
-                words = [form.format(value) for value in np.quantile(values, [0.5, 0, 1])] if values else []
-                cells.append(f"{words[0]} ({words[1]} to {words[2]}{short})" if words else "not reached")
+                middle, low, high = (form.format(x) for x in np.quantile(values or [np.nan], [0.5, 0, 1]))
+                words = middle if low == high else f"{middle} ({low} to {high})"
+                few = "" if len(values) == len(its) else f", {len(values)} of {len(its)} runs"
+                cells.append(words + few if values else "not reached")
         if its:
             text.append(f"| {method} | {task_id} | {' | '.join(cells)} |")
     text += [
         "",
         "Control steps of training before the first evaluation, one in five iterations, whose deterministic"
-        " success was that high: median and range over the seeds. Minutes are that share of a run's own, its"
-        " evaluations among them, with the other jobs beside it.",
+        " success was that high (0: the start's): median and range over the seeds. Minutes are that share of a"
+        " run's own, its evaluations among them, with the other jobs beside it.",
     ]
     return "\n".join(text) + "\n"
 
@@ -383,7 +385,8 @@ def draw_curves(points: list[dict[str, Any]], methods: list[str], path: Path) ->
         axis.set_title(f"{name}\n{textwrap.fill(f'task/seed {of}', 50)}", fontsize="medium")
         axis.set_xlabel("thousand environment steps")
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1)
+    for axis in axes[:2]:
+        axis.set_ylim(0, 1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     with whole(path) as partial:
         figure.savefig(partial, dpi=100)
