@@ -315,8 +315,8 @@ def reached(lines: list[dict[str, Any]], points: list[dict[str, Any]], methods: 
     text += [
         "",
         "Control steps of training before the first evaluation, one in five iterations, whose deterministic"
-        " success was that high (0: the start's own): median and range over the seeds. Minutes are that share of"
-        " a run's own, its evaluations among them, with the other jobs beside it.",
+        " success was that high (0: the start's): median and range over the seeds. Minutes are that share of"
+        " the run's wall time, its evaluations among them, with the other jobs beside it.",
     ]
     return "\n".join(text) + "\n"
 
