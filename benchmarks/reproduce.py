@@ -34,8 +34,8 @@ from tqdm import tqdm
 from vla_envs import evaluation
 from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.files import whole
-from vla_envs.tasks import nearest
-from vla_envs.vector import available_cores
+from vla_envs.inputs import nearest
+from vla_envs.machine import available_cores
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

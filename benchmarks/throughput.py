@@ -29,8 +29,8 @@ import numpy as np
 
 import vla_envs  # noqa: F401
 from vla_envs.assets import write_builtin
+from vla_envs.build_scene import write_libero_config
 from vla_envs.command_line import one_line_errors, parse_args
-from vla_envs.scene import write_libero_config
 from vla_envs.tasks import get_task
 
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION

@@ -17,8 +17,8 @@ import grpo_vla
 import ppo_vla
 import tgrpo_vla
 from vla_envs import runs
+from vla_envs.simulation import MAX_VELOCITY, Simulation
 from vla_envs.training import tgrpo_extras
-from vla_envs.vector import MAX_VELOCITY, Simulation
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 
 from vla_envs.goals import FACTS, IN_REGION, Goal, in_place
 from vla_envs.scene import load_scene
-from vla_envs.vector import Simulation
+from vla_envs.simulation import Simulation
 
 
 @pytest.fixture

@@ -760,7 +760,7 @@ def test_damaged_checkpoints(damaged):
 def test_damaged_json_is_named(name, damaged, monkeypatch):
     file = damaged / name
     whole = file.read_text()
-    monkeypatch.setattr("vla_envs.policies.MOST_JSON", 10**5)
+    monkeypatch.setattr("vla_envs.files.MOST_JSON", 10**5)
     for text in (whole[: len(whole) // 2], "", "[]", whole + " " * 10**5):
         file.write_text(text)
         assert f"{str(file)!r} is damaged" in refusal(damaged)

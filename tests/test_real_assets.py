@@ -19,8 +19,9 @@ from vla_envs.culling import possible
 from vla_envs.real_assets import check_files, download, resolve_assets
 from vla_envs.render import OpenGL, Renderer, _gpu, opengl
 from vla_envs.scene import load_scene
+from vla_envs.simulation import Simulation
 from vla_envs.tasks import get_task
-from vla_envs.vector import CAMERAS, Simulation
+from vla_envs.vector import CAMERAS
 
 STATES, SIZES = (0, 17, 49), (128, 224)
 ROOT = Path(vla_envs.scene.__file__).parent.parent
@@ -54,7 +55,7 @@ LIBEROS_PICTURES = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from vla_envs.scene import write_libero_config
+from vla_envs.build_scene import write_libero_config
 from vla_envs.tasks import get_task, recorded_init_states
 scratch, assets, task_id, states, sizes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), eval(sys.argv[4]), eval(sys.argv[5])
 write_libero_config(scratch)

@@ -17,7 +17,7 @@ import pytest
 import vla_envs.render
 from vla_envs.render import Renderer, opengl
 from vla_envs.scene import load_scene
-from vla_envs.vector import Simulation
+from vla_envs.simulation import Simulation
 
 SIZE = 64
 CAMERAS = ("agentview", "robot0_eye_in_hand")

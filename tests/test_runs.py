@@ -14,7 +14,7 @@ import torch
 
 from vla_envs import runs
 from vla_envs.evaluation import success
-from vla_envs.policies import write_json
+from vla_envs.files import write_json
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 

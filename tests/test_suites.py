@@ -10,8 +10,9 @@ from scipy.stats import ks_2samp
 
 from vla_envs.goals import JOINT, ON_OBJECT, predicates_met
 from vla_envs.scene import load_scene
+from vla_envs.simulation import Simulation
 from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
-from vla_envs.vector import LiberoVectorEnv, Simulation
+from vla_envs.vector import LiberoVectorEnv
 
 STILL = [0, 0, 0, 0, 0, 0, -1.0]
 FEW = {

@@ -23,8 +23,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vla_envs.command_line import one_line_errors, parse_args
-from vla_envs.machine import torchvision_misfit
-from vla_envs.vector import available_cores
+from vla_envs.machine import available_cores, torchvision_misfit
 
 PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
 #: GiB, from the sizes of weights, adapters and caches, not measured: to act in 8 environments, and to train

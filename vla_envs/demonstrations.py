@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vla_envs.inputs import in_short
-from vla_envs.tasks import Task, nearest
+from vla_envs.inputs import in_short, nearest
+from vla_envs.tasks import Task
 
 Episode = dict[str, NDArray[Any]]
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vla_envs.vector import available_cores
+from vla_envs.machine import available_cores
 
 NumberT = TypeVar("NumberT", float, Tensor)
 BUCKET = 2**24  # numbers of a gradient that are exchanged at once (64 MiB)

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from vla_envs.command_line import one_line_errors
 from vla_envs.distributed import by_first, only_first
-from vla_envs.files import whole
-from vla_envs.policies import load_policy, write_json
+from vla_envs.files import whole, write_json
+from vla_envs.policies import load_policy
 from vla_envs.policies.pictures import openvla_pictures
 from vla_envs.tasks import SUITES
 

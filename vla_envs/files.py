@@ -1,8 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and JSON."""
 
 import contextlib
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -17,3 +20,39 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have some kB
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: When it holds none, or is larger than any that is written here; names the file.
+    """
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {MOST_JSON}")
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}; expected an object with names")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from None
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give ``partial`` the name ``folder``; what was there stays, as ``*.previous``, until that is done."""
+    previous = folder.with_name(folder.name + ".previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)

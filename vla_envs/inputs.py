@@ -1,5 +1,6 @@
-"""What callers pass, as arrays; what does not fit is refused in one line."""
+"""What callers pass, as arrays; what does not fit is refused in one line, with the nearest valid name."""
 
+import difflib
 from typing import Any
 
 import numpy as np
@@ -38,3 +39,10 @@ def as_numbers(value: Any, name: str, expected: str) -> NDArray[np.float64]:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} {in_short(value)}; expected {expected}")
     return array.astype(np.float64)
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, whatever the case, or nothing."""
+    lower = {each.lower(): each for each in valid}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    return f"; did you mean {lower[close[0]]!r}?" if close else ""

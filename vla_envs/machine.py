@@ -87,3 +87,8 @@ def torchvision_misfit() -> str | None:
     if made_for and (torchvision.endswith("+cpu") or not torch.endswith("+cpu")):
         return None
     return f"torchvision {torchvision} does not fit torch {torch}"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

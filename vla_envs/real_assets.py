@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vla_envs.inputs import in_short
+from vla_envs.inputs import in_short, nearest
 from vla_envs.machine import session_folder, writable
-from vla_envs.tasks import nearest
 
 QUALITIES = ("exact", "fast")
 REPOSITORY = "lerobot/libero-assets"  # on the Hugging Face hub; the one that hf-libero downloads

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, possible
-from vla_envs.tasks import nearest
+from vla_envs.inputs import nearest
 
 EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
 EMPTY = '<mujoco><visual><global offwidth="1" offheight="1"/><quality shadowsize="0"/></visual></mujoco>'

@@ -25,8 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vla_envs import evaluation
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
-from vla_envs.files import whole
-from vla_envs.policies import read_json
+from vla_envs.files import read_json, whole
 
 
 @dataclass

@@ -27,6 +27,7 @@ from vla_envs.command_line import check_numbers as check_numbers
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.command_line import parse_args as parse_args
 from vla_envs.evaluation import PROTOCOLS
+from vla_envs.files import read_json, replace_folder, write_json
 from vla_envs.inputs import in_short
 from vla_envs.policies import (
     SHIPPED,
@@ -35,12 +36,9 @@ from vla_envs.policies import (
     is_training_state,
     load_policy,
     note_tasks,
-    read_json,
-    read_tensors,
-    replace_folder,
     save_policy,
-    write_json,
 )
+from vla_envs.policies.tensors import read_tensors
 from vla_envs.tasks import get_task
 
 ArgsT = TypeVar("ArgsT")

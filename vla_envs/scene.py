@@ -1,15 +1,12 @@
 """A task and its assets, compiled to one MuJoCo model and cached on disk.
 
-LIBERO's own code builds the scene and parses the goal. It runs once a scene, in a process of its own:
-there it may import what it likes and find its own configuration, so that the user's process is never
-prompted and an existing LIBERO configuration is never touched.
+LIBERO's own code builds the scene and parses the goal, once per scene (``vla_envs.build_scene``).
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from weakref import WeakValueDictionary
 
 import filelock
@@ -27,17 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.control import Arm
-from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, turn
+from vla_envs.goals import Goal
+from vla_envs.inputs import nearest
 from vla_envs.machine import cache_folder
-from vla_envs.real_assets import QUALITIES, check_files, resolve_assets, simplify
-from vla_envs.tasks import Task, get_task, libero_folder, nearest, recorded_init_states
+from vla_envs.real_assets import QUALITIES, check_files, resolve_assets
+from vla_envs.tasks import Task, get_task
 
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
-BUILD_FILES = ("scene.py", "goals.py", "assets.py", "real_assets.py", "looks.py", "figures.json")
-ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
+BUILD_FILES = ("build_scene.py", "goals.py", "assets.py", "real_assets.py", "looks.py", "figures.json")
 
 
 @dataclass(frozen=True)
@@ -284,14 +280,14 @@ def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
     try:
         facts = json.loads(Path(f"{base}.json").read_text())
         blob = Path(f"{base}.mjb").read_bytes()
-        if facts.pop("sha256") != _digest(blob, facts):
+        if facts.pop("sha256") != digest(blob, facts):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return mujoco.MjModel.from_binary_path("scene.mjb", {"scene.mjb": blob}), facts
 
 
-def _digest(blob: bytes, facts: dict[str, Any]) -> str:
+def digest(blob: bytes, facts: dict[str, Any]) -> str:
     """Of a compiled model and of all that is stored beside it."""
     return hashlib.sha256(blob + json.dumps(facts).encode()).hexdigest()
 
@@ -308,7 +304,7 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "vla_envs.scene",
+            "vla_envs.build_scene",
             task.suite,
             str(task.task_id),
             assets,
@@ -333,203 +329,3 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
     if result.returncode:
         words = result.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"LIBERO could not build {task.name}: {words[-1]}")
-
-
-def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> None:
-    """Build and compile the scene with LIBERO's code (in the child process); write ``base``.mjb and .json."""
-    write_libero_config(scratch)
-    import_robosuite()
-    import libero.libero
-    from libero.libero.envs.env_wrapper import ControlEnv
-
-    from vla_envs.assets import simple_robot, write_builtin
-
-    folder = scratch / "assets" if assets == "builtin" else Path(assets)
-    if assets == "builtin":
-        write_builtin(folder)
-    libero.libero._assets_path_cache = str(folder)
-    env = ControlEnv(str(task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
-    xml = env.model.get_xml()
-    spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)
-    # The same motion in less time: sparse algebra and no sensors. robosuite solves every substep's contacts
-    # three times (two calls of mj_forward before mj_step), each from the last solution; we solve them once,
-    # to the tolerance that it ends at.
-    spec.memory, spec.njmax, spec.nconmax = ARENA_BYTES, -1, -1
-    spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
-    spec.option.tolerance = 1e-12
-    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
-    for fixture in env.fixtures:
-        spec.body(fixture.root_body).mocap = True
-    if assets == "builtin" or quality == "fast":
-        look = spec.visual.quality
-        look.offsamples = look.shadowsize = 0  # no shadow is drawn; a map of them takes 64 MB a renderer
-        look.numslices, look.numstacks, look.numquads = 12, 6, 1
-    if assets == "builtin":
-        spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
-    elif quality == "fast":
-        simplify(spec, env.sim.model._model, env.sim.data.qpos, scratch)
-    model = spec.compile()
-    env.visualize({name: False for name in env._visualizations})  # hides sites, as LIBERO's reset does
-    model.site_rgba[:] = env.sim.model.site_rgba
-
-    blob = np.empty(mujoco.mj_sizeModel(model), np.uint8)
-    mujoco.mj_saveModel(model, None, blob)
-    facts = {
-        "arm_qpos": [float(q) for q in env.robots[0].init_qpos],
-        "goal": [
-            _predicate(env, model, *words)
-            for words in sorted(env.parsed_problem["goal_state"], key=lambda words: turn(words[0]))
-        ],
-        "placements": _placements(env, model),
-        "joint_ranges": _joint_ranges(env, model),
-        "burners": [
-            (model.site(site).id, _address(model, env.get_object(name).joints), _turned_on(env, name)[0])
-            for name in getattr(env, "visualization_sites_list", [])
-            for site, _ in env.get_object(name).object_properties["vis_site_names"].values()
-        ],
-        "recorded": recorded_init_states(task)[:, 1 : 1 + model.nq].tolist(),
-    }
-    facts["sha256"] = _digest(blob.tobytes(), facts)
-    # Whole files only: written beside their place, then renamed; the digest ties the two together.
-    for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(facts).encode())):
-        partial = Path(f"{base}{suffix}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, f"{base}{suffix}")
-
-
-def _address(model: mujoco.MjModel, joints: list[str]) -> int:
-    """Address in qpos of the one joint of a drawer, door or knob."""
-    (joint,) = joints
-    return int(model.joint(joint).qposadr[0])
-
-
-def _turned_on(env: Any, name: str) -> list[float]:
-    """Threshold and direction of a stove's ``turn_on``, which holds at the threshold itself too."""
-    ranges = env.get_object(name).object_properties["articulation"]["default_turnon_ranges"]
-    return [float(np.nextafter(min(ranges), -np.inf)), 1.0, 0.0]
-
-
-def _predicate(
-    env: Any, model: mujoco.MjModel, predicate: str, subject: str, target: str = ""
-) -> dict[str, Any]:
-    """One predicate of LIBERO's goal as the figures of `Goal`."""
-    thing = env.get_object(subject)
-    contact: list[list[int]] = [[], []]
-
-    def geoms(item: Any) -> list[int]:
-        return [model.geom(name).id for name in item.contact_geoms]
-
-    if predicate in ("open", "close", "turnon", "turnoff"):
-        region = subject in env.object_sites_dict
-        part = env.get_object(thing.parent_name) if region else thing
-        ranges = part.object_properties["articulation"].get(f"default_{predicate}_ranges")
-        if predicate == "turnon":
-            figures = _turned_on(env, subject)
-        elif predicate == "turnoff":
-            figures = [float(max(ranges)), -1.0, 0.0]
-        else:  # some joints open upwards, others downwards: ask
-            holds = getattr(part, f"is_{predicate}")
-            figures = [float(min(ranges)), 1.0, 0.0] if holds(10.0) else [float(max(ranges)), -1.0, 0.0]
-        body = int(model.jnt_bodyid[model.joint(thing.joints[0]).id])
-        return {
-            "kind": JOINT, "subject": body, "target": _address(model, thing.joints), "figures": figures,
-            "contact": contact,
-        }  # fmt: skip
-    body = model.body(thing.root_body).id
-    if target in env.object_sites_dict:
-        region = env.object_sites_dict[target]
-        kind = {"in": IN_REGION, "on": ON_REGION}[predicate]
-        if kind == ON_REGION and region.parent_name is not None:
-            contact = [geoms(env.get_object(region.parent_name)), geoms(thing)]
-        figures, target_id = [float(x) for x in region.size], model.site(target).id
-    elif predicate == "on":
-        kind, figures, target_id = ON_OBJECT, [0.0, 0.0, 0.0], model.body(env.get_object(target).root_body).id
-        contact = [geoms(env.get_object(target)), geoms(thing)]
-    else:
-        raise ValueError(f"the goal predicate {predicate} {subject} {target} is unknown")
-    return {"kind": kind, "subject": body, "target": target_id, "figures": figures, "contact": contact}
-
-
-def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
-    """The figures of LIBERO's placement samplers, in the order in which they place."""
-    from libero.libero.envs.regions.base_region_sampler import InSiteRegionRandomSampler
-
-    placements: list[Placement] = []
-    for initializer in (
-        env.placement_initializer,
-        env.conditional_placement_initializer,
-        env.conditional_placement_on_objects_initializer,
-    ):
-        for key, sampler in initializer.samplers.items():
-            (item,) = sampler.mujoco_objects
-            arguments = initializer.sample_args[key] or {}
-            rotation = sampler.rotation
-            if not isinstance(rotation, dict):
-                rotation = {sampler.rotation_axis: rotation}
-            limits = {
-                axis: (0.0, 2 * np.pi) if angle is None else (np.min(angle), np.max(angle))
-                for axis, angle in rotation.items()
-            }
-            names = [placement.name for placement in placements]
-            reference, inside = arguments.get("reference"), sampler.ensure_object_boundary_in_range
-            origin = np.zeros(3) if reference else np.asarray(sampler.reference_pos, float)
-            if isinstance(sampler, InSiteRegionRandomSampler):  # in a drawer: neither a margin nor on its top
-                inside, origin[2] = False, -placements[names.index(str(reference))].top
-            placements.append(
-                Placement(
-                    name=item.name,
-                    body=model.body(item.root_body).id,
-                    reference=-1 if reference is None else names.index(reference),
-                    site=model.site(arguments["site_name"]).id if "site_name" in arguments else -1,
-                    x_ranges=(
-                        np.array(sampler.x_ranges) + (reference is None) * sampler.reference_pos[0]
-                    ).tolist(),
-                    y_ranges=(
-                        np.array(sampler.y_ranges) + (reference is None) * sampler.reference_pos[1]
-                    ).tolist(),
-                    margin=float(item.horizontal_radius) if inside else 0.0,
-                    rotation=[(axis, float(low), float(high)) for axis, (low, high) in limits.items()],
-                    z=float(sampler.z_offset + origin[2]),
-                    apart=bool(sampler.ensure_valid_placement),
-                    radius=float(item.horizontal_radius),
-                    bottom=float(item.bottom_offset[2]),
-                    top=float(item.top_offset[2]),
-                )
-            )
-    return [vars(placement) for placement in placements]
-
-
-def _joint_ranges(env: Any, model: mujoco.MjModel) -> list[tuple[int, float, float]]:
-    """How far LIBERO opens each drawer, door and knob at a reset: address in qpos, low, high."""
-    return [
-        (_address(model, env.get_object(sampler.name).joints), float(low), float(high))
-        for sampler in env.object_property_initializers
-        for low, high in [sampler.joint_ranges]
-    ]
-
-
-def write_libero_config(folder: Path) -> None:
-    """Write LIBERO's ``config.yaml`` into ``folder``, so that its import finds one and asks nothing."""
-    root = libero_folder()
-    entries = {
-        "benchmark_root": root,
-        "bddl_files": root / "bddl_files",
-        "init_states": root / "init_files",
-        "datasets": root.parent / "datasets",
-        "assets": root / "assets",
-    }
-    (folder / "config.yaml").write_text(
-        "".join(f"{key}: {json.dumps(str(value))}\n" for key, value in entries.items())
-    )
-
-
-def import_robosuite() -> None:
-    """Import robosuite without its log: /tmp/robosuite.log may be another user's."""
-    with mock.patch("logging.FileHandler", lambda path: logging.NullHandler()):
-        import robosuite  # noqa: F401
-
-
-if __name__ == "__main__":
-    suite_name, number, assets_argument, quality_argument, *paths = sys.argv[1:]
-    base_path, scratch_path = map(Path, paths)
-    _build(get_task(suite_name, int(number)), assets_argument, quality_argument, base_path, scratch_path)

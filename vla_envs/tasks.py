@@ -4,7 +4,6 @@ Read from the installed ``hf-libero`` package without importing it: its import a
 terminal when no configuration file exists.
 """
 
-import difflib
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.inputs import in_short
+from vla_envs.inputs import in_short, nearest
 
 SUITES = {
     "LiberoSpatial": "libero_spatial",
@@ -46,13 +45,6 @@ class Task:
     instruction: str
     bddl_file: Path
     init_states_file: Path
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the valid name nearest to ``name``, whatever the case, or nothing."""
-    lower = {each.lower(): each for each in valid}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
-    return f"; did you mean {lower[close[0]]!r}?" if close else ""
 
 
 def libero_folder() -> Path:

@@ -18,13 +18,13 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from vla_envs.inputs import nearest
+from vla_envs.machine import available_cores
 from vla_envs.rewards import Reward
-from vla_envs.tasks import nearest
 from vla_envs.threads import Crew, alone
 from vla_envs.vector import (
     FromArguments,
     LiberoVectorEnv,
-    available_cores,
     check_actions,
     check_generators,
     check_int,

@@ -5,7 +5,6 @@ has them): numbers and JSON, never pickles.
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,22 +12,20 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vla_envs.files import read_json, replace_folder
 from vla_envs.machine import torchvision_misfit
+from vla_envs.policies.tensors import read_tensors
 
 if "torchvision" not in sys.modules and torchvision_misfit():
     sys.modules["torchvision"] = None  # type: ignore[assignment]  # hidden: nothing here uses it
 
-from vla_envs.files import whole
-from vla_envs.inputs import in_short
+from vla_envs.inputs import in_short, nearest
 from vla_envs.policies.adapters import make_trainable, merged, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
-from vla_envs.tasks import nearest
 
-MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have some kB
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 
@@ -228,83 +225,6 @@ def to_device(policy: Any, device: str) -> Any:
         return policy.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {' '.join(str(error).split())}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: When it holds none, or is larger than any that is written here; names the file.
-    """
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {MOST_JSON}")
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}; expected an object with names")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from None
-    return content
-
-
-def check_claim(name: str, claim: Any, like: Tensor) -> None:
-    """Compare what a safetensors file says of a tensor with what is expected.
-
-    Raises:
-        ValueError: When it has another shape, or no numbers of floating point, whatever their precision.
-    """
-    shape, wanted = tuple(claim.get_shape()), tuple(like.shape)
-    if shape != wanted:
-        raise ValueError(f"{name} has shape {shape}; expected {wanted}")
-    if like.is_floating_point() and claim.get_dtype() not in FLOATS:
-        raise ValueError(f"{name} is of {claim.get_dtype()}; expected one of {', '.join(FLOATS)}")
-
-
-def read_tensors(
-    path: Path, expected: dict[str, Tensor], partial: bool = False, prefix: str = ""
-) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, read once its header has the names and shapes of ``expected``.
-
-    Args:
-        path: The file.
-        expected: Tensors like those to read; on ``"meta"`` they take no memory.
-        partial: Whether some may be missing.
-        prefix: With which the file has their names; those without it are others', and left alone.
-
-    Raises:
-        ValueError: When the file is damaged or holds others; names it.
-    """
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            names = {key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)}
-            missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
-            if unknown or (missing and not partial):
-                raise ValueError(
-                    f"tensors that are missing: {missing[:3]}; that belong to nothing: {unknown[:3]}"
-                )
-            for name in sorted(names):
-                check_claim(name, file.get_slice(prefix + name), expected[name])
-            return {name: file.get_tensor(prefix + name) for name in sorted(names)}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged or does not fit: {' '.join(str(error).split())}"
-        ) from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Give ``partial`` the name ``folder``; what was there stays, as ``*.previous``, until that is done."""
-    previous = folder.with_name(folder.name + ".previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    partial.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def save_policy(policy: Any, name: str, folder: Path) -> None:

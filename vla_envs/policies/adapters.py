@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_envs import distributed
-from vla_envs.inputs import in_short
-from vla_envs.tasks import nearest
+from vla_envs.files import read_json, replace_folder
+from vla_envs.inputs import in_short, nearest
+from vla_envs.policies.tensors import read_tensors
 
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
 MOST_RANK = 4096  # of an adapter that is read
@@ -120,8 +121,6 @@ def _read_settings(folder: Path) -> Any:
     """
     import peft
 
-    from vla_envs.policies import read_json
-
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise ValueError(f"it has no {file.name}; expected the folder of one{_adapter_in(folder)}")
@@ -165,8 +164,6 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
         ValueError: When the folder holds none, or one of another policy.
     """
     import peft
-
-    from vla_envs.policies import read_tensors
 
     try:
         config = _read_settings(folder)
@@ -370,8 +367,6 @@ def save_adapter(policy: Any, folder: Path) -> None:
     """
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    from vla_envs.policies import replace_folder
 
     policy = policy.policy if isinstance(policy, Stacked) else policy
     config = copy.copy(policy.peft_config["default"])

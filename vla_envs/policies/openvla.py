@@ -29,10 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vla_envs.files import read_json, write_json
 from vla_envs.inputs import as_numbers, in_short
-from vla_envs.policies import check_claim, instead, read_json, write_json
+from vla_envs.policies import instead
 from vla_envs.policies.nano import draw
 from vla_envs.policies.pictures import openvla_pixels
+from vla_envs.policies.tensors import check_claim
 from vla_envs.tasks import SUITES
 
 BINS = 256

@@ -17,8 +17,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.inputs import as_numbers, in_short
-from vla_envs.tasks import nearest
+from vla_envs.inputs import as_numbers, in_short, nearest
 
 Facts = dict[str, Any]
 Reward = Callable[[Facts], Any]

@@ -13,8 +13,9 @@ from vla_envs.demonstrations import open_hdf5, read_parts
 from vla_envs.experts import COVERED, LIMITS, ScriptedExpert
 from vla_envs.goals import FACTS, predicates_met
 from vla_envs.rewards import Facts
+from vla_envs.simulation import Simulation
 from vla_envs.tasks import Task
-from vla_envs.vector import LiberoVectorEnv, Simulation
+from vla_envs.vector import LiberoVectorEnv
 
 Act = Callable[[int, Facts], NDArray[np.float64]]  # control step, facts (N,) each -> actions (N, 7)
 

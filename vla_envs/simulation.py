@@ -1,0 +1,151 @@
+"""One environment: restored, settled, run, and watched for divergence."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_envs.control import ControlState, Views, run_chunk
+from vla_envs.goals import FactReader, predicates_met
+from vla_envs.scene import Scene
+
+#: Joint velocities (m/s, rad/s) above this are of a simulation that has diverged: 20 m or 20 rad in a substep
+#: of 2 ms. What falls or is hit in LIBERO's scenes stays below 100; MuJoCo itself gives up at 1e10.
+MAX_VELOCITY = 1e4
+
+
+_PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+# Where MuJoCo notes that it met numbers of no use, and went back to the model's own pose without a word.
+_RESTARTED = {
+    mujoco.mjtWarning.mjWARN_BADQPOS: "position",
+    mujoco.mjtWarning.mjWARN_BADQVEL: "velocity",
+    mujoco.mjtWarning.mjWARN_BADQACC: "acceleration",
+}
+
+
+@dataclass
+class Settled:
+    """An init state after the settling steps: all that a reset copies."""
+
+    physics: NDArray[np.float64]
+    control: ControlState
+    images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    reason: str = ""  # why it could not be settled, and is the init state itself
+
+
+class Simulation:
+    """One environment: a scene's shared model with data of its own."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.data = mujoco.MjData(scene.model)
+        self.views = Views.of(self.data)
+        self.control = ControlState.new(len(scene.goal.kind))
+        self.just_restored = False
+        self.facts = FactReader(scene.model, self.data, scene.goal)
+        self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
+        self.origin = np.zeros(len(scene.goal.kind))
+        self.last_good = np.empty(mujoco.mj_stateSize(scene.model, _PHYSICS))
+        self._addresses = (scene.model._address, self.data._address)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Simulation cannot be copied, as it holds addresses; expected its environment")
+
+    def restore(self, state: NDArray[np.float64]) -> None:
+        """Put joints and fixtures as in ``state`` (``Scene``), everything at rest: ``set_init_state``."""
+        mujoco.mj_resetData(self.scene.model, self.data)
+        self.data.qpos[:], fixtures = np.split(state, [self.scene.model.nq])
+        self.data.mocap_pos[:], self.data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
+        self.control.goal_rotation[...] = self.scene.arm.reset_rotation
+        self.control.gripper[:] = 0.0
+        self.just_restored = True
+
+    def run(self, actions: NDArray[np.float64]) -> tuple[int, bool]:
+        """Execute ``actions`` (C, 7); the number of control steps done, and whether the goal is met."""
+        done, met = 0, False
+        while done < len(actions) and not met:
+            steps, met = run_chunk(
+                *self._addresses,
+                self.views,
+                self.scene.arm,
+                self.control,
+                self.scene.goal,
+                actions[done:],
+                self.just_restored,
+            )
+            done += steps
+            self.just_restored = False
+            met = met and bool(predicates_met(self.scene.goal, self.data).all())  # contacts too
+        return done, met
+
+    def divergence(self) -> str:
+        """``"diverged: ..."`` where the simulation has diverged since it was last restored, else ``""``."""
+        model, data = self.scene.model, self.data
+        warned = data.warning.number
+        for kind, name in _RESTARTED.items():
+            if warned[kind]:  # what MuJoCo found is gone
+                index = int(data.warning[kind].lastinfo)
+                if name == "position":
+                    joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
+                else:
+                    joint = int(model.dof_jntid[index])
+                return f"diverged: {name} of joint {model.joint(joint).name} is not finite, or above 1e10"
+        speed = np.abs(data.qvel)
+        if speed.max() <= MAX_VELOCITY and np.isfinite(data.qpos).all():  # NaN is not <=
+            return ""
+        if not speed.max() <= MAX_VELOCITY:
+            dof = int(np.argmax(np.where(np.isnan(speed), np.inf, speed)))
+            joint = int(model.dof_jntid[dof])
+            kind = int(model.jnt_type[joint])
+            straight = kind == mujoco.mjtJoint.mjJNT_SLIDE or (
+                kind == mujoco.mjtJoint.mjJNT_FREE and dof < model.jnt_dofadr[joint] + 3
+            )
+            unit = "m/s" if straight else "rad/s"
+            return f"diverged: velocity of joint {model.joint(joint).name} is {data.qvel[dof]:.2g} {unit}"
+        index = int(np.argmin(np.isfinite(data.qpos)))
+        joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
+        return f"diverged: position of joint {model.joint(joint).name} is {data.qpos[index]:.2g}"
+
+    def keep(self) -> None:
+        """Remember this state as the last that can be believed."""
+        mujoco.mj_getState(self.scene.model, self.data, self.last_good, _PHYSICS)
+
+    def go_back(self) -> None:
+        """Go to the state of the last ``keep``, with nothing left of what came after it."""
+        mujoco.mj_resetData(self.scene.model, self.data)  # its warnings too
+        mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
+        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+
+    def settle(self, state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
+        """Restore ``state`` and do nothing for ``steps`` control steps but command ``gripper``."""
+        self.restore(state)
+        while steps:  # a run ends where the goal is met
+            steps -= self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
+        reason = self.divergence()
+        if reason:
+            self.restore(state)
+        self.keep()
+        return Settled(self.last_good.copy(), self.control.copy(), reason=reason)
+
+    def copy_from(self, settled: Settled, just_restored: bool) -> None:
+        """Go to a settled state."""
+        mujoco.mj_setState(self.scene.model, self.data, settled.physics, _PHYSICS)
+        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+        self.last_good[:] = settled.physics
+        self.control.assign(settled.control)
+        self.just_restored = just_restored
+        self.origin = self.facts.origin()
+        self.control.peak[:] = self.data.xpos[self.scene.goal.subject, 2]
+
+    def state(self) -> NDArray[np.float32]:
+        """End-effector position (3, m), axis-angle (3, rad), gripper joints (2, m), as OpenVLA reads them."""
+        w, *xyz = self.data.xquat[self.hand]
+        w = min(1.0, max(-1.0, w))
+        sine = np.sqrt(1.0 - w * w)
+        axis_angle = np.zeros(3) if np.isclose(sine, 0.0) else np.array(xyz) * 2.0 * np.arccos(w) / sine
+        parts = (self.data.site_xpos[self.scene.arm.site], axis_angle, self.data.qpos[7:9])
+        return np.concatenate(parts).astype(np.float32)
