@@ -237,7 +237,7 @@ def test_a_user_without_a_home_or_a_name(tmp_path, confined):
     code = (
         "import getpass, pwd; pwd.getpwuid = lambda uid: {}[uid]\n"
         "import vla_envs.__main__ as main\n"
-        "from vla_envs.scene import import_robosuite\n"
+        "from vla_envs.build_scene import import_robosuite\n"
         "import_robosuite(); print(getpass.getuser(), *main.cache()); print(*main.assets())"
     )
     names = dict.fromkeys(("LOGNAME", "USER", "LNAME", "USERNAME"), "")
