@@ -116,8 +116,7 @@ class Args:
     reward: str = "binary"
     """binary, multi_stage, or path/to/file.py:function"""
     credit: Literal["trajectory", "stage"] = "trajectory"
-    """trajectory: all decisions share the reward of the whole; stage: each has the outcome of its own stage,
-    whether the member went on to a later one, compared among those that entered it"""
+    """A decision is credited with its trajectory's reward, or with whether its stage led to a later one"""
     keep_low: float = 0.1
     """Least success rate of a group that dynamic sampling keeps"""
     keep_high: float = 0.9
@@ -125,8 +124,7 @@ class Args:
     max_rounds: int = 4
     """Rollouts of all groups an iteration, at most, until --num-groups groups are kept"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [120000, or 60000 for each of
-    several tasks; or --num-iterations]"""
+    """Control steps, to an iteration's end [120000, of several tasks 60000 each, or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int | None = None

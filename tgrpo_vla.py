@@ -144,8 +144,7 @@ class Args:
     clip: bool = True
     """Clip the ratio; --no-clip is the paper's version 1"""
     total_env_steps: int | None = None
-    """Control steps of training: the iteration that reaches them is the last [120000, or 60000 for each of
-    several tasks; or --num-iterations]"""
+    """Control steps, to an iteration's end [120000, of several tasks 60000 each, or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
     num_groups: int | None = None
