@@ -346,7 +346,9 @@ def pairs_table(lines: list[dict[str, Any]]) -> str:
                 gains[task_id].append(value - points[other, task_id, seed])
         cells = [f"{np.mean(g):+.0f} ({len(g)})" if g else "" for g in gains.values()]
         every = np.concatenate([*gains.values(), []])
-        whole = f"{every.mean():+.1f} ({len(every)})" if len(every) else ""
+        if not len(every):
+            continue
+        whole = f"{every.mean():+.1f} ({len(every)})"
         if len(every) > 1 and np.ptp(every):
             test = bootstrap(
                 (every,), np.mean, method="basic", n_resamples=DRAWS, rng=np.random.default_rng(0)
