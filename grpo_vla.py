@@ -463,10 +463,11 @@ if __name__ == "__main__":
                 " fail, start from a better --checkpoint)"
             )
             break
-        advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
-        advantages = advantages.expand_as(batch["rewards"])  # (T, N)
         if args.credit == "stage":
             advantages = stage_credit(in_order(batch["stages"]), batch["alive"], args.group_size)  # (T, N)
+        else:
+            advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
+            advantages = advantages.expand_as(batch["rewards"])  # (T, N)
         rollout_s = time.perf_counter() - start
 
         start = time.perf_counter()

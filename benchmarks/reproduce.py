@@ -297,6 +297,8 @@ def reached(lines: list[dict[str, Any]], points: list[dict[str, Any]], methods: 
     ]
     for method, task_id in dict.fromkeys((m, x["task_id"]) for m in methods for x in lines):
         its = [x for x in lines if x["method"] == method and x["task_id"] == task_id]
+        if not its:
+            continue
         cells = []
         for share in REACHED:
             steps, minutes = [], []
@@ -310,8 +312,7 @@ def reached(lines: list[dict[str, Any]], points: list[dict[str, Any]], methods: 
                 words = middle if low == high else f"{middle} ({low} to {high})"
                 few = "" if len(values) == len(its) else f", {len(values)} of {len(its)} runs"
                 cells.append(words + few if values else "not reached")
-        if its:
-            text.append(f"| {method} | {task_id} | {' | '.join(cells)} |")
+        text.append(f"| {method} | {task_id} | {' | '.join(cells)} |")
     text += [
         "",
         "Control steps of training before the first evaluation, one in five iterations, whose deterministic"

@@ -10,7 +10,8 @@ from test_shared import OnesPolicy, ScriptedEnvs, arguments, small_policy
 
 import grpo_vla
 from grpo_vla import collect, group_advantages, in_order, stage_credit
-from vla_envs import runs
+from vla_envs import rewards, runs
+from vla_envs.training import credit
 
 # ---- Advantages --------------------------------------------------------------------------------------
 
@@ -166,10 +167,10 @@ def slow_credit(stages, alive, size):
 def test_credit_by_hand():
     """Two members: one drops the object and fails in what it did while it held it, one succeeds."""
     stages = torch.tensor([[1, 0], [3, 1], [-1, 3], [-1, 3], [-1, 9]])
-    credit = stage_credit(stages, torch.ones(5, 2), 2)
+    its = stage_credit(stages, torch.ones(5, 2), 2)
     half = 1 / math.sqrt(2)  # both left stages 0 and 1, one left stage 3
     expected = [[0.0, 0.0], [0.0, 0.0], [-half, 0.0], [0.0, half], [0.0, half]]
-    torch.testing.assert_close(credit, torch.tensor(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(its, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -179,18 +180,18 @@ def test_credit_against_the_slow_one(seed, size):
     stages = torch.randint(-1, 5, (9, 24), generator=numbers)
     lengths = torch.randint(0, 10, (24,), generator=numbers)  # 0: left out
     alive = torch.arange(9).unsqueeze(1) < lengths
-    credit = stage_credit(stages, alive, size)
-    assert credit.dtype == torch.float32 and credit.abs().max() > 0.5
-    torch.testing.assert_close(
-        credit, slow_credit(stages.tolist(), alive.tolist(), size), atol=1e-5, rtol=1e-5
-    )
-    assert credit[~alive].eq(0).all()
+    its = stage_credit(stages, alive, size)
+    assert its.dtype == torch.float32 and its.abs().max() > 0.5
+    torch.testing.assert_close(its, slow_credit(stages.tolist(), alive.tolist(), size), atol=1e-5, rtol=1e-5)
+    assert its[~alive].eq(0).all()
     junk = torch.where(alive, stages, torch.randint(-1, 5, (9, 24), generator=numbers))
-    assert torch.equal(stage_credit(junk, alive, size), credit)  # what follows an end is not looked at
+    assert torch.equal(stage_credit(junk, alive, size), its)  # what follows an end is not looked at
 
 
 def test_stages_in_order():
     """What was dropped is before what is far; the second of two goals comes after the first."""
+    for names, last in ((rewards.STAGES, "dropped"), (rewards.JOINT_STAGES, "let go")):
+        assert len(names) == credit.STAGES and names[credit.DROPPED] == last
     assert in_order(torch.tensor([[6, 0, 5], [13, 7, 12]])).tolist() == [[-1, 0, 5], [6, 7, 12]]
 
 

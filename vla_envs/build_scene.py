@@ -211,7 +211,7 @@ def write_libero_config(folder: Path) -> None:
 
 
 def import_robosuite() -> None:
-    """Import robosuite without its log: /tmp/robosuite.log may be another user's."""
+    """Import robosuite without its log file, which may be another user's."""
     with mock.patch("logging.FileHandler", lambda path: logging.NullHandler()):
         import robosuite  # noqa: F401
 

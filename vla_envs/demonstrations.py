@@ -52,8 +52,9 @@ def load_demonstrations(
         ValueError: When files are missing or in another layout, hold fewer demonstrations, or one that cannot
             be learnt from; names the file and the demonstration.
     """
+    least = episodes or least
     if (folder / "meta" / "info.json").is_file():
-        demos = _read_lerobot(folder, task, episodes, episodes or least)
+        demos = _read_lerobot(folder, task, episodes, least)
     else:
         paths = [folder / f"{task.suite}_{task.task_id}_demo.hdf5", folder / f"{task.name}_demo.hdf5"]
         path = next((path for path in paths if path.is_file()), None)
@@ -62,7 +63,7 @@ def load_demonstrations(
                 f"no demonstrations at {str(paths[0])!r}, nor {paths[1].name!r}, nor a LeRobot data set;"
                 " expected a folder that python -m vla_envs.experts --out FOLDER has made"
             )
-        demos = _read_hdf5(path, task, episodes, episodes or least)
+        demos = _read_hdf5(path, task, episodes, least)
     hand = np.concatenate([demo["actions"][:, 6] for demo in demos])
     if hand.min() == 0:
         raise ValueError(
