@@ -3,9 +3,10 @@
 A group is K environments that start from the same scene. Its members are compared with one another twice:
 by the reward of the moment (step term) and by the reward of the whole trajectory (trajectory term).
 
-Symbols: G groups, K members a group, N = G*K environments (environment i is in group i // K), T decision
-steps (one executes C control steps), D action tokens a decision, S samples (decisions of those alive), B of
-them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finished before decision t.
+Symbols: G groups, K members per group, N = G*K environments (environment i is in group i // K), T decision
+steps (one executes C control steps), D action tokens per decision, S samples (decisions of members that
+are still alive), B of them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not
+finished before decision t.
 
     equation 6   S_it = (R_it - mean_i R_it) / std_i R_it     step_advantages
     equation 7   T_i  = the same of the total rewards R_i     trajectory_advantages
@@ -13,9 +14,9 @@ them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: i had not finis
     equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)            policy_loss, update
 
 Where we depart from the paper, or it is silent (flags restore its letter; --preset paper four of them):
- 1. Every environment runs to its own end (--stop group: what follows a member's success is masked).
- 2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio a token
-    (--ratio-level action: one a decision).
+ 1. Every environment runs to its own end (--stop group: what follows a member's success does not count).
+ 2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio per token
+    (--ratio-level action: one per decision).
  3. Epochs of minibatches over the whole batch (--update-every step: Algorithm 1's update per decision step).
  4. A step at which all members get the same reward has advantage 0; the share of such steps is logged.
     --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2
@@ -23,7 +24,7 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
  5. A finished member keeps its last reward until its group's last member ends, or one that hovers over the
     goal would earn more than one that finishes (--return-mode sum: over its own steps; mean: their mean).
  6. The policy decides a chunk of C control steps at once; the step reward is that of the chunk's last one.
- 7. Several groups a batch, each on its own scene, drawn from LIBERO's regions; evaluation is on the 50
+ 7. Several groups per batch, each on its own placement, drawn from LIBERO's regions; evaluation is on the 50
     recorded init states, which training never sees.
  8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
     falls linearly to 0 (--target-kl 1e9: it never stops).
@@ -35,93 +36,25 @@ Where we depart from the paper, or it is silent (flags restore its letter; --pre
 import dataclasses
 import time
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_envs import distributed, evaluation, runs
+from vla_envs import distributed
 from vla_envs.policies import adapters
-from vla_envs.training import tgrpo_extras
+from vla_envs.training import arguments, batches, checkpoints, runs, tgrpo_extras
 
-# The paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9, for --preset paper.
+# For --preset paper: its defaults, and the paper's alpha1, alpha2 for LIBERO-Object's tasks 0 to 9.
 PAPER_ALPHAS = ((10.0, 1.0), (1.0, 0.1), (10.0, 5.0), (0.35, 0.65), (0.3, 0.7),
                 (0.3, 0.7), (10.0, 1.0), (10.0, 1.0), (0.3, 0.7), (0.3, 0.7))  # fmt: skip
-PRESETS = {"paper": {"stop": "group", "clip": False, "update_every": "step", "update_epochs": 1,
-                     "target_kl": 1e9}}  # fmt: skip
+PRESETS = {"paper": dict(stop="group", clip=False, update_every="step", update_epochs=1, target_kl=1e9)}
 
 
 @dataclass
-class Args:
-    # ---- Experiment ----
-    seed: int = 1
-    """Seed of everything: the same seed gives the same run"""
-    run_dir: Path | None = None
-    """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
-    resume: Path | None = None
-    """Folder of a run to go on with; how fast, how long and where things lie may be given anew, no more"""
-    evaluate: bool = False
-    """Only evaluate --checkpoint, deterministically and sampled"""
-    compare: Path | None = None
-    """With --evaluate: a second checkpoint, compared with the first state by state"""
-    protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
-    """Whose evaluation: settling, step limit, pictures, sampling, episodes [as in training]"""
-    eval_every: int = 5
-    """Iterations between evaluations; 0: only the last and, of RL, the first, before training"""
-    eval_episodes: int | None = None
-    """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
-    eval_temperature: float | None = None
-    """Temperature of evaluations' sampled episodes; 0: none [the protocol's, else --temperature]"""
-    device: str | None = None
-    """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; openvla: cuda where there is one]"""
-
-    # ---- Environment ----
-    suite: str = "LiberoObject"
-    """LIBERO suite"""
-    task_id: int | None = None
-    """Task in the suite, from 0 [4]"""
-    task_ids: tuple[int, ...] = ()
-    """Several tasks at once, for one policy [--task-id]"""
-    assets: str = "builtin"
-    """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
-    quality: str = "exact"
-    """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
-    cache: bool = True
-    """Keep compiled scenes on disk; without, they are built anew"""
-    max_episode_steps: int | None = None
-    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
-    action_chunk: int | None = None
-    """Control steps a decision (C); has to fit the policy [the policy's]"""
-    num_threads: int | None = None
-    """Simulator threads [one per core]"""
-
-    # ---- Policy ----
-    policy: str = "nano"
-    """Kind of policy: nano, flow, openvla or openvla-oft"""
-    checkpoint: Path | None = None
-    """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
-    train: str = "all"
-    """What is trained: lora, head, lora+head, lora+last-k or all"""
-    lora_rank: int | None = None
-    """LoRA's r [32]"""
-    last_k: int | None = None
-    """Blocks trained in full with --train lora+last-k [1]"""
-    adapter: str | None = None
-    """Name of the LoRA adapter: its folder in checkpoints/ [adapter]"""
-    shared_adapter: tuple[Path, ...] = ()
-    """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
-    merge: bool = True
-    """At the end also write checkpoints/final: a whole policy with the adapter added in"""
-    cudagraphs: bool = False
-    """Replay openvla's decoding as CUDA graphs, one a token, instead of launching its kernels one by one"""
-    temperature: float = 1.0
-    """Divides the logits, scales a flow's noise; in rollout and update alike"""
-
+class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train, --seed, --resume, ...
     # ---- Algorithm ----
     reward: str = "multi_stage"
     """multi_stage, binary, or path/to/file.py:function"""
@@ -140,37 +73,37 @@ class Args:
     stop: Literal["each", "group"] = "each"
     """each: every environment runs to its own end; group: all stop at a member's success"""
     update_every: Literal["batch", "step"] = "batch"
-    """batch: minibatches of the whole batch; step: one update a decision step"""
+    """batch: minibatches of the whole batch; step: one update per decision step"""
     clip: bool = True
     """Clip the ratio; --no-clip is the paper's version 1"""
     total_env_steps: int | None = None
-    """Control steps, to an iteration's end [120000, of several tasks 60000 each, or --num-iterations]"""
+    """Control steps of training [120000; of several tasks 60000 each; or --num-iterations]"""
     num_iterations: int | None = None
-    """Iterations; with --total-env-steps too, what is reached first ends the run [as many as that takes]"""
+    """Iterations; with --total-env-steps too, the one reached first ends the run [as many as that takes]"""
     num_groups: int | None = None
-    """Groups a batch (G), each on a scene of its own [8, or 2 for each of --task-ids]"""
+    """Groups per batch (G), each on a placement of its own [8, or 2 for each of --task-ids]"""
     group_size: int = 8
-    """Members a group (K)"""
+    """Members per group (K)"""
     learning_rate: float = 1.5e-4
-    """AdamW's greatest learning rate; it falls linearly to 0"""
+    """AdamW's peak learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
-    """Iterations over which the learning rate grows to its value"""
+    """Iterations over which the learning rate grows to its peak"""
     update_epochs: int = 3
     """Passes over a batch"""
     minibatch_size: int = 256
-    """Decisions an optimiser step (B), unless --update-every step"""
+    """Decisions per optimiser step (B), unless --update-every step"""
     micro_batch_size: int | None = None
-    """Decisions that go through the policy at once; gradients of a minibatch's add up [all of them]"""
+    """Decisions per forward pass; gradients add up over a minibatch [all at once]"""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - this"""
     clip_high: float = 0.28
     """The ratio is clipped at 1 + this"""
     ratio_level: Literal["token", "action"] = "token"
-    """One ratio a token, or one for the whole decision"""
+    """One ratio per token, or one for the whole decision"""
     kl_coef: float = 0.0
     """Weight of the k3 KL divergence from the policy with its adapter off (beta); needs --train lora"""
     target_kl: float = 0.04
-    """An update stops when its approximate KL a ratio exceeds this"""
+    """An update stops when its approximate KL per ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
 
@@ -268,87 +201,47 @@ def policy_loss(
     return loss, statistics
 
 
-# ---- Acting ------------------------------------------------------------------------------------------
+# ---- Collecting --------------------------------------------------------------------------------------
 
 
-def make_envs(num_envs: int, task_id: Any, reward: str, args: Any, **settings: Any) -> Any:
-    """Environments of a task, or of one task each, as in training unless ``settings`` say otherwise."""
-    envs = gym.make_vec(
-        f"vla_envs/{args.suite}-v0", num_envs=num_envs, task_id=task_id, reward=reward, assets=args.assets,
-        quality=args.quality, cache=args.cache, action_chunk=args.action_chunk,
-        **{"max_episode_steps": args.max_episode_steps,
-           "num_threads": distributed.num_threads(args.num_threads), **settings},
-    )  # fmt: skip
-    envs.reset(seed=[0] * num_envs)  # a scene or a reward that fails does so now
-    return envs
-
-
-def act(
-    envs: Any, policy: Any, obs: dict[str, Any], acting: np.ndarray, temperature: float, draws: Any = None
-) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Decide for environments ``acting`` (A,): actions (N, C, 7), tokens and log-probs (N, D), else 0."""
-    seen = {name: array[acting] for name, array in obs.items()}
-    chunk, some_tokens, some_logprobs = policy.sample(
-        seen, [envs.instructions[i] for i in acting], temperature, draws and [draws[i] for i in acting]
-    )  # (A, C, 7), (A, D), (A, D)
-    actions = np.zeros(envs.action_space.shape, np.float32)  # (N, C, 7)
-    actions[acting] = chunk.reshape(len(acting), *actions.shape[1:])
-    tokens = torch.zeros((envs.num_envs, *some_tokens.shape[1:]), dtype=some_tokens.dtype)  # (N, D)
-    tokens[torch.from_numpy(acting)] = some_tokens.cpu()
-    logprobs = torch.zeros((envs.num_envs, some_logprobs.shape[1]))  # (N, D)
-    logprobs[torch.from_numpy(acting)] = some_logprobs.float().cpu()
-    return actions, tokens, logprobs
-
-
-def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, draws: Any = None) -> dict[str, Any]:
-    """Play an episode from each scene of ``seeds`` (N,) in so many environments, each with its generator.
+def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: Any = None) -> dict[str, Any]:
+    """Play an episode from the placement of each seed (N,), in the first N environments, side by side.
 
     Returns:
-        (T, N, ...) tensors image, state, tokens, logprobs, rewards, alive, stages, steps (control steps);
-        (N,) success, diverged; last, the observation after the end; instructions; policy_s, seconds deciding.
+        Of the S decisions, in order of time: image, state, tokens, logprobs, when (decision step), who
+        (environment). (T, N) tensors: rewards, stages, steps (control steps), alive. (N,): success, diverged;
+        last, the observation after the end; instructions. Seconds: rollout_s, policy_s.
     """
-    alive = np.arange(envs.num_envs) < len(seeds)  # one for every environment; what is returned has N
-    padded = [int(s) for s in seeds] + [None] * (envs.num_envs - len(seeds))
+    start, policy_s, count = time.perf_counter(), 0.0, len(seeds)
+    alive = np.arange(envs.num_envs) < count  # (E,)
+    padded = [int(seed) for seed in seeds] + [None] * (envs.num_envs - count)  # a group is a repeated seed
     obs, _ = envs.reset(seed=padded, options={"reset_mask": alive})
-    decisions: list[dict[str, Any]] = []
-    policy_s = 0.0
+    samples, steps = batches.Samples(), []
     while alive.any():
-        start = time.perf_counter()
-        actions, tokens, logprobs = act(envs, policy, obs, np.flatnonzero(alive), temperature, draws)
-        policy_s += time.perf_counter() - start
-        steps = envs.steps  # (N,)
-        next_obs, reward, terminated, truncated, info = envs.step(actions)
-        decisions.append({
-            "image": obs["image"], "state": obs["state"], "tokens": tokens, "logprobs": logprobs,
-            "rewards": np.where(alive, reward, 0.0).astype(np.float32), "alive": alive,
-            "stages": info["stage"], "steps": np.where(alive, envs.steps - steps, 0),
-        })  # fmt: skip
-        alive = alive & ~terminated & ~truncated  # finished environments leave the batch
-        obs = next_obs
-    batch: dict[str, Any] = {
-        name: torch.stack([torch.as_tensor(decision[name]) for decision in decisions])[:, : len(seeds)]
-        for name in decisions[0]
-    }  # (T, N, ...)
-    batch["success"] = torch.from_numpy(terminated[: len(seeds)].copy())  # (N,)
-    batch["last"] = {name: torch.as_tensor(array[: len(seeds)]) for name, array in obs.items()}  # (N, ...)
-    batch["instructions"] = envs.instructions[: len(seeds)]
-    batch["policy_s"] = policy_s
-    return runs.leave_out_diverged(batch, seeds, info["diverged"][: len(seeds)])
-
-
-def evaluate(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> np.ndarray:
-    """Play every task's recorded init states 0, 1, ...; which of them succeeded, (N,) bool, task by task."""
-    torch.manual_seed(args.seed)
-    policy.eval()
-    obs, _ = envs.reset(options={"init_state_id": np.arange(envs.num_envs) % args.eval_episodes})
-    frames = [evaluation.film(obs["image"])]
-    while not (frozen := envs.unwrapped.frozen).all():
-        seen = evaluation.seen(obs, args.protocol, policy)
-        actions, _, _ = act(envs, policy, seen, np.flatnonzero(~frozen), temperature)
-        obs, _, success, _, _ = envs.step(actions)
-        frames.append(evaluation.film(obs["image"]))
-    evaluation.write_video(video, frames, success)
-    return success
+        who = np.flatnonzero(alive)  # (A,) those that act
+        seen = {name: array[who] for name, array in obs.items()}  # (A, ...)
+        instructions = [envs.instructions[i] for i in who]
+        draws = generators and [generators[i] for i in who]
+        asked = time.perf_counter()
+        chunk, tokens, logprobs = policy.sample(seen, instructions, temperature, draws)
+        policy_s += time.perf_counter() - asked
+        when = np.full(len(who), len(steps))  # (A,)
+        samples.append(**seen, tokens=tokens.cpu(), logprobs=logprobs.float().cpu(), when=when, who=who)
+        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7)
+        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # chunk: (A, C, 7)
+        before = envs.steps  # (E,)
+        obs, reward, terminated, truncated, info = envs.step(actions)  # a finished one is frozen, reward 0
+        taken = envs.steps - before  # (E,)
+        steps.append({"rewards": np.float32(reward), "stages": info["stage"], "steps": taken, "alive": alive})
+        alive = alive & ~terminated & ~truncated
+    batch: dict[str, Any] = samples.tensors()
+    for name in batches.OF_STEPS:
+        batch[name] = torch.from_numpy(np.stack([step[name][:count] for step in steps]))  # (T, N)
+    batch["success"] = torch.from_numpy(terminated[:count].copy())  # (N,)
+    batch["last"] = {name: torch.as_tensor(array[:count]) for name, array in obs.items()}  # (N, ...)
+    batch["instructions"] = envs.instructions[:count]
+    batch |= {"rollout_s": time.perf_counter() - start, "policy_s": policy_s}
+    return batches.leave_out_diverged(batch, seeds, info["diverged"][:count])
 
 
 def stop_groups(batch: dict[str, Any], group_size: int) -> dict[str, Any]:
@@ -373,41 +266,37 @@ def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tup
 
 
 def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Args) -> dict[str, Any]:
-    """The S decisions of those alive, with log-probs from the forward pass that trains.
+    """The batch with what an update needs of each sample: its advantage, weight and old log-probs.
 
-    So the first ratio is 1 whatever rounding the rollout had; ``logprob_gap`` is that rounding.
+    Old log-probs come from the forward pass that trains, so the first ratio is 1 whatever rounding the
+    rollout had; ``logprob_gap`` is that rounding.
     """
-    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
-    b = {name: batch[name][when, who] for name in ("image", "state", "tokens", "logprobs")}  # (S, ...)
-    b |= {"when": when, "who": who, "instructions": batch["instructions"]}
-    b["advantages"] = advantages[when, who].to(args.device)  # (S,)
-    lengths = batch["alive"].sum(dim=0)  # (N,)
-    b["weights"] = (1.0 / lengths)[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
+    when, who, alive = batch["when"], batch["who"], batch["alive"]  # (S,), (S,), (T, N)
+    b = batch | {"advantages": advantages[when, who].to(args.device)}  # (S,)
+    b["weights"] = (1.0 / alive.sum(dim=0))[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
+    sampled = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
+    b["old_logprobs"] = sampled.to(args.device, copy=True)  # (S, D)
+    inds = batches.counted(batch)  # (up to S,) those of members that are alive
+    size = args.micro_batch_size or args.minibatch_size
     with torch.no_grad():
-        parts = [
-            logprobs_of(policy, b, inds, args)[0]
-            for inds in distributed.cut(torch.arange(len(who)), args.micro_batch_size or args.minibatch_size)
-        ]
-    rolled_out = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
-    b["old_logprobs"] = torch.cat(parts) if parts else rolled_out.to(args.device)  # (S, D); none: S is 0
-    b["logprob_gap"] = float(distributed.gather((b["old_logprobs"].cpu() - rolled_out).abs()).max())
+        for part in distributed.pieces(inds, size):
+            b["old_logprobs"][part] = logprobs_of(policy, b, part, args)[0]  # (B, D)
+    gaps = (b["old_logprobs"][inds].cpu() - sampled[inds]).abs()  # (up to S, D)
+    b["measured"] = {"logprob_gap": float(distributed.gather(gaps).max())}
     return b
 
 
 def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
-    """One optimiser step a minibatch of sample numbers; the means of what was measured on the way."""
+    """Equation 9: one optimiser step per minibatch of sample numbers; the means of what was measured."""
     clip_low, clip_high = (args.clip_low, args.clip_high) if args.clip else (float("inf"), float("inf"))
-    logs: dict[str, list[float]] = {}
+    meter, optimizer_steps = runs.Meter(), 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
-        measured: dict[str, Any] = {}
-        mb_weight = distributed.total(b["weights"][mb_inds].sum())  # of all processes
-        distributed.keep_up(policy, b, pieces := distributed.cut(mb_inds, args.micro_batch_size))
-        for inds in pieces:  # their gradients add up
+        for inds, share in distributed.micro_batches(policy, b, mb_inds, args.micro_batch_size):
             newlogprob, entropy, _ = logprobs_of(policy, b, inds, args)  # (B, D), (B, D)
-            old_logprob, weights = b["old_logprobs"][inds], b["weights"][inds]  # (B, D), (B,)
-            pg_loss, parts = policy_loss(
-                newlogprob, old_logprob, b["advantages"][inds], weights, clip_low, clip_high
+            weights = b["weights"][inds]  # (B,)
+            pg_loss, measured = policy_loss(
+                newlogprob, b["old_logprobs"][inds], b["advantages"][inds], weights, clip_low, clip_high
             )
             loss = pg_loss
             if args.kl_coef:
@@ -415,37 +304,27 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
                     reference, _, _ = logprobs_of(policy, b, inds, args)  # (B, D)
                 log_ref = (reference - newlogprob).clamp(-20.0, 20.0)  # (B, D)
                 k3 = (log_ref.exp() - 1.0 - log_ref).mean(dim=1)  # (B,)
-                kl = (weights / weights.sum() * k3).sum()
-                loss = loss + args.kl_coef * kl
-                parts["kl"] = kl
-            share = weights.sum() / mb_weight  # of the minibatch; 1 where it is not split
+                measured["kl"] = (weights / weights.sum() * k3).sum()
+                loss = loss + args.kl_coef * measured["kl"]
             (loss * share).backward()
-            parts |= {"loss": loss, "policy_loss": pg_loss, "entropy": entropy.mean()}
-            parts["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
-            measured = {k: measured.get(k, 0.0) + share * value.detach() for k, value in parts.items()}
-        measured = distributed.add_up(measured)
-        runs.check_finite(loss=measured.pop("loss"))
-        distributed.add_up_gradients(optimizer)
+            measured["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
+            meter.add(share, loss=loss, policy_loss=pg_loss, entropy=entropy.mean(), **measured)
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
-        runs.check_finite(gradient=torch.stack(norms).max())
-        measured["grad_norm"] = norms[0]
-        for name, value in measured.items():
-            logs.setdefault(name, []).append(float(value))
-        if measured["approx_kl"] > args.target_kl:
+        if meter.end_minibatch(*norms)["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
+        optimizer_steps += 1
     distributed.gather_parameters(policy)
-    with torch.no_grad():
-        after = [logprobs_of(policy, b, inds, args)[0].mean().item() for inds in pieces[-1:]]
-    runs.check_finite(**{"log-prob after the update": distributed.total(sum(after))})
-    means = {name: float(np.mean(values)) for name, values in logs.items()}
-    means["optimizer_steps"] = sum(kl <= args.target_kl for kl in logs["approx_kl"])
-    return means | {"logprob_gap": b["logprob_gap"], "ratio_first_minibatch": logs["ratio"][0]}
+    last = distributed.pieces(mb_inds, args.micro_batch_size)[-1:]
+    with torch.no_grad():  # the last step may have gone too far for the next rollout
+        after = [logprobs_of(policy, b, inds, args)[0].mean() for inds in last]
+    runs.check_finite(**{"log-prob after the update": distributed.total(float(sum(after)))})
+    return meter.means() | b["measured"] | {"optimizer_steps": optimizer_steps}
 
 
-def check(args: Args) -> Args:
+def validate(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
-    args = runs.fill_in_evaluation(runs.fill_in_length(args))
+    args = arguments.complete_rl(args)
     if args.group_size < 2:
         raise ValueError(f"group_size is {args.group_size}; expected at least 2, to compare members")
     if args.preset and all(getattr(args, name) == getattr(Args, name) for name in PRESETS[args.preset]):
@@ -460,55 +339,33 @@ def check(args: Args) -> Args:
     alpha2 = default2 if args.alpha2 is None else args.alpha2
     if not np.isfinite([alpha1, alpha2]).all() or alpha1 == alpha2 == 0:
         raise ValueError(f"alpha1, alpha2 are {alpha1}, {alpha2}; expected finite numbers, not both 0")
-    runs.check_training(args)
     return dataclasses.replace(args, alpha1=alpha1, alpha2=alpha2) if args.alphas == "given" else args
 
 
 if __name__ == "__main__":
-    args = runs.parse_args(Args)
-    if args.preset:  # its arguments are defaults
-        args = runs.parse_args(Args, Args(**PRESETS[args.preset]))
+    args = arguments.parse(Args, validate, PRESETS)
     with runs.one_line_errors():
-        args = check(runs.load_args(args) if args.resume else args)
-        distributed.start(args.device)
-        policy = runs.starting_policy(args)
-        args = runs.fill_in_chunk(args, policy)
-        torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
-        below = runs.adapters_below(args)  # adapters of single tasks, where one is trained above them
-        policy = learner = adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
-        optimizer = torch.optim.AdamW(
-            [p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0
-        )
-        protocol = evaluation.settings(args.protocol, args.suite, policy) | {"num_threads": args.num_threads}
-        states = np.repeat(args.task_ids, args.eval_episodes).tolist()  # the task of each
-        eval_envs = distributed.only_first(make_envs)(len(states), states, "binary", args, **protocol)
-        played = [args.task_id] if args.evaluate else runs.shared_out(args)  # the task of each environment
-        envs = make_envs(len(played), played, args.reward, args, image_size=policy.image_size)
-        run, state = runs.start(args, __file__, learner, optimizer)
+        policy = checkpoints.starting_policy(args)
+        args = arguments.fill_in_chunk(args, policy)
+        policy = checkpoints.prepare(policy, args)  # --train says what is trained
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
+        eval_envs = runs.make_eval_envs(args, policy)
+        envs = runs.make_envs(args, policy)
+        run = runs.Run(args, __file__, policy, optimizer, envs, eval_envs)  # new, or resumed
     if args.evaluate:
-        evaluation.evaluate_only(evaluate, eval_envs, policy, run, args)
+        run.evaluate_only()
         raise SystemExit
 
-    writer = runs.make_writer(run, state["env_steps"] + 1 if args.resume else None)
-    assess = partial(evaluation.assess, evaluate, eval_envs, policy, run, writer, args)
-    started = time.perf_counter() - state["wall_s"]
-    if state["before"] is None:
-        state["before"] = state["after"] = assess(state, state["env_steps"])
-        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
-    progress = runs.progress_bar("TGRPO", state, args)
-    runs.since_last(envs)  # making them was no iteration's
-    while (done := runs.done(state, args)) < 1.0:
-        iteration = state["iteration"] = state["iteration"] + 1
-        runs.seed_all(args.seed, iteration)  # so that a resumed run draws the same numbers
-        start = time.perf_counter()
+    for iteration in run.iterations():  # evaluates on the recorded init states, saves, counts, resumes
         policy.eval()
-        scenes, generators = runs.deal(args, iteration, 1, args.num_groups)  # (N,), (N,)
-        batch = rollout(envs, policy, scenes, args.temperature, generators)
+        seeds, generators = batches.draw_placements(args, iteration)  # (N,), (N,)
+        batch = rollout(envs, policy, seeds, args.temperature, generators)
         if args.stop == "group":
             batch = stop_groups(batch, args.group_size)
-        rewards, alive, totals = batch["rewards"], batch["alive"], runs.totals([batch])
-        state["env_steps"] += totals["control_steps"]
-        state["episodes"] += totals["episodes"]
+        rewards, alive = batch["rewards"], batch["alive"]  # (T, N), (T, N)
+        run.count(batch)
+
         step = step_advantages(rewards, alive, args.group_size)  # (T, N), equation 6
         if args.group_by == "stage":
             step = tgrpo_extras.by_stage(step_advantages, rewards, alive, args.group_size)  # (T, N)
@@ -516,53 +373,26 @@ if __name__ == "__main__":
         alpha1, alpha2 = args.alpha1, args.alpha2
         if args.alphas == "auto":
             outcome = group_advantages(batch["success"].float(), args.group_size)  # (N,)
-            alpha1, alpha2 = tgrpo_extras.fit_alphas(state, step, trajectory, outcome, alive)
+            alpha1, alpha2 = tgrpo_extras.fit_alphas(run.state, step, trajectory, outcome, alive)
         advantages = (alpha1 * step + alpha2 * trajectory) * alive  # (T, N), equation 8
-        rollout_s = time.perf_counter() - start
 
-        start = time.perf_counter()
         policy.train()
-        fraction = min(1.0 - done, iteration / args.warmup_iterations)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
+        warm = iteration / args.warmup_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(run.left, warm)
         b = samples_of(policy, batch, advantages, args)
-        minibatches = runs.minibatches(batch, args)
-        if args.update_every == "step":
-            minibatches = args.update_epochs * [
-                torch.nonzero(b["when"] == t).flatten() for t in distributed.gather(b["when"]).unique()
-            ]
-        with runs.one_line_errors(f"iteration {iteration}, last good state in {run}/checkpoints/latest: "):
-            losses = update(policy, optimizer, b, minibatches, args)
-        update_s = time.perf_counter() - start
+        minibatches = (batches.by_step if args.update_every == "step" else batches.minibatches)(b, args)
+        with run.one_line_errors():
+            losses = update(policy, optimizer, b, minibatches, args)  # equation 9
 
-        if args.eval_every and iteration % args.eval_every == 0:
-            state["after"] = assess(state, state["env_steps"])
-        state["wall_s"] = time.perf_counter() - started
-        groups_std = batch["success"].float().view(-1, args.group_size).std(dim=1)  # (G,)
-        still = (step == 0).unflatten(1, (-1, args.group_size)).all(dim=2)  # (T, G) all get the same reward
-        running = alive.unflatten(1, (-1, args.group_size)).any(dim=2)  # (T, G)
-        scalars = {
-            **runs.charts(totals, state),
-            "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "group/kept_frac": distributed.mean(groups_std > 0),
-            "group/zero_std_frac": distributed.mean(still[running]),
-            "advantage/step_abs": distributed.mean((alpha1 * step)[alive].abs()),
-            "advantage/trajectory_abs": distributed.mean(
-                (alpha2 * trajectory).expand(alive.shape)[alive].abs()
-            ),
+        groups = (-1, args.group_size)
+        still = (step == 0).unflatten(1, groups).all(dim=2)  # (T, G) all members get the same reward
+        running = alive.unflatten(1, groups).any(dim=2)  # (T, G)
+        run.log(losses, {
+            "group/kept_frac": batch["success"].float().view(groups).std(dim=1) > 0,
+            "group/zero_std_frac": still[running],
+            "advantage/step_abs": (alpha1 * step)[alive].abs(),
+            "advantage/trajectory_abs": (alpha2 * trajectory).expand(alive.shape)[alive].abs(),
             "advantage/alpha1": alpha1,
             "advantage/alpha2": alpha2,
-            **runs.since_last(envs),
-            "time/rollout_s": rollout_s,
-            "time/update_s": update_s,
-        } | {f"losses/{name}": value for name, value in losses.items()}
-        runs.log(writer, progress, scalars, state, args)
-        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
-    progress.close()
-
-    if state["evaluated"] != state["iteration"]:
-        state["after"] = assess(state, state["env_steps"])
-        state["wall_s"] = time.perf_counter() - started
-        runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, state)
-    runs.finish(run, policy, state, args)
-    for each in (envs, eval_envs, writer):
-        each.close()
+        })  # fmt: skip
+    run.finish()  # the trained policy, result.json, how it went

@@ -16,9 +16,11 @@ from test_openvla import write_tiny
 from together import learn
 
 import grpo_vla
-from vla_envs import distributed, runs
+from vla_envs import distributed
+from vla_envs.files import read_json
 from vla_envs.policies import new_policy
 from vla_envs.policies.openvla import choose
+from vla_envs.training import batches, checkpoints
 
 TINY = {
     "num_iterations": 2, "num_groups": 2, "group_size": 2, "max_episode_steps": 24, "eval_episodes": 1,
@@ -87,9 +89,9 @@ def test_scenes_and_draws_do_not_depend_on_the_processes(groups, task_ids, proce
     args = SimpleNamespace(seed=1, num_groups=4, group_size=2, task_ids=task_ids)
 
     def dealt():
-        scenes, generators = runs.deal(args, 3, 2, groups)
-        tasks = runs.shared_out(args)[: len(scenes)]
-        return [(s, torch.rand((), generator=g).item(), t) for s, g, t in zip(scenes, generators, tasks)]
+        seeds, generators = batches.draw_placements(args, 3, groups, 2)
+        tasks = batches.tasks_of_environments(args)[: len(seeds)]
+        return [(s, torch.rand((), generator=g).item(), t) for s, g, t in zip(seeds, generators, tasks)]
 
     alone, together = dealt(), []
     for rank in range(2):
@@ -102,9 +104,9 @@ def test_scenes_and_draws_do_not_depend_on_the_processes(groups, task_ids, proce
 def test_groups_that_do_not_divide(process):
     process(0, 3)
     with pytest.raises(ValueError, match=r"num_groups is 8; .* multiple of the 3 processes") as error:
-        grpo_vla.check(grpo_vla.Args())
+        grpo_vla.validate(grpo_vla.Args())
     assert len(str(error.value).splitlines()) == 1
-    assert grpo_vla.check(grpo_vla.Args(num_groups=6)).num_groups == 6
+    assert grpo_vla.validate(grpo_vla.Args(num_groups=6)).num_groups == 6
 
 
 def test_samples_have_the_numbers_that_one_process_gives_them(monkeypatch, process):
@@ -223,7 +225,7 @@ def results_of_the_same_files(*folders):
     """``result.json`` of runs that have left files of the same names, one of TensorBoard's each too."""
     names = [sorted(path.name.split(".")[0] for path in folder.iterdir()) for folder in folders]
     assert names == [names[0]] * len(names)
-    return [runs.read_json(folder / "result.json") for folder in folders]
+    return [read_json(folder / "result.json") for folder in folders]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_two_processes_go_on_where_one_stopped(spread, tmp_path, execute, reward
     flags = TINY | {"reward": reward}
     flags |= LARGE | {"checkpoint": write_tiny(tmp_path / "tiny")} if spread else {}
     execute("tgrpo_vla", **flags, run_dir=tmp_path / "one")
-    save = runs.save_training_state
+    save = checkpoints.save_training_state
 
     def save_and_stop(*given):
         save(*given)
@@ -307,7 +309,7 @@ def test_two_processes_go_on_where_one_stopped(spread, tmp_path, execute, reward
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "save_training_state", save_and_stop)
+        patch.setattr(checkpoints, "save_training_state", save_and_stop)
         execute("tgrpo_vla", **flags, run_dir=tmp_path / "two")
     done = torchrun(tmp_path, ROOT / "tgrpo_vla.py", "--resume", tmp_path / "two")
     assert done.returncode == 0, done.stderr

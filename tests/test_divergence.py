@@ -16,9 +16,8 @@ from test_vector import member, random_actions, same
 import grpo_vla
 import ppo_vla
 import tgrpo_vla
-from vla_envs import runs
 from vla_envs.simulation import MAX_VELOCITY, Simulation
-from vla_envs.training import tgrpo_extras
+from vla_envs.training import batches, tgrpo_extras
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +268,7 @@ def test_a_rollout_leaves_the_groups_of_the_diverged_out(make_vec):
     assert not batch["alive"][:, 2:4].any() and batch["alive"][:, [0, 1, 4, 5]].all()
     assert batch["rewards"][:, 2:4].eq(0).all() and batch["rewards"][:, [0, 1, 4, 5]].ne(0).all()
     assert len(batch["alive"]) == 3 and torch.isfinite(batch["state"]).all()
-    totals = runs.totals([batch])
+    totals = batches.totals([batch])
     assert (totals["episodes"], totals["diverged"], totals["control_steps"]) == (4, 1, 24)
     assert all(obs in envs.observation_space for obs in envs.seen)
 
@@ -306,27 +305,29 @@ def test_an_update_after_a_divergence(make_vec, script):
         b = script.samples_of(policy, script.make_critic(policy), batch, args)
     else:
         b = script.samples_of(policy, batch, torch.ones(batch["alive"].shape), args)
-    assert set(b["who"].tolist()) == {2, 3} and len(b["who"]) == 6
+    counted = batches.counted(b)
+    assert set(b["who"][counted].tolist()) == {2, 3} and len(counted) == 6
     for name in ("advantages", "weights", "old_logprobs"):
-        assert torch.isfinite(b[name]).all()
+        assert torch.isfinite(b[name][counted]).all()
 
 
 def test_dynamic_sampling_plays_another_group(make_vec):
     """A group left out has equal returns, so it is not kept."""
     args = grpo_vla.Args(num_groups=2, group_size=2, max_rounds=1, keep_low=0.0, keep_high=1.0)
     envs = some_envs(make_vec, 4, [2])
-    batch = grpo_vla.collect(envs, small_policy(), 1, args)
+    batch, rollouts = grpo_vla.collect(envs, small_policy(), 1, args)
+    totals = batches.totals(rollouts)
     assert batch["kept"].shape == (2,) and not batch["kept"][1] and batch["zero_std"][1]
-    assert batch["totals"]["diverged"] == 1 and batch["totals"]["episodes"] == 2
+    assert totals["diverged"] == 1 and totals["episodes"] == 2
 
 
 def test_nothing_left_ends_the_program(make_vec, capsys):
     policy = small_policy()
     batch = ppo_vla.rollout(some_envs(make_vec, 2, [0, 1], at=1), policy, np.array([7, 8]), 1.0)
     other = ppo_vla.rollout(some_envs(make_vec, 2, [1], at=1), policy, np.array([7, 8]), 1.0)
-    assert not batch["alive"].any() and runs.totals([batch, other])["diverged"] == 3
+    assert not batch["alive"].any() and batches.totals([batch, other])["diverged"] == 3
     with pytest.raises(SystemExit) as exit_:
-        runs.totals([batch])
+        batches.totals([batch])
     assert exit_.value.code == 1
     assert "2 of 2 episodes diverged" in capsys.readouterr().err.splitlines()[-1]
 
@@ -343,5 +344,4 @@ def test_a_process_without_samples(make_vec, script, monkeypatch):
         b = script.samples_of(policy, script.make_critic(policy), batch, args)
     else:
         b = script.samples_of(policy, batch, torch.ones(batch["alive"].shape), args)
-    for name in ("advantages", "weights", "old_logprobs"):
-        assert len(b[name]) == 0
+    assert len(batches.counted(b)) == 0

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vla_envs.evaluation import (
+from vla_envs.policies import save_policy
+from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.policies.pictures import _lanczos3
+from vla_envs.training import evaluation, runs
+from vla_envs.training.evaluation import (
     PROTOCOLS,
     are_results,
-    assess,
-    evaluate_only,
     film,
     openvla_pictures,
     paired,
@@ -25,9 +27,6 @@ from vla_envs.evaluation import (
     success,
     write_video,
 )
-from vla_envs.policies import save_policy
-from vla_envs.policies.nano import NanoConfig, NanoPolicy
-from vla_envs.policies.pictures import _lanczos3
 
 SUITES = ("LiberoSpatial", "LiberoObject", "LiberoGoal", "Libero10", "Libero90")
 
@@ -366,8 +365,8 @@ DETERMINISTIC, SAMPLED = [True, True, False, False], [True, False, False, False]
 
 
 @pytest.fixture
-def evaluate_once(tmp_path):
-    """Call ``evaluate_only`` with an evaluation that looks outcomes up: ``result.json`` and the calls."""
+def evaluate_once(tmp_path, monkeypatch):
+    """Call ``evaluate_only`` with episodes whose outcomes are known: ``result.json`` and the calls."""
     policy, envs, run = object(), object(), tmp_path / "run"
     run.mkdir()
     chosen = {"policy": "nano", "compare": None, "device": "cpu", "suite": "LiberoObject", "task_id": 4}
@@ -377,13 +376,14 @@ def evaluate_once(tmp_path):
     def evaluate_once(**changes):
         calls, args = [], SimpleNamespace(**chosen | changes)
 
-        def evaluate(envs_, policy_, temperature, args_, video):
+        def play(envs_, policy_, temperature, args_, video):
             assert envs_ is envs and args_ is args
             calls.append((policy_, temperature, video))
             outcomes = np.array(SAMPLED if temperature else DETERMINISTIC)
             return outcomes if policy_ is policy else ~outcomes
 
-        evaluate_only(evaluate, envs, policy, run, args)
+        monkeypatch.setattr(evaluation, "play", play)
+        runs.Run.evaluate_only(SimpleNamespace(folder=run, args=args, policy=policy, eval_envs=envs))
         return json.loads((run / "result.json").read_text()), calls, policy
 
     return evaluate_once
@@ -454,25 +454,28 @@ class Board:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 0.0])
-def test_a_runs_evaluation_is_played_both_ways(temperature, tmp_path, capsys):
+def test_a_runs_evaluation_is_played_both_ways(temperature, tmp_path, monkeypatch, capsys):
     """Of two tasks; where sampling has no temperature either, deterministic alone."""
     board, calls = Board(), []
     args = SimpleNamespace(eval_temperature=temperature, task_ids=(4, 0))
 
-    def evaluate(envs, policy, temperature, args_, video):
+    def play(envs, policy, temperature, args_, video):
         assert (envs, policy, args_) == ("envs", "policy", args)
         calls.append((temperature, video))
         return np.array(SAMPLED if temperature else DETERMINISTIC)
 
     state = {"iteration": 12, "evaluated": 3}
-    results = assess(evaluate, "envs", "policy", tmp_path, board, args, state, 480)
+    monkeypatch.setattr(evaluation, "play", play)
+    run = SimpleNamespace(args=args, state=state, folder=tmp_path, global_step=480, _writer=board)
+    run.eval_envs, run.policy = "envs", "policy"
+    results = runs.Run.evaluate(run)
     names = ["success", "sampled"] if temperature else ["success"]
     videos = tmp_path / "videos"
     assert calls == [
         (0.0, videos / "iteration_0012_success.mp4"), (0.7, videos / "iteration_0012_sampled.mp4"),
     ][: len(names)]  # fmt: skip
     expected = {"success": success(DETERMINISTIC, (4, 0)), "sampled": success(SAMPLED, (4, 0))}
-    assert results == {name: expected[name] for name in names} and state["evaluated"] == 12
+    assert results == state["after"] == {name: expected[name] for name in names} and state["evaluated"] == 12
     rates = {"charts/success_rate": 0.5, "charts/success_rate_task_4": 1.0, "charts/success_rate_task_0": 0.0}
     rates |= {
         "charts/sampled_success_rate": 0.25, "charts/sampled_success_rate_task_4": 0.5,

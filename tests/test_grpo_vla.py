@@ -6,12 +6,12 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from test_shared import OnesPolicy, ScriptedEnvs, arguments, small_policy
+from test_shared import OnesPolicy, ScriptedEnvs, arguments, flat, small_policy
 
 import grpo_vla
 from grpo_vla import collect, group_advantages, in_order, stage_credit
-from vla_envs import rewards, runs
-from vla_envs.training import credit
+from vla_envs import rewards
+from vla_envs.training import batches, credit
 
 # ---- Advantages --------------------------------------------------------------------------------------
 
@@ -241,12 +241,15 @@ class PaidEnvs(RoundEnvs):
 
 def gather(envs, num_groups, group_size, iteration=1, **kwargs):
     args = arguments(grpo_vla, num_groups=num_groups, group_size=group_size, **kwargs)
-    return collect(envs, OnesPolicy(), iteration, args)
+    batch, rollouts = collect(envs, OnesPolicy(), iteration, args)
+    return batch | {"totals": batches.totals(rollouts)}
 
 
 def who(batch):
     """Which environments of which rounds are in a batch, as ``100 r + i``."""
-    return batch["state"][0, :, 0].int().tolist()
+    first = batches.counted(batch)[: batch["alive"].shape[1]]  # their first decisions
+    assert batch["when"][first].eq(0).all()
+    return batch["state"][first, 0].int().tolist()
 
 
 NO = 99  # never succeeds
@@ -262,8 +265,9 @@ def test_groups_that_teach_something_are_kept():
     assert batch["instructions"] == [f"task {i}" for i in (0, 1, 2, 3, 0, 1)]
     assert batch["rewards"].sum(dim=0).tolist() == [1, 0, 0, 1, 1, 0]
     assert batch["alive"].sum(dim=0).tolist() == [1, 3, 3, 2, 3, 3]
-    assert batch["tokens"].shape == batch["logprobs"].shape == (3, 6, 14)
-    assert batch["image"].shape == (3, 6, 8, 8, 3)
+    assert batch["tokens"].shape == batch["logprobs"].shape == (15, 14)
+    assert batch["image"].shape == (15, 8, 8, 3) and batch["alive"].shape == (3, 6)
+    assert torch.bincount(batch["who"]).tolist() == [1, 3, 3, 2, 3, 3]
 
 
 def test_a_full_batch_needs_one_round():
@@ -324,7 +328,12 @@ def test_no_group_teaches_anything():
     envs = RoundEnvs(*[[1, 1, NO, NO]] * 4)
     batch = gather(envs, 2, 2)
     assert envs.round == 4 and len(batch["kept"]) == 8 and not batch["kept"].any()
-    assert batch["zero_std"].all() and batch["alive"].shape == (3, 0) and batch["instructions"] == []
+    assert (
+        batch["zero_std"].all()
+        and batch["alive"].shape == (3, 0)
+        and len(batch["who"]) == 0
+        and batch["instructions"] == []
+    )
     assert batch["totals"]["episodes"] == 16 and batch["totals"]["successes"] == 8
 
 
@@ -359,8 +368,10 @@ def test_kept_members_have_the_advantages_of_the_whole_rollout():
     kept = batch["kept"].repeat_interleave(4)
     assert torch.equal(group_advantages(batch["rewards"].sum(dim=0), 4), expected[kept])
     assert expected[~kept].eq(0).all() and expected[kept].ne(0).all()
-    for name in ("image", "tokens", "logprobs", "rewards", "alive"):
+    for name in ("rewards", "alive"):
         assert torch.equal(batch[name], whole[name][:, kept])
+    for name in ("image", "tokens", "logprobs"):
+        assert torch.equal(batch[name], whole[name][kept[whole["who"]]])
 
 
 def test_an_update_on_what_was_kept():
@@ -393,37 +404,47 @@ def numbered(steps, members, first):
         "logprobs": -numbers.unsqueeze(2).expand(-1, -1, 14),
         "rewards": numbers * 10,
         "stages": numbers.long(),
+        "steps": numbers.long(),
         "alive": torch.ones(steps, members, dtype=torch.bool),
         "instructions": [f"task {first + i}" for i in range(members)],
     }
 
 
-def test_join_batches_by_hand():
+def test_batches_are_joined_by_hand():
     keep = [torch.tensor([True, False, True]), torch.tensor([False, True])]
-    joined = runs.join_batches([numbered(2, 3, 1), numbered(3, 2, 4)], keep)
+    joined = batches.join([flat(numbered(2, 3, 1)), flat(numbered(3, 2, 4))], keep)
     assert joined["rewards"].tolist() == [[10, 30, 50], [10, 30, 50], [0, 0, 50]]
     assert joined["alive"].tolist() == [[True] * 3, [True] * 3, [False, False, True]]
-    assert joined["instructions"] == ["task 1", "task 3", "task 5"]
-    assert joined["image"].shape == (3, 3, 2, 2, 3) and joined["image"].dtype == torch.uint8
-    assert joined["image"][:, :, 1, 1, 2].tolist() == [[1, 3, 5], [1, 3, 5], [0, 0, 5]]
-    assert joined["tokens"].dtype == torch.int64 and joined["tokens"][0, :, 13].tolist() == [1, 3, 5]
-    assert joined["state"][1, :, 7].tolist() == [1, 3, 5]
-    assert joined["logprobs"][2, :, 0].tolist() == [0, 0, -5]
+    assert joined["instructions"] == ["task 1", "task 3", "task 5"] and joined["round"].tolist() == [0, 0, 1]
+    assert joined["who"].tolist() == [0, 1, 0, 1, 2, 2, 2] and joined["when"].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        0,
+        1,
+        2,
+    ]
+    assert batches.counted(joined).tolist() == [0, 1, 4, 2, 3, 5, 6]  # in order of time
+    assert joined["image"].shape == (7, 2, 2, 3) and joined["image"].dtype == torch.uint8
+    assert joined["image"][:, 1, 1, 2].tolist() == [1, 3, 1, 3, 5, 5, 5]
+    assert joined["tokens"].dtype == torch.int64 and joined["tokens"][:, 13].tolist() == [1, 3, 1, 3, 5, 5, 5]
+    assert joined["state"][2, 7] == 1 and joined["logprobs"][6, 0] == -5
 
 
 def test_one_batch_of_all_members_stays_as_it_is():
-    batch = numbered(2, 3, 1)
-    joined = runs.join_batches([batch], [torch.ones(3, dtype=torch.bool)])
+    batch = flat(numbered(2, 3, 1))
+    joined = batches.join([dict(batch)], [torch.ones(3, dtype=torch.bool)])
     assert joined["instructions"] == batch["instructions"]
-    for name in ("image", "state", "tokens", "logprobs", "rewards", "stages", "alive"):
+    for name in (*batches.OF_SAMPLES, *batches.OF_STEPS):
         assert torch.equal(joined[name], batch[name])
 
 
 def test_nobody_is_kept():
     nobody = torch.zeros(3, dtype=torch.bool)
-    joined = runs.join_batches([numbered(2, 3, 1), numbered(4, 3, 4)], [nobody, nobody])
-    assert joined["alive"].shape == (4, 0) and joined["image"].shape == (4, 0, 2, 2, 3)
-    assert joined["instructions"] == []
+    joined = batches.join([flat(numbered(2, 3, 1)), flat(numbered(4, 3, 4))], [nobody, nobody])
+    assert joined["alive"].shape == (4, 0) and joined["image"].shape == (0, 2, 2, 3)
+    assert joined["instructions"] == [] and len(batches.counted(joined)) == 0
 
 
 def test_totals_by_hand():
@@ -437,8 +458,8 @@ def test_totals_by_hand():
     }
     expected = {"episodes": 3, "successes": 1, "control_steps": 24, "return": 2.0, "policy_s": 0.25}
     expected["diverged"] = 1
-    assert runs.totals([batch]) == expected
-    assert runs.totals([batch, batch]) == {name: 2 * value for name, value in expected.items()}
+    assert batches.totals([batch]) == expected
+    assert batches.totals([batch, batch]) == {name: 2 * value for name, value in expected.items()}
 
 
 # ---- Arguments ---------------------------------------------------------------------------------------
@@ -464,13 +485,13 @@ def test_totals_by_hand():
 )
 def test_arguments_that_do_not_fit(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
-        grpo_vla.check(grpo_vla.Args(**wrong))
+        grpo_vla.validate(grpo_vla.Args(**wrong))
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_arguments_that_fit():
-    args = grpo_vla.check(grpo_vla.Args(keep_low=0.5, keep_high=0.5, temperature=1.3, clip_low=0.0))
+    args = grpo_vla.validate(grpo_vla.Args(keep_low=0.5, keep_high=0.5, temperature=1.3, clip_low=0.0))
     assert (args.keep_low, args.keep_high, args.clip_low, args.eval_temperature) == (0.5, 0.5, 0.0, 1.3)
     assert args.eval_episodes == 50
-    args = grpo_vla.check(grpo_vla.Args(keep_low=0.0, keep_high=1.0, kl_coef=0.1, train="lora"))
+    args = grpo_vla.validate(grpo_vla.Args(keep_low=0.0, keep_high=1.0, kl_coef=0.1, train="lora"))
     assert (args.keep_low, args.keep_high) == (0.0, 1.0)

@@ -23,7 +23,6 @@ from conftest import write_demos
 from PIL import Image
 from torch import nn
 
-from vla_envs.evaluation import PROTOCOLS, seen, settings
 from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, adapter_off, make_trainable, merged, save_adapter
 from vla_envs.policies.openvla import (
@@ -40,7 +39,8 @@ from vla_envs.policies.openvla import (
     write_weights,
 )
 from vla_envs.policies.pictures import openvla_pictures, openvla_pixels
-from vla_envs.runs import save_training_state
+from vla_envs.training.checkpoints import save_training_state
+from vla_envs.training.evaluation import PROTOCOLS, seen, settings
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("OPENVLA_REFERENCE", ROOT.parent / "shared" / "openvla_reference"))

@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 
 import ppo_vla
-from vla_envs import runs
+from vla_envs.files import write_json
 from vla_envs.policies import SHIPPED, adapters, count_parameters, load_policy, new_policy, save_policy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy, action_tokens, draw, shift, token_actions, tokenize
 from vla_envs.tasks import get_task
+from vla_envs.training import checkpoints
 
 SMALL = {"action_chunk": 2, "action_repeat": 1, "image_size": 32, "width": 16, "depth": 2, "heads": 2}
 SENTENCES = [get_task("LiberoObject", task_id).instruction for task_id in range(10)]
@@ -662,9 +663,9 @@ class Run:
 def save_state(run, args, learner):
     """Write a run's folder as it is while the run goes on; where its state is."""
     run.mkdir()
-    runs.write_json(run / "args.json", dataclasses.asdict(args))
+    write_json(run / "args.json", dataclasses.asdict(args))
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad])
-    runs.save_training_state(run / "checkpoints" / "latest", learner, optimizer, {})
+    checkpoints.save_training_state(run / "checkpoints" / "latest", learner, optimizer, {})
     return run / "checkpoints" / "latest"
 
 
@@ -711,8 +712,8 @@ def test_a_run_says_what_it_starts_from(checkpoint):
     def said(policy="nano", checkpoint=None, suite="LiberoObject", task_ids=(4,), **given):
         names = {"policy": policy, "checkpoint": checkpoint, "suite": suite, "task_ids": task_ids}
         args = SimpleNamespace(**common | names | given)
-        policy = runs.starting_policy(args)
-        return runs.remark(args, torch.nn.ModuleDict({"policy": policy}).policy)
+        policy = checkpoints.starting_policy(args)
+        return checkpoints.remark(args, torch.nn.ModuleDict({"policy": policy}).policy)
 
     assert said() == said(policy="flow") == said(evaluate=True) == ""
     words = "its checkpoint was made for the tasks LiberoObject 4, and not for LiberoObject 7"
@@ -737,5 +738,5 @@ def test_a_checkpoint_says_what_it_was_made_for(checkpoint, tmp_path):
         ("shipped", load_policy("nano"), {"LiberoObject": list(range(10))} | goal),
         ("old", load_policy("nano", checkpoint), None),
     ):
-        runs.save_policies(tmp_path / name, policy, args)
+        checkpoints.save_policies(tmp_path / name, policy, args)
         assert load_policy("nano", tmp_path / name / "checkpoints" / "final").made_for == made_for

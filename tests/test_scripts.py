@@ -25,10 +25,11 @@ from conftest import ROOT, words_of, write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sft_vla
-from vla_envs import demonstrations, evaluation, runs
+from vla_envs import demonstrations
 from vla_envs.policies import SHIPPED, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task
+from vla_envs.training import checkpoints, evaluation, runs
 from vla_envs.vector import LiberoVectorEnv
 from vla_envs.workers import LiberoWorkersEnv
 
@@ -36,7 +37,7 @@ ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla")
 SCRIPTS = (*ONLINE, "sft_vla")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_online_script = pytest.mark.parametrize("script", ONLINE)
-#: For what the scripts share line by line, or have from ``vla_envs.runs``: the others with ``-m slow``.
+#: For what the scripts share line by line, or have from ``vla_envs.training``: the others with ``-m slow``.
 one_script, one_online_script = (
     pytest.mark.parametrize(
         "script", [first, *(pytest.param(script, marks=pytest.mark.slow) for script in others)]
@@ -357,14 +358,14 @@ class Stop(BaseException):
 
 
 def stop_after_saving(patch, iteration, folder="latest"):
-    save = runs.save_training_state
+    save = checkpoints.save_training_state
 
     def save_and_stop(path, policy, optimizer, counters):
         save(path, policy, optimizer, counters)
         if (path.name, counters["iteration"]) == (folder, iteration):
             raise Stop
 
-    patch.setattr(runs, "save_training_state", save_and_stop)
+    patch.setattr(checkpoints, "save_training_state", save_and_stop)
 
 
 def stop_between_renames(patch, iteration):
@@ -441,14 +442,14 @@ def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
 
 def test_interrupted(start, resume, finished, monkeypatch, capsys):
     """Ctrl-C once: the run ends when its state has been saved."""
-    make_writer = runs.make_writer
+    make_writer = runs.SummaryWriter
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
-        return make_writer(*args)
+        return make_writer(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "make_writer", interrupt)
+        patch.setattr(runs, "SummaryWriter", interrupt)
         with pytest.raises(SystemExit) as exit_:
             start("sft_vla", **FULL)
     run, error = Path("run").absolute(), capsys.readouterr().err
@@ -480,7 +481,7 @@ def test_interrupted_twice(tmp_path, own, resume, finished):
 def test_a_full_disk(script, start, resume, finished, monkeypatch, capsys):
     """The state of iteration 3 does not fit: one line, and the run goes on from the one before."""
     resource = pytest.importorskip("resource", reason="limits of file sizes are Unix's")
-    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), runs.save_training_state
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), checkpoints.save_training_state
 
     def save_on_a_full_disk(path, policy, optimizer, counters):
         if (path.name, counters["iteration"]) == ("latest", 3):
@@ -491,7 +492,7 @@ def test_a_full_disk(script, start, resume, finished, monkeypatch, capsys):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_training_state", save_on_a_full_disk)
+        patch.setattr(checkpoints, "save_training_state", save_on_a_full_disk)
         with pytest.raises(SystemExit):
             start(script, **FULL)
     run = Path("run").absolute()

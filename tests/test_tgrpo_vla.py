@@ -14,14 +14,14 @@ from test_shared import (
     copy_of,
     gradient,
     same_bits,
+    samples,
     small_batch,
     small_policy,
 )
 
 import tgrpo_vla
 from tgrpo_vla import held_rewards, step_advantages, stop_groups, tgrpo_advantages, trajectory_advantages
-from vla_envs import runs
-from vla_envs.training import tgrpo_extras
+from vla_envs.training import batches, tgrpo_extras
 
 
 def stage_advantages(rewards, alive, group_size):
@@ -445,7 +445,7 @@ def test_who_was_cut_off_before_the_stop_stays_out():
 
 def test_nothing_after_the_stop_counts():
     batch = stop_groups(play((2, 99, 99, 1)), 2)
-    totals = runs.totals([batch])
+    totals = batches.totals([batch])
     assert (totals["episodes"], totals["successes"], totals["control_steps"]) == (4, 2, 2 * (2 + 2 + 1 + 1))
     assert totals["return"] == 10 + 11 + 12 + 13 + 20 + 21
     rewards, alive = full([[10, 11, 12, 13], [20, 21, 0, 0]])
@@ -462,7 +462,7 @@ def test_nothing_after_the_stop_counts():
 @pytest.mark.parametrize("clip", [True, False])
 def test_the_clip_can_be_switched_off(clip):
     policy, args = small_policy(), arguments(tgrpo_vla, clip=clip)
-    b = tgrpo_vla.samples_of(policy, small_batch(), torch.ones(3, 4), args)
+    b = samples(tgrpo_vla, policy, small_batch(), torch.ones(3, 4), args)
     b["old_logprobs"] = b["old_logprobs"] - math.log(1.5)  # as if they had become likelier
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     logs = tgrpo_vla.update(policy, optimizer, b, [torch.arange(9)], args)
@@ -473,11 +473,11 @@ def test_the_clip_can_be_switched_off(clip):
     assert gradient(policy).norm() == 0 if clip else gradient(policy).norm() > 1e-3
 
 
-def test_one_update_a_decision_step():
+def test_one_update_per_decision_step():
     """What is learnt from one step is the weighted mean over those alive at it."""
     policy, args, advantages = small_policy(), arguments(tgrpo_vla), torch.zeros(3, 4)
     advantages[1] = torch.tensor([0.0, 3.0, 2.0, 3.0])  # member 0 has finished; lengths 3, 2, 3
-    b = tgrpo_vla.samples_of(policy, small_batch(), advantages, args)
+    b = samples(tgrpo_vla, policy, small_batch(), advantages, args)
     optimizer, before = torch.optim.SGD(policy.parameters(), lr=0.1), copy_of(policy)
     first = tgrpo_vla.update(policy, optimizer, b, [torch.nonzero(b["when"] == 0).flatten()], args)
     assert first["policy_loss"] == 0 and same_bits(policy, before)
@@ -492,9 +492,9 @@ def test_one_update_a_decision_step():
 @pytest.mark.parametrize("suite", ["LiberoObject", "LiberoGoal"])
 @pytest.mark.parametrize("task_id", [0, 4, 7])
 def test_default_alphas(suite, task_id):
-    args = tgrpo_vla.check(tgrpo_vla.Args(suite=suite, task_id=task_id))
+    args = tgrpo_vla.validate(tgrpo_vla.Args(suite=suite, task_id=task_id))
     assert (args.alpha1, args.alpha2, args.return_mode) == (0.3, 0.7, "held")
-    args = tgrpo_vla.check(tgrpo_vla.Args(suite=suite, task_id=task_id, alpha1=0.0))
+    args = tgrpo_vla.validate(tgrpo_vla.Args(suite=suite, task_id=task_id, alpha1=0.0))
     assert (args.alpha1, args.alpha2) == (0.0, 0.7)
 
 
@@ -516,21 +516,21 @@ def test_the_papers_alphas(task_id):
         (0.3, 0.7),
         (0.3, 0.7),
     ]
-    args = tgrpo_vla.check(of_paper(task_id=task_id))
+    args = tgrpo_vla.validate(of_paper(task_id=task_id))
     assert (args.alpha1, args.alpha2) == paper[task_id]
-    args = tgrpo_vla.check(of_paper(task_id=task_id, alpha1=0.0))
+    args = tgrpo_vla.validate(of_paper(task_id=task_id, alpha1=0.0))
     assert (args.alpha1, args.alpha2) == (0.0, paper[task_id][1])
     for elsewhere in (
         of_paper(task_id=task_id, suite="LiberoGoal"),
         of_paper(task_ids=(task_id, (task_id + 1) % 10)),
     ):
-        args = tgrpo_vla.check(elsewhere)
+        args = tgrpo_vla.validate(elsewhere)
         assert (args.alpha1, args.alpha2) == (0.3, 0.7)
 
 
 def test_the_papers_letter():
     """All members of a group stop together, so that the return is the paper's sum."""
-    args, plain = tgrpo_vla.check(of_paper()), tgrpo_vla.check(tgrpo_vla.Args())
+    args, plain = tgrpo_vla.validate(of_paper()), tgrpo_vla.validate(tgrpo_vla.Args())
     assert (args.stop, args.clip, args.update_every, args.update_epochs) == ("group", False, "step", 1)
     assert args.target_kl == 1e9 > 1 > plain.target_kl
     batch = stop_groups(play((2, 99, 99, 1)), 2)
@@ -541,9 +541,9 @@ def test_the_papers_letter():
 
 
 def test_alphas_are_found_or_given():
-    args = tgrpo_vla.check(tgrpo_vla.Args(alphas="auto"))
+    args = tgrpo_vla.validate(tgrpo_vla.Args(alphas="auto"))
     assert (args.alpha1, args.alpha2) == (None, None)
-    assert tgrpo_vla.check(args) == args  # as when it is resumed
+    assert tgrpo_vla.validate(args) == args  # as when it is resumed
 
 
 @pytest.mark.parametrize(
@@ -570,5 +570,5 @@ def test_alphas_are_found_or_given():
 )
 def test_arguments_that_do_not_fit(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
-        tgrpo_vla.check(tgrpo_vla.Args(**wrong))
+        tgrpo_vla.validate(tgrpo_vla.Args(**wrong))
     assert len(str(error.value).splitlines()) == 1

@@ -10,9 +10,10 @@ from test_openvla import SENTENCES, write_tiny
 from test_shared import arguments, small_policy
 
 import grpo_vla
-from vla_envs import distributed, runs
+from vla_envs import distributed
 from vla_envs.policies import load_policy
 from vla_envs.policies.adapters import make_trainable
+from vla_envs.training import batches
 
 
 class Envs(RoundEnvs):
@@ -40,7 +41,7 @@ def learn(*rounds, max_rounds=2, minibatch_size=2, **kwargs):
     advantages = grpo_vla.group_advantages(batch["rewards"].sum(dim=0), 2).expand_as(batch["rewards"])
     b = grpo_vla.samples_of(policy, batch, advantages, args)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
-    logs = grpo_vla.update(policy, optimizer, b, runs.minibatches(batch, args), args)
+    logs = grpo_vla.update(policy, optimizer, b, batches.minibatches(batch, args), args)
     parameters = torch.cat([p.detach().flatten() for p in policy.parameters()])
     flags = {name: batch[name].tolist() for name in ("kept", "zero_std")}
     totals = {name: value for name, value in batch["totals"].items() if name != "policy_s"}
@@ -60,13 +61,13 @@ def exchange():
     assert distributed.gather(torch.zeros(rank, 3)).shape == (1, 3)
     assert distributed.mean(torch.full((1 + rank, 2), float(rank))) == np.float32(2 / 3)
     assert distributed.total(1 + rank) == 3 and distributed.total(torch.tensor(0.5)).item() == 1.0
-    added = distributed.add_up({"both": 2} | ({"one": torch.tensor(0.5)} if rank else {}))
+    added = distributed.sums({"both": 2} | ({"one": torch.tensor(0.5)} if rank else {}))
     assert added == {"both": 4, "one": 0.5} and isinstance(added["both"], int)
-    assert distributed.by_first(lambda number: 7 * number, 6) == 42
+    assert distributed.from_first(lambda number: 7 * number, 6) == 42
     calls = []
-    result = distributed.only_first(calls.append)(1)
+    result = distributed.first_only(calls.append)(1)
     assert calls == ([] if rank else [1])
-    assert (result is None) == (rank == 0) and (rank == 0 or result.close(anything=1) is None)
+    assert result is None
     module = torch.nn.Linear(2, 1)
     distributed.same_parameters(module)
     assert distributed.gather(module.weight).diff(dim=0).eq(0).all()
@@ -75,7 +76,7 @@ def exchange():
     both.grad, huge.grad = torch.full((3,), 1.0 + rank), torch.arange(9.0)
     second.grad = torch.ones(2) if rank else None
     distributed.BUCKET = 4
-    distributed.add_up_gradients(torch.optim.SGD([both, second, none, huge]))
+    distributed.sum_gradients(torch.optim.SGD([both, second, none, huge]))
     assert both.grad.tolist() == [3] * 3 and second.grad.tolist() == [1, 1] and none.grad is None
     assert huge.grad.tolist() == (2 * torch.arange(9)).tolist()
 
@@ -99,10 +100,11 @@ def spread(folder):
     distributed.gather_parameters(policy)
     for _ in range(distributed.rank()):  # which no other process has to know of
         policy.sample({name: array.numpy() for name, array in b.items()}, SENTENCES[:1] * 2)
-    pieces = [] if distributed.rank() else list(torch.arange(2).split(1))
+    b["weights"] = torch.ones(2)
+    own = torch.arange(0 if distributed.rank() else 2)
     none = {name: array[:0] for name, array in b.items()}
-    distributed.keep_up(policy, none if distributed.rank() else b, pieces)
-    for inds in pieces:
+    for inds, share in distributed.micro_batches(policy, none if distributed.rank() else b, own, 1):
+        assert share == 0.5
         learn(policy, inds)
     for parameter, other in zip(parameters, whole.parameters()):
         torch.testing.assert_close(parameter.grad.full_tensor(), other.grad, rtol=1e-4, atol=1e-4)
@@ -131,6 +133,6 @@ if __name__ == "__main__":
     early = learn([2, NO] if rank else [1, NO], target_kl=1e-12, update_epochs=3)
     parameters = distributed.gather(uneven[1].unsqueeze(0))
     assert torch.equal(parameters[0], parameters[1])
-    distributed.only_first(torch.save)({"alone": alone, "uneven": uneven, "early": early}, Path(sys.argv[1]))
+    distributed.first_only(torch.save)({"alone": alone, "uneven": uneven, "early": early}, Path(sys.argv[1]))
     print("printed")
     distributed.stop()

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -46,7 +46,7 @@ def world_size() -> int:
 
 
 def block(count: int, of: int | None = None) -> slice:
-    """Which of ``count`` things this process has: contiguous blocks, one a process, as even as can be.
+    """Which of ``count`` things this process has: contiguous blocks, one per process, as even as can be.
 
     Args:
         count: Of all processes together.
@@ -98,24 +98,17 @@ def stop() -> None:
 # ---- What the first process does alone ---------------------------------------------------------------
 
 
-class Nothing:
-    """What the others have in place of an object of the first process: every method does nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
-def only_first(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` in the first process; in the others it is not called and gives ``Nothing``."""
+def first_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` in the first process; the others do not call it and get None."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return Nothing() if rank() else function(*args, **kwargs)
+        return None if rank() else function(*args, **kwargs)
 
     return call
 
 
-def by_first(function: Callable[..., Any], *args: Any) -> Any:
+def from_first(function: Callable[..., Any], *args: Any) -> Any:
     """What ``function`` gives in the first process, for all; the others wait for it."""
     if not dist.is_initialized():
         return function(*args)
@@ -154,19 +147,19 @@ def total(value: NumberT) -> NumberT:
     return sum(_gather_objects(value.detach().cpu() if isinstance(value, Tensor) else value))
 
 
-def add_up(values: dict[str, Any]) -> dict[str, Any]:
+def sums(values: dict[str, Any]) -> dict[str, Any]:
     """Sums by name over all processes, of which some may lack a name."""
     if not dist.is_initialized():
         return values
     plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
-    sums: dict[str, Any] = {}
+    added: dict[str, Any] = {}
     for each in _gather_objects(plain):
         for name, value in each.items():
-            sums[name] = sums.get(name, 0) + value
-    return sums
+            added[name] = added.get(name, 0) + value
+    return added
 
 
-def add_up_gradients(optimizer: torch.optim.Optimizer) -> None:
+def sum_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Give every process the sum of all gradients, in float32; where nobody has one there is none."""
     if not dist.is_initialized():
         return
@@ -195,17 +188,41 @@ def same_parameters(module: torch.nn.Module) -> None:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> list[Tensor]:
-    """Scale the gradients of each of an optimiser's groups to a norm of at most ``most``; what it was.
+    """Sum the gradients of all processes and scale each group's to a norm of at most ``most``.
 
-    All are where the parameters are: without any gradient torch's 0 is on the CPU.
+    Returns:
+        The norm of each of the optimiser's groups before that, where its parameters are: without any gradient
+        torch's 0 is on the CPU.
     """
+    sum_gradients(optimizer)
     groups = [group["params"] for group in optimizer.param_groups]
     return [_whole(torch.nn.utils.clip_grad_norm_(group, most)).to(group[0].device) for group in groups]
 
 
-def cut(inds: Tensor, size: int | None) -> list[Tensor]:
-    """``inds`` cut into pieces of at most ``size`` [all at once]; none where this process has none."""
+def pieces(inds: Tensor, size: int | None) -> list[Tensor]:
+    """``inds`` in pieces of at most ``size`` [all at once]; none where this process has none."""
     return list(inds.split(size or len(inds))) if len(inds) else []
+
+
+def micro_batches(
+    policy: Any, b: dict[str, Any], inds: Tensor, size: int | None, backward: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A minibatch in pieces whose gradients add up, each with its share of the minibatch's weight.
+
+    Args:
+        policy: Of one that is spread over the processes, passes of no weight are made where others have more
+            pieces than this process.
+        b: Samples with ``weights`` (S,), image, state and tokens.
+        inds: (B,), this process's samples of the minibatch.
+        size: Samples per piece, at most [all at once].
+        backward: Whether gradients go back into the policy.
+    """
+    weight = total(b["weights"][inds].sum())  # of all processes
+    parts = pieces(inds, size)
+    if backward:
+        _keep_up(policy, b, len(parts))
+    for part in parts:
+        yield part, b["weights"][part].sum() / weight  # 1 where the minibatch is not split
 
 
 def positions(when: Tensor, who: Tensor, rounds: Tensor) -> Tensor:
@@ -233,8 +250,8 @@ def shard(policy: Any) -> None:
     """Spread parameters, and so their gradients and AdamW's state, over all processes by torch's FSDP2.
 
     A pass that trains gathers the parameters, layer by layer; going backward it gives them back and adds up
-    their gradients. So all processes have to make as many of these: see ``keep_up``. From one update to the
-    next the parameters are whole, by ``gather_parameters``, and no pass exchanges anything.
+    their gradients. So all processes have to make as many of these: see ``micro_batches``. From one update to
+    the next the parameters are whole, by ``gather_parameters``, and no pass exchanges anything.
 
     Args:
         policy: With ``blocks``; ``sample`` and ``evaluate`` are the passes that there are.
@@ -290,16 +307,11 @@ def is_spread(policy: Any) -> bool:
     return hasattr(policy, "unshard")
 
 
-def keep_up(policy: Any, b: dict[str, Tensor], pieces: list[Tensor]) -> None:
-    """Of a policy that is spread: make the passes, of no weight, that others have more than this process.
-
-    Args:
-        b: Samples (S, ...), of which only the shapes matter.
-        pieces: What this process is going to train on, each in a pass.
-    """
+def _keep_up(policy: Any, b: dict[str, Tensor], count: int) -> None:
+    """Make the passes, of no weight, that others make through a spread policy beyond this process's count."""
     if not is_spread(policy):
         return
     image, state, tokens = (b[name].new_zeros(1, *b[name].shape[1:]) for name in ("image", "state", "tokens"))
-    for _ in range(max(_gather_objects(len(pieces))) - len(pieces)):
+    for _ in range(max(_gather_objects(count)) - count):
         logprobs, _, _ = policy.evaluate({"image": image, "state": state}, [""], tokens)
         (0.0 * logprobs.sum()).backward()

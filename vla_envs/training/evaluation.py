@@ -1,19 +1,16 @@
 """Evaluating a policy: protocols, their pictures, intervals, paired comparisons, videos."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
-from vla_envs.command_line import one_line_errors
-from vla_envs.distributed import by_first, only_first
-from vla_envs.files import whole, write_json
-from vla_envs.policies import load_policy
+from vla_envs.files import whole
 from vla_envs.policies.pictures import openvla_pictures
 from vla_envs.tasks import SUITES
 
@@ -102,7 +99,7 @@ def success(outcomes: ArrayLike, task_ids: Sequence[int] = ()) -> dict[str, Any]
 
 
 def are_results(value: Any) -> bool:
-    """Whether a value from a file is what ``assess`` returns."""
+    """Whether a value from a file is what ``Run.evaluate`` returns."""
     names = ("successes", "trials", "rate", "low", "high")
     return isinstance(value, dict) and all(
         isinstance(its, dict) and all(isinstance(its.get(name), int | float) for name in names)
@@ -110,7 +107,11 @@ def are_results(value: Any) -> bool:
     )
 
 
-WAYS = {"success": "deterministic", "sampled": "sampled"}  # of playing, by their names in result.json
+#: The two ways of playing, by their names in result.json: in words, and the tag in TensorBoard.
+WAYS = {
+    "success": ("deterministic", "charts/success_rate"),
+    "sampled": ("sampled", "charts/sampled_success_rate"),
+}
 
 
 def ways(args: Any) -> dict[str, float]:
@@ -118,31 +119,22 @@ def ways(args: Any) -> dict[str, float]:
     return {"success": 0.0} | ({"sampled": args.eval_temperature} if args.eval_temperature > 0 else {})
 
 
-def assess(
-    evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, writer: Any, args: Any,
-    state: dict[str, Any], step: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a training run after ``state["iteration"]`` iterations and log it at ``step``.
-
-    ``evaluate`` is the script's own.
-
-    Returns:
-        ``"success"``: of the policy's deterministic actions; ``"sampled"``: at ``args.eval_temperature``,
-        unless that is 0. Each as ``success`` gives it.
-    """
-    iteration = state["evaluated"] = state["iteration"]
-    results = {}
-    for name, temperature in ways(args).items():
-        video = run / "videos" / f"iteration_{iteration:04d}_{name}.mp4"
-        outcomes = by_first(evaluate, envs, policy, temperature, args, video)
-        result = results[name] = success(outcomes, args.task_ids)
-        tag = {"success": "charts/success_rate", "sampled": "charts/sampled_success_rate"}[name]
-        writer.add_scalar(tag, result["rate"], step)
-        for task_id, its in result.get("tasks", {}).items():
-            writer.add_scalar(f"{tag}_task_{task_id}", its["rate"], step)
-    words = "; ".join(f"{WAYS[name]} {percent(result)}" for name, result in results.items())
-    tqdm.write(f"iteration {iteration}: success {words}")
-    return results
+def play(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> NDArray[np.bool_]:
+    """Play every task's recorded init states 0, 1, ...; which of them succeeded, (E,), task by task."""
+    torch.manual_seed(args.seed)
+    policy.eval()
+    obs, _ = envs.reset(options={"init_state_id": np.arange(envs.num_envs) % args.eval_episodes})
+    frames = [film(obs["image"])]
+    while not (frozen := envs.unwrapped.frozen).all():
+        who = np.flatnonzero(~frozen)  # (A,)
+        shown = {name: array[who] for name, array in seen(obs, args.protocol, policy).items()}  # (A, ...)
+        chunk, _, _ = policy.sample(shown, [envs.instructions[i] for i in who], temperature, None)
+        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7)
+        actions[who] = chunk.reshape(len(who), *actions.shape[1:])
+        obs, _, success, _, _ = envs.step(actions)
+        frames.append(film(obs["image"]))
+    write_video(video, frames, success)
+    return success
 
 
 def paired(outcomes: ArrayLike, others: ArrayLike) -> dict[str, Any]:
@@ -201,7 +193,7 @@ def report(
         task_ids: As ``success`` has them.
     """
     result = success(outcomes, task_ids)
-    print(f"{WAYS[name]}: success {percent(result)}")
+    print(f"{WAYS[name][0]}: success {percent(result)}")
     contents = {name: result, f"{name}_outcomes": outcomes.tolist()}
     if others is not None:
         pairs = paired(outcomes, others)
@@ -222,26 +214,6 @@ def about(args: Any) -> dict[str, Any]:
     return {"suite": args.suite, "task_id": args.task_id, **several, "seed": args.seed} | {
         "protocol": args.protocol, "max_episode_steps": limit,
     }  # fmt: skip
-
-
-@only_first
-def evaluate_only(evaluate: Callable[..., Any], envs: Any, policy: Any, run: Path, args: Any) -> None:
-    """Evaluate both ways, ``args.compare`` on the same states; print, and write ``result.json``.
-
-    ``evaluate`` is the script's own. What goes wrong, and Ctrl-C, end the program with one line.
-    """
-    with one_line_errors():
-        print(f"{run}: evaluating {args.checkpoint or f'the shipped {args.policy}'}")
-        other = None
-        if args.compare:
-            other = load_policy(args.policy, args.compare, args.device, args.cudagraphs, args.suite)
-        result = about(args)
-        for name, temperature in ways(args).items():
-            outcomes = evaluate(envs, policy, temperature, args, run / "videos" / f"{name}.mp4")  # (N,)
-            video = run / "videos" / f"{name}_compared.mp4"
-            others = evaluate(envs, other, temperature, args, video) if other else None  # (N,)
-            result |= report(name, outcomes, others, args.compare, args.task_ids)
-        write_json(run / "result.json", result)
 
 
 # ---- Videos ------------------------------------------------------------------------------------------

@@ -1,0 +1,339 @@
+"""Arguments: those that all scripts share, how they are read, completed and validated, and a run's own."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from vla_envs import distributed
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args
+from vla_envs.files import read_json
+from vla_envs.inputs import in_short
+from vla_envs.policies import SHIPPED, load_policy
+from vla_envs.tasks import get_task
+from vla_envs.training.evaluation import PROTOCOLS
+
+ArgsT = TypeVar("ArgsT")
+DEFAULT_ENV_STEPS = 120_000  # control steps of training on one task: about 13 iterations of 64 episodes
+ENV_STEPS_PER_TASK = 60_000  # where one policy learns several
+#: What a run may go on with anew: how fast it goes; how long, and where things lie that it began with. All
+#: else makes it another run.
+HOW_FAST = ("device", "num_threads", "micro_batch_size", "cudagraphs", "cache")
+HOW_LONG = ("num_iterations", "total_env_steps")
+WHERE = ("checkpoint", "demos", "assets", "shared_adapter", "reward")
+
+
+@dataclass
+class CommonArgs:
+    """What every script takes; each adds the arguments of its algorithm."""
+
+    # ---- Experiment ----
+    seed: int = 1
+    """Seed of everything: the same seed gives the same run"""
+    run_dir: Path | None = None
+    """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
+    resume: Path | None = None
+    """Folder of a run to go on with; only how fast, how long and where things lie may be given anew"""
+    evaluate: bool = False
+    """Only evaluate --checkpoint, deterministically and sampled"""
+    compare: Path | None = None
+    """With --evaluate: a second checkpoint, compared with the first state by state"""
+    protocol: Literal["tgrpo", "openvla", "simplevla", "rlinf", "lerobot"] | None = None
+    """Whose evaluation: settling, step limit, images, sampling, episodes [as in training]"""
+    eval_every: int = 5
+    """Iterations between evaluations; 0: only at the end and, of RL, before training"""
+    eval_episodes: int | None = None
+    """Episodes of an evaluation: recorded init states 0, 1, ... [the protocol's, else 50: all]"""
+    eval_temperature: float | None = None
+    """Temperature of evaluations' sampled episodes; 0: none [the protocol's, else --temperature]"""
+    device: str | None = None
+    """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; openvla: cuda where there is one]"""
+
+    # ---- Environment ----
+    suite: str = "LiberoObject"
+    """LIBERO suite"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4]"""
+    task_ids: tuple[int, ...] = ()
+    """Several tasks at once, for one policy [--task-id]"""
+    assets: str = "builtin"
+    """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
+    quality: str = "exact"
+    """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
+    cache: bool = True
+    """Keep compiled scenes on disk; --no-cache builds them anew"""
+    max_episode_steps: int | None = None
+    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
+    action_chunk: int | None = None
+    """Control steps per decision (C); has to fit the policy [the policy's]"""
+    num_threads: int | None = None
+    """Simulator threads [one per core]"""
+
+    # ---- Policy ----
+    policy: str = "nano"
+    """Kind of policy: nano, flow, openvla or openvla-oft"""
+    checkpoint: Path | None = None
+    """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
+    train: str = "all"
+    """What is trained: lora, head, lora+head, lora+last-k or all"""
+    lora_rank: int | None = None
+    """LoRA's r [32]"""
+    last_k: int | None = None
+    """Blocks trained in full with --train lora+last-k [1]"""
+    adapter: str | None = None
+    """Name of the LoRA adapter, and of its folder in checkpoints/ [adapter]"""
+    shared_adapter: tuple[Path, ...] = ()
+    """Adapters, one for each of --task-ids: frozen, and one that all tasks share is trained above them"""
+    merge: bool = True
+    """At the end also write checkpoints/final: a whole policy with the adapter added in"""
+    cudagraphs: bool = False
+    """Replay openvla's decoding as CUDA graphs, one per token, instead of launching its kernels one by one"""
+    temperature: float = 1.0
+    """Divides the logits, scales a flow's noise; in rollout and update alike"""
+
+
+def parse(
+    args_type: type[ArgsT],
+    validate: Callable[[ArgsT], ArgsT],
+    presets: dict[str, dict[str, Any]] | None = None,
+) -> ArgsT:
+    """The arguments of the command line, or of the run that ``--resume`` names, completed by ``validate``.
+
+    A mistake ends the program with one line. Where several processes train together, they meet here.
+
+    Args:
+        args_type: The script's dataclass.
+        validate: Fills in what was left open; raises a ValueError that says which argument does not fit.
+        presets: For each value of ``--preset``, the defaults that it stands for.
+    """
+    args: Any = parse_args(args_type)
+    if presets and args.preset:
+        args = parse_args(args_type, args_type(**presets[args.preset]))
+    with one_line_errors():
+        args = validate(load_args(args) if args.resume else args)
+        distributed.start(args.device)
+    return args
+
+
+def complete_rl(args: ArgsT) -> ArgsT:
+    """``complete`` for a script of online RL, whose own arguments are validated too.
+
+    Raises:
+        ValueError: Names the first argument that does not fit, and what was expected.
+    """
+    args = complete(_fill_in_length(args))
+    _check_rl(args)
+    return args
+
+
+def _check_rl(args: Any) -> None:
+    """Refuse arguments that the scripts of online RL share and that do not fit.
+
+    Raises:
+        ValueError: Names the first, and what was expected.
+    """
+    if args.num_groups < len(args.task_ids):
+        raise ValueError(
+            f"num_groups is {args.num_groups}; expected at least one for each of {args.task_ids}"
+        )
+    if args.num_groups % distributed.world_size():
+        raise ValueError(
+            f"num_groups is {args.num_groups}; expected a multiple of the {distributed.world_size()}"
+            " processes, each of which plays whole groups"
+        )
+    if args.kl_coef and args.train != "lora":
+        raise ValueError(
+            f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
+        )
+    check_numbers(args, "seed kl_coef eval_every clip_low clip_high", above=False)
+    if args.clip_low > 1:
+        raise ValueError(f"clip_low is {args.clip_low}; expected at most 1, as a ratio is never below 0")
+    if args.seed >= 2**63:
+        raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")
+    check_numbers(
+        args, "num_groups num_iterations total_env_steps update_epochs minibatch_size micro_batch_size"
+        " lora_rank last_k warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
+    )  # fmt: skip
+    if args.micro_batch_size and args.micro_batch_size > args.minibatch_size:
+        raise ValueError(
+            f"micro_batch_size is {args.micro_batch_size}; expected at most {args.minibatch_size}, the"
+            " minibatch_size that it is a part of"
+        )
+
+
+def _check_together(args: Any) -> None:
+    """Refuse arguments that leave one another without effect, rather than let one of them win.
+
+    Raises:
+        ValueError: Names one, and what it expects of the others.
+    """
+    if args.task_ids and args.task_id not in (None, args.task_ids[0]):
+        raise ValueError(
+            f"task_id is {args.task_id} beside task_ids {args.task_ids}; expected one of the two"
+        )
+    if args.resume:  # its own arguments stay as they are, also those of an older run
+        return
+    if args.protocol:
+        protocol = PROTOCOLS[args.protocol]
+        its_own = {"eval_temperature": protocol.temperature}
+        if args.evaluate:  # else the limit is that of training's episodes
+            its_own["max_episode_steps"] = protocol.max_episode_steps[args.suite]
+        for name, value in its_own.items():
+            if value is not None and getattr(args, name) not in (None, value):
+                raise ValueError(
+                    f"{name} is {getattr(args, name)}; expected {value}, that of protocol {args.protocol}"
+                )
+    if args.quality == "fast" and args.assets == "builtin":
+        raise ValueError("quality is of LIBERO's own assets; expected --assets libero or a folder")
+    needs = {"lora_rank": "lora", "adapter": "lora", "last_k": "last-k"}
+    for name, part in {} if args.evaluate else needs.items():
+        if getattr(args, name) is not None and part not in args.train:
+            expected = "lora+last-k" if part == "last-k" else "lora"
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r}; expected it with --train {expected}, got {args.train}"
+            )
+
+
+def _fill_in_length(args: ArgsT) -> ArgsT:
+    """``args`` with groups for every task, and control steps unless the number of iterations is given."""
+    given: Any = args
+    tasks = len(given.task_ids)
+    groups = max(8, 2 * tasks) if given.num_groups is None else given.num_groups
+    steps = given.total_env_steps
+    if given.num_iterations is None and steps is None:
+        steps = max(DEFAULT_ENV_STEPS, ENV_STEPS_PER_TASK * tasks)
+    return dataclasses.replace(given, num_groups=groups, total_env_steps=steps)
+
+
+def complete(args: ArgsT) -> ArgsT:
+    """``args`` with the tasks, the device, what is trained, and the episodes of training and evaluations.
+
+    Raises:
+        ValueError: When they do not fit.
+    """
+    given: Any = args
+    task_ids = given.task_ids or (4 if given.task_id is None else given.task_id,)
+    if len({get_task(given.suite, task_id) for task_id in task_ids}) < len(task_ids):
+        raise ValueError(f"task_ids are {task_ids}; expected each task once")
+    _check_together(given)
+    check_numbers(args, "eval_temperature", above=False)
+    protocol = PROTOCOLS[given.protocol] if given.protocol else None
+    temperature = protocol.temperature if protocol else None
+    defaults: dict[str, Any] = {
+        "eval_episodes": protocol.episodes if protocol else 50,
+        "eval_temperature": given.temperature if temperature is None else temperature,
+        "max_episode_steps": protocol.max_episode_steps[given.suite] if protocol and given.evaluate else 200,
+        "lora_rank": 32 if "lora" in given.train else None,
+        "last_k": 1 if "last-k" in given.train else None,
+        "adapter": "adapter" if "lora" in given.train else None,
+    }
+    open_ = {name: value for name, value in defaults.items() if getattr(given, name) is None}
+    given = dataclasses.replace(given, **open_)
+    if not 1 <= given.eval_episodes <= 50:
+        raise ValueError(
+            f"eval_episodes is {given.eval_episodes}; expected 1 to 50, the recorded init states"
+        )
+    if given.compare and not given.evaluate:
+        raise ValueError("compare names a second checkpoint; expected it with --evaluate")
+    if given.compare:
+        # Fails now rather than after the first evaluation.
+        load_policy(given.policy, given.compare, "meta", suite=given.suite)
+    device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
+    train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
+    if not (given.evaluate or given.merge or train == "lora"):
+        raise ValueError(f"--no-merge saves nothing but the adapter; expected --train lora, got {train}")
+    adapter = "adapter" if given.adapter is None else given.adapter
+    taken = adapter.startswith(("final", "latest", "best", "."))
+    if taken or not adapter or Path(adapter).name != adapter:
+        raise ValueError(
+            f"adapter is {adapter!r}; expected the name of a folder, other than final, latest and best"
+        )
+    if given.cudagraphs and (given.policy != "openvla" or not device.startswith("cuda")):
+        raise ValueError(f"cudagraphs is for --policy openvla on a GPU; got {given.policy} on {device}")
+    if given.cudagraphs and (train == "all" or given.shared_adapter):
+        raise ValueError("cudagraphs does not go with --train all or --shared-adapter; expected --train lora")
+    return dataclasses.replace(
+        given, task_id=task_ids[0], task_ids=task_ids, train=train, device=distributed.device(device)
+    )
+
+
+def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
+    """``args`` with the control steps that a decision of ``policy`` covers.
+
+    Raises:
+        ValueError: When others are asked for.
+    """
+    given: Any = args
+    if given.action_chunk not in (None, policy.action_chunk):
+        raise ValueError(
+            f"action_chunk is {given.action_chunk}; expected {policy.action_chunk}, the policy's"
+        )
+    return dataclasses.replace(given, action_chunk=policy.action_chunk)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be one of the type ``kind`` of an argument."""
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, option) for option in inner)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else str if kind is Path else kind)
+
+
+def load_args(args: ArgsT) -> ArgsT:
+    """The arguments that the run ``args.resume`` was started with, and those that the command line changes.
+
+    It may say anew how fast the run goes, how long, and where things lie (``HOW_FAST``, ``HOW_LONG``,
+    ``WHERE``). The length is that which was given, control steps or iterations, and a file has its name.
+
+    Raises:
+        ValueError: When that is not the folder of a run, or other arguments are asked for.
+    """
+    given: Any = args
+    run: Path = given.resume
+    if given.evaluate:
+        raise ValueError("--resume trains on; to evaluate, give --checkpoint RUN/checkpoints/final")
+    if not (run / "args.json").is_file():
+        parents = [str(parent) for parent in run.resolve().parents[:2] if (parent / "args.json").is_file()]
+        hint = f"; did you mean {parents[0]!r}?" if parents else ""
+        raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json{hint}")
+    known = get_type_hints(type(args))
+    values = read_json(run / "args.json")
+    made_by, _ = values.pop("script", None), values.pop("torch_threads", None)
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(
+            f"{str(run / 'args.json')!r} has {', '.join(unknown)}, which this script does not know; expected"
+            f" the script that made the run{f', {made_by}.py' if made_by else ''}"
+        )
+    if "seed" not in values:
+        raise ValueError(f"{str(run / 'args.json')!r} is damaged: it has no seed")
+    for name, value in values.items():
+        if not fits(value, known[name]):
+            raise ValueError(f"{str(run / 'args.json')!r} is damaged: {name} is {value!r}")
+        kind = Path if "Path" in str(known[name]) else lambda item: item
+        if isinstance(value, list):
+            values[name] = tuple(map(kind, value))
+        elif value is not None:
+            values[name] = kind(value)
+    own = type(args)(**values | {"resume": run})
+    asked = parse_args(type(args), own)
+    for name in known:
+        its, other = getattr(own, name), getattr(asked, name)
+        moved = name in WHERE and (name != "reward" or Path(its).name == Path(other).name)
+        places = moved and not {None, (), "builtin"} & {its, other}
+        if its != other and not (places or name in HOW_FAST or (name in HOW_LONG and its is not None)):
+            may = [each for each in (*HOW_FAST, *HOW_LONG, *WHERE) if each in known]
+            raise ValueError(
+                f"{name} is {in_short(other)}, the run's own {in_short(its)}; expected its own: how fast a"
+                f" run goes, how long, and where things lie may change, {', '.join(may)}"
+            )
+    return asked
