@@ -1,10 +1,11 @@
-"""Policies behind one interface: ``sample`` and ``evaluate``; made, saved and loaded here.
+"""Policies behind one interface, ``Policy``; made, saved and loaded here.
 
 A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (``openvla``: shards of it, as the hub
 has them): numbers and JSON, never pickles.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,8 @@ from vla_envs.inputs import in_short, nearest
 from vla_envs.policies.adapters import make_trainable, merged, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.policies.protocol import Policy as Policy
+from vla_envs.policies.protocol import is_own, make_own
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
@@ -47,23 +50,29 @@ POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object", "flow": CHECKPOINTS / "flow_libero_object"}
 
 
-def _check_name(name: str) -> None:
-    if name not in POLICIES:
-        raise ValueError(
-            f"policy {name!r} is unknown; expected one of {list(POLICIES)}{nearest(name, list(POLICIES))}"
-        )
-
-
 def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
-    """A policy with random weights.
+    """A policy as it is made: with random weights, or those that one's own function gives it.
+
+    Args:
+        name: One of ``POLICIES``, or ``path/to/file.py:function``.
+        config: What its ``describe`` gave.
 
     Raises:
-        ValueError: When there is no such policy.
+        ValueError: When there is no such policy, or one's own is not a ``Policy``.
     """
-    _check_name(name)
-    policy: Any = POLICIES[name](config or {})
+    if name not in POLICIES and not is_own(name):
+        raise ValueError(
+            f"policy {name!r} is unknown; expected one of {list(POLICIES)} or 'path/to/file.py:function'"
+            f"{nearest(name, list(POLICIES))}"
+        )
+    policy: Any = make_own(name, config) if is_own(name) else POLICIES[name](config or {})
     policy.made_for = {}
     return policy
+
+
+def _written_name(name: str) -> str:
+    """The name of a policy in a checkpoint, which may lie elsewhere: a file without its folder."""
+    return os.path.basename(name) if is_own(name) else name
 
 
 def load_policy(
@@ -76,7 +85,7 @@ def load_policy(
     """A policy with the weights of ``checkpoint``, or those shipped.
 
     Args:
-        name: One of ``POLICIES``.
+        name: One of ``POLICIES``, or ``path/to/file.py:function``.
         checkpoint: Folder with ``config.json`` and ``model.safetensors``; ``openvla``: a folder in the
             published format, or a repository of the Hugging Face hub; or the state of a run that goes on,
             ``RUN/checkpoints/latest``.
@@ -88,13 +97,14 @@ def load_policy(
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
-    _check_name(name)
-    state = is_training_state(checkpoint)
-    if state or name not in SHIPPED:
-        load = _load_state if state else _load_openvla
-        policy = load(name, checkpoint, device, suite)
+    if is_training_state(checkpoint):
+        return _load_state(name, Path(str(checkpoint)), device, suite)
+    if name in ("openvla", "openvla-oft"):
+        policy = _load_openvla(name, checkpoint, device, suite)
         policy.cudagraphs = cudagraphs
         return policy
+    if checkpoint is None and name not in SHIPPED:
+        return to_device(new_policy(name), device)
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
     if not folder.exists():
         there = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
@@ -109,18 +119,22 @@ def load_policy(
     try:
         config = read_json(folder / "config.json")
         written = config.pop("policy", None)
-        if written != name:
+        if written != _written_name(name):
             raise ValueError(f"its config.json is of policy {written!r}")
         made_for = _check_made_for(config.pop("made_for", None))
-        with torch.device("meta"):  # nothing is made or read of a size that only one of the files claims
-            expected = new_policy(name, config).state_dict()
-        tensors = read_tensors(folder / "model.safetensors", expected)
-        policy = new_policy(name, config)
+        if is_own(name):
+            policy = new_policy(name, config)
+            tensors = read_tensors(folder / "model.safetensors", policy.state_dict())
+        else:
+            with torch.device("meta"):  # nothing is made or read of a size that only one of the files claims
+                expected = new_policy(name, config).state_dict()
+            tensors = read_tensors(folder / "model.safetensors", expected)
+            policy = new_policy(name, config)
         policy.load_state_dict(tensors)
         policy.made_for = made_for
     except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"checkpoint {str(folder)!r} is no checkpoint of {name!r}: {reason}") from error
+        raise ValueError(f"checkpoint {str(folder)!r} is not a checkpoint of {name!r}: {reason}") from error
     _check_finite(policy, folder)
     return to_device(policy, device)
 
@@ -154,9 +168,8 @@ def instead(folder: Path) -> str:
     return ""
 
 
-def _load_state(name: str, checkpoint: Any, device: str, suite: str | None) -> Any:
+def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
     """The policy of a training state: what its run started from, with what it has trained since."""
-    folder = Path(checkpoint)
     try:
         args = read_json(folder.parent.parent / "args.json")
         if args.get("policy") != name:
@@ -232,9 +245,10 @@ def save_policy(policy: Any, name: str, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in merged(policy).items()}
-    if name in SHIPPED:
+    if not hasattr(policy, "save"):
         made_for = {"made_for": policy.made_for} if policy.made_for else {}
-        config = json.dumps({"policy": name, **made_for, **policy.describe()}, indent=2)
+        described = policy.describe() if hasattr(policy, "describe") else {}
+        config = json.dumps({"policy": _written_name(name), **made_for, **described}, indent=2)
         (partial / "config.json").write_text(config + "\n")
         safetensors.torch.save_file(tensors, partial / "model.safetensors")
     else:
