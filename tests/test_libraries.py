@@ -49,7 +49,7 @@ def test_stable_baselines3s_checker(sb3, make, arguments):
 
 @pytest.mark.parametrize("arguments", [{}, {"action_chunk": 2, "wrist_camera": True}])
 def test_sb3_vec_env(sb3, make_vec, drop, arguments):
-    """It says what Stable-Baselines3 says of single environments, and of an episode's end what the bare one says."""
+    """It equals Stable-Baselines3's own of single environments, and its ends are those of the bare one."""
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     from vla_envs.sb3 import SB3VecEnv
@@ -286,7 +286,7 @@ def test_every_learner_is_run():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of libraries' own calls
 @pytest.mark.parametrize("section", LEARNERS)
 def test_learner(section, monkeypatch, tmp_path):
-    """A page's block trains: on so many steps, none of which went to an environment that waits for its reset."""
+    """A block of the page trains, and no step went to an environment that waits for its reset."""
     pytest.importorskip(LEARNERS[section])
     import torch
 
@@ -303,7 +303,9 @@ def test_learner(section, monkeypatch, tmp_path):
         exec(code["The network"], names)
         exec(code[section].replace("8, 16, 256\n", "2, 8, 32\n"), names)
         envs, agent = names["envs"], names["agent"]
-        assert sum(envs.get_attr("stages")[0].values() if "SB3" in code[section] else envs.stages.values()) == 32
+        assert (
+            sum(envs.get_attr("stages")[0].values() if "SB3" in code[section] else envs.stages.values()) == 32
+        )
         assert envs.num_envs == 2
         modules = [agent] if isinstance(agent, torch.nn.Module) else [agent.policy]
         gradients = [weight.grad for module in modules for weight in module.parameters()]

@@ -22,8 +22,8 @@ except ModuleNotFoundError as error:
 class SB3VecEnv(VecEnv):
     """The environments of ``gymnasium.make_vec`` as a Stable-Baselines3 ``VecEnv``.
 
-    Stable-Baselines3 (Raffin et al. 2021) has its own interface for several environments. This class translates
-    calls and copies nothing, so all environments stay in one process and share one model.
+    Stable-Baselines3 (Raffin et al. 2021) has its own interface for several environments. This class only
+    translates calls, so all environments stay in one process and share one model.
 
     An environment that finishes is reset in the same step: its observation is the new episode's first, and
     ``infos[i]["terminal_observation"]`` is the last of the old one. ``infos[i]["TimeLimit.truncated"]`` is
@@ -33,8 +33,9 @@ class SB3VecEnv(VecEnv):
     Seeds are those of ``VecEnv.seed(s)``: environment i is reset with ``s + i``, once. ``set_options`` takes
     ``{"init_state_id": 3}``, or a list with such a dict for each environment.
 
-    Attributes belong to all environments together: ``get_attr`` repeats the vector environment's, ``set_attr``
-    sets it, and ``env_method`` calls a method once, such as ``env_method("set_reward", "binary")``.
+    Attributes belong to all environments together: ``get_attr`` repeats the vector environment's,
+    ``set_attr`` sets it, and ``env_method`` calls a method once, such as
+    ``env_method("set_reward", "binary")``.
 
     Args:
         envs: A vector environment with ``autoreset_mode`` ``"Disabled"``, the default of ``make_vec``.
@@ -53,10 +54,14 @@ class SB3VecEnv(VecEnv):
 
     def __init__(self, envs: VectorEnv) -> None:
         if not isinstance(envs, VectorEnv):
-            raise ValueError(f"envs is {in_short(envs)}; expected a vector environment, from gymnasium.make_vec")
+            raise ValueError(
+                f"envs is {in_short(envs)}; expected a vector environment, from gymnasium.make_vec"
+            )
         mode = envs.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
-            raise ValueError(f"autoreset_mode is {mode}; expected 'Disabled', because SB3VecEnv resets itself")
+            raise ValueError(
+                f"autoreset_mode is {mode}; expected 'Disabled', because SB3VecEnv resets itself"
+            )
         self.envs = envs
         self.spec = envs.spec  # where VecMonitor looks for the id
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
@@ -138,8 +143,8 @@ class SB3VecEnv(VecEnv):
     def _check_all(self, indices: VecEnvIndices) -> None:
         if sorted(self._get_indices(indices)) != list(range(self.num_envs)):
             raise ValueError(
-                f"indices are {in_short(indices)}; expected None, because all environments share their attributes"
-                " and methods"
+                f"indices are {in_short(indices)}; expected None, because all environments share their"
+                " attributes and methods"
             )
 
 
