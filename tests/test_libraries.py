@@ -16,7 +16,7 @@ from conftest import ROOT
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from vla_envs import LiberoEnv
+from vla_envs import FactsReward, LiberoEnv
 
 ENV_ID = "vla_envs/LiberoObject-v0"
 
@@ -255,6 +255,17 @@ def test_torchrls_gym_wrapper(torchrl, make, make_vec, drop, vector):
         if done.any():
             obs, _ = twin.reset(options={"reset_mask": done} if vector else None)
     assert finished == (5 if vector else 3)
+
+
+def test_torchrl_reads_facts(torchrl, make_vec):
+    """The line of docs/learners.md; a reward on facts shows that they are those of the same step."""
+    envs = FactsReward(make_vec(2), lambda facts: -facts["gripper_to_object"])
+    env = torchrl.GymWrapper(envs)
+    page = (ROOT / "docs" / "learners.md").read_text()
+    (line,) = re.findall(r"`(env\.set_info_dict_reader\(.*?)`", page)
+    exec(line, {"env": env})
+    steps = env.rollout(4, break_when_any_done=False)["next"]
+    assert (steps["reward"] == -steps["gripper_to_object"].float().unsqueeze(-1)).all()
 
 
 # ---- docs/learners.md --------------------------------------------------------------------------------
