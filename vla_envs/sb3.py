@@ -75,7 +75,7 @@ class SB3VecEnv(VecEnv):
                 f"options are {in_short(self._options)}; expected the same keys for every environment"
             )
         options = {name: [each[name] for each in self._options] for name in names}
-        obs, info = self.envs.reset(seed=self._seeds, options=options)
+        obs, info = self.envs.reset(seed=self._seeds, options=options)  # type: ignore[arg-type]
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [_one(info, i) for i in range(self.num_envs)]
@@ -105,7 +105,7 @@ class SB3VecEnv(VecEnv):
 
     def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
         """An image of every environment, or None for each without ``render_mode="rgb_array"``."""
-        return list(self.envs.render() or [None] * self.num_envs)
+        return list(self.envs.render() or [None] * self.num_envs)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Close the vector environment."""
