@@ -1,39 +1,24 @@
 """Other people's code on our environments; a library that is not installed is skipped."""
 
+import functools
+import importlib
 import itertools
 import multiprocessing
 import re
+import sys
 import warnings
-from pathlib import Path
 
+import gymnasium as gym
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from conftest import ROOT
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from vla_envs import LiberoEnv
+from vla_envs import FactsReward, LiberoEnv
 
 ENV_ID = "vla_envs/LiberoObject-v0"
-
-
-def test_gymnasium_alone():
-    """The README's lines that need no other library: resetting those that have finished, a reward."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    first, *blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    names: dict = {}
-    exec(
-        "".join([first, "truncated[2] = True\n", *(block for block in blocks if "import" not in block)]),
-        names,
-    )
-    envs, after = names["envs"], names["info"]
-    assert names["done"].tolist() == [False, False, True] + [False] * 5 and after["init_state_id"].shape == (
-        8,
-    )
-    assert envs.unwrapped.steps.tolist() == [1, 1, 0] + [1] * 5
-    _, reward, *_ = envs.step(envs.action_space.sample())
-    assert ((reward < 0) & (reward > -2)).all()
-    envs.close()
 
 
 # ---- Stable-Baselines3 -------------------------------------------------------------------------------
@@ -62,19 +47,115 @@ def test_stable_baselines3s_checker(sb3, make, arguments):
         check_env(env.unwrapped)
 
 
-def test_stable_baselines3s_ppo(sb3, make):
-    """It learns from pictures and state, sees the episodes as they were, and plays."""
-    env = make(image_size=64, max_episode_steps=20, reward="multi_stage")
-    ppo = sb3.PPO("MultiInputPolicy", env, n_steps=64, batch_size=32, n_epochs=1, seed=0, device="cpu")
+@pytest.mark.parametrize("arguments", [{}, {"action_chunk": 2, "wrist_camera": True}])
+def test_sb3_vec_env(sb3, make_vec, drop, arguments):
+    """It equals Stable-Baselines3's own of single environments, and its ends are those of the bare one."""
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from vla_envs.sb3 import SB3VecEnv
+
+    arguments = {"max_episode_steps": 4, "reward": "multi_stage"} | arguments
+    bare, mine = make_vec(2, **arguments), SB3VecEnv(make_vec(2, **arguments))
+    theirs = DummyVecEnv([lambda: LiberoEnv(task_id=4, image_size=16, **arguments)] * 2)
+    bare.reset(seed=5)
+    assert mine.seed(5) == theirs.seed(5) == [5, 6]
+    np.testing.assert_equal(mine.reset(), theirs.reset())
+    rng, ends = np.random.default_rng(0), []
+    for k in range(6):
+        if k == 1:
+            for envs, index in ((bare, 1), (mine.envs, 1), (theirs.envs[1], 0)):
+                drop(envs, index)  # success
+        actions = rng.uniform(-1, 1, (2, *mine.action_space.shape)).astype(np.float32)
+        step = mine.step(actions)
+        np.testing.assert_equal(step, theirs.step(actions))
+        assert [array.dtype for array in step[1:3]] == [np.float32, bool]
+        np.testing.assert_equal(mine.reset_infos, theirs.reset_infos)
+        obs, _, terminated, truncated, _ = bare.step(actions)
+        assert step[2].tolist() == (terminated | truncated).tolist()
+        for i in np.flatnonzero(step[2]):
+            last = {name: array[i] for name, array in obs.items()}
+            np.testing.assert_equal(step[3][i]["terminal_observation"], last)
+            assert step[3][i]["TimeLimit.truncated"] == truncated[i]
+            ends.append((i, terminated[i]))
+        bare.reset(options={"reset_mask": step[2]})
+    assert (1, True) in ends and (0, False) in ends and len(ends) > 2
+    theirs.close()
+    mine.close()
+    assert mine.envs.closed
+
+
+@pytest.mark.filterwarnings("ignore:Evaluation environment is not wrapped")
+def test_sb3_vec_env_trains(sb3, make_vec):
+    """PPO learns from images, state and chunks, sees the episodes as they were, and is evaluated."""
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecCheckNan, VecMonitor
+
+    from vla_envs.sb3 import SB3VecEnv
+
+    bare = SB3VecEnv(make_vec(2, image_size=64, max_episode_steps=20, reward="multi_stage", action_chunk=4))
+    envs = VecCheckNan(VecMonitor(bare), raise_exception=True)
+    ppo = sb3.PPO("MultiInputPolicy", envs, n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu")
     before = {name: weight.clone() for name, weight in ppo.policy.state_dict().items()}
-    ppo.learn(256)
+    ppo.learn(64)
     after = ppo.policy.state_dict()
     assert all(weight.isfinite().all() for weight in after.values())
     learnt = [name for name in before if not after[name].equal(before[name])]
     assert any("extractors.image" in name for name in learnt) and any("action_net" in name for name in learnt)
-    assert [episode["l"] for episode in ppo.ep_info_buffer] == [20] * 12
-    action, _ = ppo.predict(env.reset(seed=0)[0])
-    assert action in env.action_space
+    assert [episode["l"] for episode in ppo.ep_info_buffer] == [5] * 12  # of 4 control steps each
+    assert evaluate_policy(ppo, bare, n_eval_episodes=2, return_episode_rewards=True)[1] == [5, 5]
+
+
+def test_sb3_vec_envs_attributes(sb3, make_vec):
+    from stable_baselines3.common.monitor import Monitor
+
+    from vla_envs.sb3 import SB3VecEnv
+
+    envs = SB3VecEnv(make_vec(2, render_mode="rgb_array", reward="multi_stage"))
+    assert envs.render_mode == "rgb_array" and envs.render().shape == (512, 256, 3)
+    assert envs.get_attr("instructions", 1) == [envs.envs.instructions]
+    assert envs.has_attr("frozen") and not envs.has_attr("no_such_thing")
+    assert envs.env_is_wrapped(Monitor) == [False, False]
+    assert envs.env_method("set_reward", "binary") == [None, None]
+    envs.set_options([{"init_state_id": 3}, {"init_state_id": 4}])
+    obs = envs.reset()
+    np.testing.assert_equal(obs, envs.envs.reset(options={"init_state_id": [3, 4]})[0])
+    assert [info["init_state_id"] for info in envs.reset_infos] == [3, 4]
+    assert envs.step(np.zeros((2, 7)))[1].tolist() == [0, 0]  # the other reward is negative before success
+    envs.reset()  # options are for one reset
+    assert [info["init_state_id"] for info in envs.reset_infos] == [-1, -1]
+    envs.set_attr("max_episode_steps", 1)
+    assert envs.get_attr("max_episode_steps") == [1, 1] and envs.step(np.zeros((2, 7)))[2].all()
+    with pytest.raises(ValueError, match=r"indices are \[0\]; expected None"):
+        envs.env_method("set_reward", "binary", indices=[0])
+    with pytest.raises(ValueError, match="indices are 1; expected None"):
+        envs.set_attr("max_episode_steps", 2, 1)
+    envs.set_options([{"init_state_id": 3}, {}])
+    with pytest.raises(ValueError, match="expected the same keys for every environment"):
+        envs.reset()
+
+
+def test_sb3_vec_env_around_a_wrapper(sb3, make_vec, drop):
+    """What a wrapper says of some environments reaches those alone."""
+    from vla_envs.sb3 import SB3VecEnv
+
+    envs = SB3VecEnv(RecordEpisodeStatistics(make_vec(2)))
+    envs.reset()
+    drop(envs.envs, 1)
+    infos = envs.step(np.zeros((2, 7)))[3]
+    assert "episode" not in infos[0] and infos[1]["episode"]["l"] == 1
+
+
+def test_sb3_vec_envs_mistakes(sb3, make, make_vec, monkeypatch):
+    from vla_envs.sb3 import SB3VecEnv
+
+    with pytest.raises(ValueError, match=r"expected a vector environment, from gymnasium.make_vec"):
+        SB3VecEnv(make())
+    with pytest.raises(ValueError, match="SAME_STEP; expected 'Disabled', because"):
+        SB3VecEnv(make_vec(autoreset_mode="SameStep"))
+    monkeypatch.delitem(sys.modules, "vla_envs.sb3")
+    monkeypatch.setitem(sys.modules, "stable_baselines3.common.vec_env.base_vec_env", None)
+    with pytest.raises(ModuleNotFoundError, match="install it with: pip install stable-baselines3"):
+        importlib.import_module("vla_envs.sb3")
 
 
 def test_stable_baselines3_in_processes(sb3):
@@ -176,18 +257,76 @@ def test_torchrls_gym_wrapper(torchrl, make, make_vec, drop, vector):
     assert finished == (5 if vector else 3)
 
 
-def test_the_readmes_lines_one_after_another(sb3, torchrl):
-    """As somebody types them who reads from top to bottom."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_torchrl_reads_facts(torchrl, make_vec):
+    """The line of docs/learners.md; a reward on facts shows that they are those of the same step."""
+    envs = FactsReward(make_vec(2), lambda facts: -facts["gripper_to_object"])
+    env = torchrl.GymWrapper(envs)
+    page = (ROOT / "docs" / "learners.md").read_text()
+    (line,) = re.findall(r"`(env\.set_info_dict_reader\(.*?)`", page)
+    exec(line, {"env": env})
+    steps = env.rollout(4, break_when_any_done=False)["next"]
+    assert (steps["reward"] == -steps["gripper_to_object"].float().unsqueeze(-1)).all()
+
+
+# ---- docs/learners.md --------------------------------------------------------------------------------
+
+LEARNERS = {
+    "A PPO in one file": "torch",
+    "Stable-Baselines3": "stable_baselines3",
+    "TorchRL": "torchrl",
+    "skrl": "skrl",
+    "Tianshou": "tianshou",
+}
+
+
+def blocks():
+    """The page's Python, by section."""
+    page = (ROOT / "docs" / "learners.md").read_text()
+    found = {}
+    for section in page.split("\n## ")[1:]:
+        code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        assert len(code) == 1, section.splitlines()[0]
+        found[section.splitlines()[0]] = code[0]
+    return found
+
+
+def test_every_learner_is_run():
+    assert [*blocks()] == ["The network", *LEARNERS]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of libraries' own calls
+@pytest.mark.parametrize("section", LEARNERS)
+def test_learner(section, monkeypatch, tmp_path):
+    """A block of the page trains, and no step went to an environment that waits for its reset."""
+    pytest.importorskip(LEARNERS[section])
+    import torch
+
+    monkeypatch.chdir(tmp_path)  # where skrl writes its logs
+    method, threads = multiprocessing.get_start_method(allow_none=True), torch.get_num_threads()
+    validates = torch.distributions.Distribution._validate_args
+    torch.set_num_threads(1)
+    small = {"max_episode_steps": 5, "num_threads": 1}
+    monkeypatch.setattr(gym, "make_vec", functools.partial(gym.make_vec, **small))
+    code = blocks()
+    assert code[section].count("8, 16, 256\n") == 1
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
-        exec(block, names)
-    assert names["model"].num_timesteps == 256
-    steps = names["steps"]
-    assert steps.shape == (8, 16) and steps["image"].shape == (8, 16, 128, 128, 3)
-    assert (steps["next", "reward"] == -steps["next", "gripper_to_object"].float().unsqueeze(-1)).all()
-    for name in ("env", "envs"):
-        names[name].close()
+    try:
+        exec(code["The network"], names)
+        exec(code[section].replace("8, 16, 256\n", "2, 8, 32\n"), names)
+        envs, agent = names["envs"], names["agent"]
+        assert (
+            sum(envs.get_attr("stages")[0].values() if "SB3" in code[section] else envs.stages.values()) == 32
+        )
+        assert envs.num_envs == 2
+        modules = [agent] if isinstance(agent, torch.nn.Module) else [agent.policy]
+        gradients = [weight.grad for module in modules for weight in module.parameters()]
+        convolutions = [gradient for gradient in gradients if gradient is not None and gradient.ndim == 4]
+        assert convolutions and all(g.isfinite().all() and g.any() for g in convolutions)
+        envs.close()
+    finally:  # TorchRL changes how processes start, skrl what distributions validate
+        multiprocessing.set_start_method(method, force=True)
+        torch.distributions.Distribution.set_default_validate_args(validates)
+        torch.set_num_threads(threads)
 
 
 # ---- Gymnasium's vector wrappers ---------------------------------------------------------------------
