@@ -30,7 +30,7 @@ from vla_envs.files import read_json, whole
 
 @dataclass
 class Args:
-    """Write one HTML page about runs, finished or still going; folders without a run are named and skipped."""
+    """Write one HTML page about runs, finished or still going; folders without one are named and skipped."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs"""
@@ -56,7 +56,7 @@ FIGURES = {
     "KL divergence": ("KL (nats)", {"losses/approx_kl": "of an update", "losses/kl": "from the start"}),
     "Entropy": ("entropy (nats per token)", {"losses/entropy": ""}),
     "Clipped ratios": (
-        "ratios (%)",
+        "share of ratios",
         {"losses/clipfrac_low": "clipped from below", "losses/clipfrac_high": "clipped from above"},
     ),
     "PPO's critic": ("explained variance", {"losses/explained_variance": ""}),
@@ -68,12 +68,14 @@ body { font: 15px/1.4 system-ui, sans-serif; color: #222; }
 body { max-width: 1200px; margin: 1.5rem auto; padding: 0 1rem; }
 h1 { margin: 0; } h2 { margin: 2.5rem 0 .6rem; font-size: 1.15rem; overflow-wrap: anywhere; }
 a { color: inherit; }
-small { display: block; color: #666; font-size: .8rem; white-space: nowrap; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+small { display: block; color: #666; font-size: .8rem; font-weight: normal; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; margin-bottom: 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .5rem; text-align: left; vertical-align: top; white-space: nowrap; }
 th { font-size: .8rem; color: #666; } tr { border-bottom: 1px solid #ddd; }
+[data-name=deterministic] { font-weight: 600; }
 .run, .run small { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.one { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 figure { margin: 0; } svg, video { width: 100%; height: auto; } figcaption { color: #666; font-size: .8rem; }
 i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; font-size: .8rem; }
@@ -81,7 +83,7 @@ details pre { columns: 20rem; } summary { cursor: pointer; }
 @media (max-width: 900px) {
   th { display: none; } tr { display: flex; flex-wrap: wrap; padding: .4rem 0; } td { padding: .1rem .5rem; }
   .run { flex-basis: 100%; max-width: 100%; }
-  td[data-name]::before { content: attr(data-name) " "; color: #666; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: #666; }
 }
 """
 
@@ -129,7 +131,7 @@ class Run:
         return self.args.get("task_ids") or [self.args["task_id"]]
 
     def evaluations(self, tag: str = EVALUATED[0]) -> list[dict[str, Any]]:
-        """What ``evaluation.success`` gives for every evaluation logged as ``tag``, each with its ``step``."""
+        """The ``evaluation.success`` of every evaluation logged as ``tag``, each with its ``step``."""
         trials = self.args["eval_episodes"] * len(self.task_ids)
         found = []
         for step, rate in self.scalars.get(tag, np.zeros((2, 0))).T:
@@ -207,7 +209,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     if y.endswith("(%)"):
         axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-        axis.set_ylim(0, 1)
+        axis.set_ylim(-0.02, 1.02)
     return figure, axis
 
 
@@ -300,7 +302,8 @@ def times_of(run: Run) -> dict[str, NDArray[np.float64]]:
 def differing(runs: list[Run]) -> list[str]:
     """The arguments in which the runs differ that have them, other than names, tasks and seeds."""
     names = dict.fromkeys(name for run in runs for name in run.args)
-    own = {"script", "command", "run_dir", "resume", "seed", "suite", "task_id", "task_ids"}
+    own = {"script", "command", "torch_threads", "run_dir", "resume", "seed", "suite", "task_id",
+           "task_ids"}  # fmt: skip
     values = {name: {json.dumps(run.args[name]) for run in runs if name in run.args} for name in names}
     return [name for name in names if name not in own and len(values[name]) > 1]
 
@@ -310,7 +313,7 @@ def _success(state: dict[str, Any], way: str) -> str:
     results = [state[name] for when in ("before", "after") if (name := f"{way}_{when}") in state]
     counts = " &rarr; ".join(f"{its['successes']}/{its['trials']}" for its in results)
     intervals = " &rarr; ".join(f"{100 * its['low']:.0f} to {100 * its['high']:.0f} %" for its in results)
-    return f"{counts}<small>{intervals}</small>"
+    return f"{counts}<small>{intervals}</small>" if results else ""
 
 
 def mark(run: Run) -> str:
@@ -327,7 +330,7 @@ def row(run: Run, names: list[str]) -> str:
         "script": text(run.script),
         "suite": f"{text(args['suite'])}<small>{text(tasks)}</small>",
         "seed": text(args["seed"]),
-        "deterministic": f"<strong>{_success(state, 'success')}</strong>",
+        "deterministic": _success(state, "success"),
         "sampled": _success(state, "sampled"),
         "steps": f"{state['env_steps']:,}" if "env_steps" in state else "",
         "minutes": f"{state['wall_s'] / 60:.1f}" if "wall_s" in state else "",
@@ -370,7 +373,7 @@ def section(run: Run, out: Path, embed_mb: float) -> str:
     return f"""<h2 id="run-{run.number}">{mark(run)} {html.escape(run.name)}</h2>
 {f"<pre>{html.escape(str(command))}</pre>" if command else ""}
 {f"<table>{head}{''.join(rows)}</table>" if rows else ""}
-<div class="grid">{"".join(shown)}</div>
+<div class="grid one">{"".join(shown)}</div>
 <details><summary>All arguments</summary><pre>{html.escape(arguments)}</pre></details>"""
 
 
