@@ -27,7 +27,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from vla_envs.command_line import one_line_errors, parse_args
-from vla_envs.files import whole
 from vla_envs.inputs import nearest
 from vla_envs.machine import available_cores
 from vla_envs.tasks import SUITES
@@ -85,7 +84,7 @@ def fill_in_folders(args: Args) -> Args:
 def folder_of(method: str, task_id: int, seed: int, args: Args) -> Path:
     """Where a run is."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
-    return args.out / f"{name}__{task_id}__{seed}"  # type: ignore[operator]
+    return args.out / f"{name}__{task_id}__{seed}"
 
 
 def commit() -> str:
@@ -153,24 +152,18 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[pd.DataF
     return pd.DataFrame([row], columns=RUN), pd.DataFrame(points, columns=POINT)
 
 
-# ---- The page ----------------------------------------------------------------------------------------
+# ---- All of them -------------------------------------------------------------------------------------
 
 
 def show(args: Args) -> str:
-    """Write the page about the results, and their figures; the page."""
-    assert args.results is not None
-    at, figures = args.results / "results.md", {args.suite: args.results}
-    suites = {args.suite: args.results}
-    if args.results.parent == RESULTS:
-        suites = {file.parent.name: file.parent for file in sorted(RESULTS.glob("*/runs.csv"))}
-        at, figures = DOCS / "results.md", {suite: DOCS / "results" / suite for suite in suites}
-    for suite, folder in suites.items():
-        frames = read_csv(folder / "runs.csv", RUN), read_csv(folder / "curves.csv", POINT)
-        results_page.draw(*frames, figures[suite])
-    text = results_page.page(suites, figures, at)
-    with whole(at) as partial:
-        partial.write_text(text)
-    return text
+    """Write the page about the results, and their figures; the page's text."""
+    if args.results.parent != RESULTS:
+        return results_page.write_page(
+            {args.suite: args.results}, {args.suite: args.results}, args.results / "results.md"
+        )
+    suites = {file.parent.name: file.parent for file in sorted(RESULTS.glob("*/runs.csv"))}
+    figures = {suite: DOCS / "results" / suite for suite in suites}
+    return results_page.write_page(suites, figures, DOCS / "results.md")
 
 
 def validate(args: Args) -> None:
@@ -205,14 +198,20 @@ def validate(args: Args) -> None:
 
 def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int, int]]:
     """Method, task and seed of the runs that are asked for and not ``known``."""
-    chosen = (
-        HEAT_MAP if args.heat_map is not None else ("TGRPO", *ASKED) if args.questions else methods.METHODS
-    )
-    names = args.methods or [x for x in chosen if x != PAPERS or args.suite == "LiberoObject"]
     task_ids = args.task_ids if args.heat_map is None else (args.heat_map,)
+    names = args.methods or tuple(methods.METHODS)
+    if args.heat_map is not None:
+        names = tuple(HEAT_MAP)
+    elif args.questions and not args.methods:
+        names = ("TGRPO", *(x for x in ASKED if x != PAPERS or args.suite == "LiberoObject"))
     made = set(with_twins(known)[WHICH].itertuples(index=False, name=None))
     return [each for seed in args.seeds for task_id in task_ids for method in names
             if (each := (method, task_id, seed)) not in made and TWINS.get(method) not in names]  # fmt: skip
+
+
+def added(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with ``rows`` below; one that is empty, whose columns have no types, is left out."""
+    return pd.concat([part for part in (frame, rows) if len(part)] or [rows])
 
 
 def main(args: Args) -> None:
@@ -235,7 +234,7 @@ def main(args: Args) -> None:
                 for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
                     future.result()
                     run, its_points = read_run(*futures[future], args)
-                    runs, points = pd.concat([runs, run]), pd.concat([points, its_points])
+                    runs, points = added(runs, run), added(points, its_points)
                     write_csv(results / "runs.csv", runs)
                     write_csv(results / "curves.csv", points)
                     show(args)

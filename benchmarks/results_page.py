@@ -2,7 +2,6 @@
 
 import os
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,13 @@ import methods
 import numpy as np
 import pandas as pd
 from methods import ALPHAS1, ALPHAS2, ASKED, HEAT_MAP, PAIRS, QUESTIONS, TWINS
-from rliable import library, metrics
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, trim_mean
 
 from vla_envs import evaluation
 from vla_envs.files import whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)  # rliable's way of seeding
 
 START = "SFT, the start"
 CURVES = {
@@ -46,7 +42,7 @@ temperature.
 """
 ABOUT_TABLE = """
 Successes with Wilson 95 % intervals over all runs. IQM is the interquartile mean; it and the probability of
-being better than the start have stratified bootstrap 95 % intervals (rliable), over {}.
+being better than the start have bootstrap 95 % intervals, stratified by task, over {}.
 """
 ABOUT_SOON = """
 Control steps of training before the first evaluation (there is one every five iterations) with that
@@ -107,23 +103,42 @@ def table(runs: pd.DataFrame, names: list[str]) -> str:
     of = "no task and seed that all methods have"
     if len(common):
         of = f"tasks {sorted(set(common.columns.get_level_values(1)))}, seeds {list(common.index)}"
-        draws = np.random.RandomState(0)
         for method in shown:
-            scores = common[method].to_numpy()  # (seeds, tasks)
-            mean = library.get_interval_estimates(
-                {method: scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=DRAWS,
-                random_state=draws,
-            )  # fmt: skip
-            point, low, high = (float(np.ravel(x)[0]) for x in (mean[0][method], *mean[1][method]))
-            text.loc["IQM", method] = f"{100 * point:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+            scores = common[method].to_numpy().T  # (tasks, seeds)
+            text.loc["IQM", method] = estimate(iqm, 100 * scores, "{:.0f} %")
             if method != START:
-                better = library.get_interval_estimates(
-                    {method: (scores, common[START].to_numpy())}, metrics.probability_of_improvement,
-                    reps=DRAWS, random_state=draws,
-                )  # fmt: skip
-                point, low, high = (float(np.ravel(x)[0]) for x in (better[0][method], *better[1][method]))
-                text.loc["better than the start", method] = f"{point:.2f} ({low:.2f} to {high:.2f})"
+                pair = [*scores, *common[START].to_numpy().T]
+                text.loc["better than the start", method] = estimate(share_better, pair, "{:.2f}")
     return markdown(text.reset_index(names="")) + ABOUT_TABLE.format(of)
+
+
+def iqm(*scores: Any, axis: int = -1) -> Any:
+    """The interquartile mean of the scores of all tasks, each (..., seeds)."""
+    return trim_mean(np.concatenate(scores, axis), 0.25, axis)
+
+
+def share_better(*scores: Any, axis: int = -1) -> Any:
+    """How likely a run of one method is better than one of another, by task; ties count half.
+
+    The first half of ``scores``, each (..., seeds), are the first method's tasks, the others the second's.
+    """
+    first, second = np.split(np.stack(scores), 2)  # (tasks, ..., seeds) each
+    pairs = first[..., :, None], second[..., None, :]
+    return (np.greater(*pairs) + 0.5 * np.equal(*pairs)).mean(axis=(0, -2, -1))
+
+
+def estimate(statistic: Any, samples: Any, form: str, method: str = "percentile") -> str:
+    """A statistic with its bootstrap 95 % interval, where there are several values to draw from.
+
+    Each of the samples is drawn from by itself: the bootstrap is stratified by task.
+    """
+    point = form.format(statistic(*samples, axis=-1))
+    if len(samples[0]) < 2:
+        return point
+    rng = np.random.default_rng(0)
+    drawn = bootstrap(samples, statistic, method=method, n_resamples=DRAWS, vectorized=True, rng=rng)
+    low, high = (form.format(x) for x in drawn.confidence_interval)
+    return f"{point} ({low} to {high})"
 
 
 def percent(successes: int, trials: int) -> str:
@@ -149,9 +164,8 @@ def reached(runs: pd.DataFrame, points: pd.DataFrame, names: list[str]) -> str:
         first = curves[curves["value"] >= share].groupby(WHICH)["env_steps"].min().rename(f"steps {share}")
         runs = runs.join(first, on=WHICH)
         runs[f"minutes {share}"] = runs[f"steps {share}"] / runs["env_steps"] * runs["wall_s"] / 60
-    order = {method: k for k, method in enumerate(names)}
-    runs = runs[runs["method"].isin(names)].sort_values(WHICH, key=lambda x: x.replace(order))
-    for (method, task_id), its in runs.groupby(["method", "task_id"], sort=False):
+    runs["method"] = pd.Categorical(runs["method"], names)  # sorts by method as ``names``, leaves others out
+    for (method, task_id), its in runs.groupby(["method", "task_id"], observed=True):
         row = {"method": method, "task": task_id, "seeds": " ".join(map(str, its["seed"]))}
         for share in REACHED:
             row[f"steps to {100 * share:.0f} %"] = spread(its[f"steps {share}"], "{:,.0f}")
@@ -175,17 +189,11 @@ def pairs_table(runs: pd.DataFrame) -> str:
             continue
         by_task = gains.groupby("task_id").agg(["mean", "count"])
         row = {f"task {t}": f"{mean:+.0f} ({count})" for t, mean, count in by_task.itertuples()}
-        row["all"] = f"{gains.mean():+.1f} ({len(gains)})"
-        if gains.nunique() > 1:
-            draws = np.random.default_rng(0)
-            test = bootstrap((gains,), np.mean, method="basic", n_resamples=DRAWS, rng=draws)
-            low, high = test.confidence_interval
-            row["all"] = f"{gains.mean():+.1f} ({low:+.1f} to {high:+.1f}; {len(gains)})"
+        row["all"] = estimate(np.mean, [gains.to_numpy()], "{:+.1f}", "basic")
+        row["pairs"] = len(gains)
         rows[f"{method} against {other}"] = row
-    tasks = [
-        name for t in range(90) if (name := f"task {t}") in {key for row in rows.values() for key in row}
-    ]
-    text = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*tasks, "all"])
+    columns = [*(f"task {task_id}" for task_id in sorted(set(runs["task_id"]))), "all", "pairs"]
+    text = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).dropna(axis=1, how="all")
     return markdown(text.reset_index(names="pair")) + ABOUT_PAIRS
 
 
@@ -242,48 +250,57 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> None:
-    """Write the figures that there are runs for."""
+def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the figures that there are runs for; their files."""
     folder.mkdir(parents=True, exist_ok=True)
-    made, named_runs, named_points = set(points["method"]), with_twins(runs), with_twins(points)
-    if made & methods.METHODS.keys():
-        draw_curves(points, list(methods.METHODS), folder / "curves.png")
-    for question, asked in QUESTIONS.items():
+    made, drawn = set(points["method"]), []
+    for name, asked in {"curves": methods.METHODS, **QUESTIONS}.items():
         if made & asked.keys():
-            draw_curves(named_points, ["TGRPO", *asked], folder / f"{question}.png")
-    only_mapped = HEAT_MAP.keys() - ASKED.keys()
-    for task_id in runs.loc[runs["method"].isin(only_mapped), "task_id"].unique():
-        its = named_runs[(named_runs["task_id"] == task_id) & named_runs["method"].isin(HEAT_MAP)]
-        draw_heat_map(its, folder / f"heat_map_{task_id}.png")
+            drawn.append(folder / f"{name}.png")
+            draw_curves(points, [*({"TGRPO"} - asked.keys()), *asked], drawn[-1])
+    only_mapped = runs["method"].isin(HEAT_MAP.keys() - ASKED.keys())
+    for task_id in sorted(set(runs.loc[only_mapped, "task_id"])):
+        named = with_twins(runs[runs["task_id"] == task_id])
+        drawn.append(folder / f"heat_map_{task_id}.png")
+        draw_heat_map(named[named["method"].isin(HEAT_MAP)], drawn[-1])
+    return drawn
 
 
 # ---- The page ----------------------------------------------------------------------------------------
 
 
-def section(suite: str, runs: pd.DataFrame, points: pd.DataFrame, figures: dict[str, str], about: str) -> str:
-    """What the page says about a suite; ``figures`` has the link to each figure by its name."""
+def section(runs: pd.DataFrame, points: pd.DataFrame) -> list[str]:
+    """What the page says about a suite: its tables, each below its title."""
     sampled = runs.assign(before=runs["sampled_before"], after=runs["sampled_after"]).dropna(subset="after")
     names = [method for method in methods.METHODS if method in set(runs["method"])]
     every = list(dict.fromkeys([*methods.METHODS, *ASKED, *HEAT_MAP]))
-    parts = [f"## {suite}", about]
-    for title, its in {"Deterministic": runs, "Sampled": sampled}.items():
-        if names and len(its):
-            parts += [f"### {title}", table(its[its["method"].isin(names)], names)]
+    parts, ways = [], {"deterministic": runs, "sampled": sampled}
+    for way, its in ways.items():
+        if its["method"].isin(names).any():
+            parts += [f"### Success, {way}", table(its, names)]
     parts += ["### How soon", reached(runs, points, every)]
-    for title, its in {"deterministic": runs, "sampled": sampled}.items():
-        if runs["method"].isin(ASKED).any():
-            parts += [f"### What the paper leaves open, {title}", pairs_table(with_twins(its))]
-    parts += ["### Figures"] + [f"![{suite}, {name}]({link})" for name, link in figures.items()]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    for way, its in ways.items():
+        if its["method"].isin(ASKED).any():
+            parts += [f"### What the paper leaves open, {way}", pairs_table(with_twins(its))]
+    return parts
 
 
-def page(suites: dict[str, Path], figures: dict[str, Path], at: Path) -> str:
-    """The page ``at`` about the results in ``suites``, whose figures lie in the folders ``figures``."""
-    text = HEADER
+def write_page(suites: dict[str, Path], figures: dict[str, Path], page: Path) -> str:
+    """Write ``page`` about the results in the folders ``suites``, and its figures to the folders ``figures``.
+
+    Returns:
+        The page. Of each suite it has the text of ``about.md``, where its folder holds one.
+    """
+    parts = [HEADER]
     for suite, folder in suites.items():
         runs, points = read_csv(folder / "runs.csv", RUN), read_csv(folder / "curves.csv", POINT)
-        links = {file.stem.replace("_", " "): os.path.relpath(file, at.parent)
-                 for file in sorted(figures[suite].glob("*.png"))}  # fmt: skip
         about = folder / "about.md"
-        text += "\n" + section(suite, runs, points, links, about.read_text() if about.is_file() else "")
+        parts += [f"## {suite}", about.read_text() if about.is_file() else "", *section(runs, points)]
+        parts.append("### Figures")
+        for file in draw(runs, points, figures[suite]):
+            link = Path(os.path.relpath(file, page.parent)).as_posix()
+            parts.append(f"![{suite}: {file.stem.replace('_', ' ')}]({link})")
+    text = "\n\n".join(part.strip() for part in parts if part) + "\n"
+    with whole(page) as partial:
+        partial.write_text(text)
     return text

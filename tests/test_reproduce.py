@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-pytestmark = pytest.mark.filterwarnings("ignore:random_state is deprecated")  # rliable's way of seeding
 pd = pytest.importorskip("pandas", reason="needs the dev extra's pandas")
-pytest.importorskip("rliable", reason="needs the dev extra's rliable")
 import methods  # noqa: E402
 import reproduce  # noqa: E402
 import results_page  # noqa: E402
@@ -32,12 +31,6 @@ def table_of(text):
     return {first: dict(zip(head[1:], rest)) for first, *rest in rows}
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    """Intervals of few bootstrap draws, which is enough where all runs are equal."""
-    monkeypatch.setattr(results_page, "DRAWS", 100)
-
-
 def test_the_table():
     lines = [line("GRPO", task_id, seed, after) for task_id, seed, after in
              ((0, 1, 20), (0, 2, 30), (4, 1, 40), (4, 2, 50))]  # fmt: skip
@@ -49,7 +42,7 @@ def test_the_table():
     assert list(rows["IQM"]) == [results_page.START, "GRPO", "PPO"]
     successes = [[cell.partition(" ")[0] for cell in rows[f"task {k}"].values()] for k in (0, 4)]
     assert successes == [["20/100", "50/100", "20/100"], ["20/100", "90/100", ""]]
-    assert rows["IQM"]["GRPO"].startswith("50 %") and rows["IQM"]["PPO"] == "20 % (20 to 20 %)"
+    assert rows["IQM"]["GRPO"].startswith("50 % (") and rows["IQM"]["PPO"] == "20 % (20 % to 20 %)"
     better = {results_page.START: "", "GRPO": "1.00 (1.00 to 1.00)", "PPO": "0.50 (0.50 to 0.50)"}
     assert rows["better than the start"] == better  # ties count half
 
@@ -92,10 +85,10 @@ def test_the_pairs():
     rows = table_of(results_page.pairs_table(pd.DataFrame(lines)))
     assert set(rows) == {f"{auto} against TGRPO", f"{papers} against TGRPO"}  # no other pair has been run
     row = rows[f"{auto} against TGRPO"]
-    assert list(row) == ["task 0", "task 7", "all"]
+    assert list(row) == ["task 0", "task 7", "all", "pairs"]
     assert (row["task 0"], row["task 7"]) == ("+0 (2)", "+20 (1)")
-    assert row["all"].startswith("+6.7 (") and row["all"].endswith("; 3)")
-    assert list(rows[f"{papers} against TGRPO"].values()) == ["", "+10 (1)", "+10.0 (1)"]
+    assert row["all"].startswith("+6.7 (") and row["pairs"] == "3"
+    assert list(rows[f"{papers} against TGRPO"].values()) == ["", "+10 (1)", "+10.0", "1"]
 
 
 def test_ablations_are_cells_of_the_heat_map():
@@ -146,7 +139,7 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
     credit = ["GRPO", "GRPO --credit stage"]
     assert [each[0] for each in played] == [methods.PAPERS, *returns, *credit, *letter]
-    row = "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 (1) |"
+    row = "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 | 1 |"
     assert row in capsys.readouterr().out and row in (tmp_path / "results.md").read_text()
 
 
@@ -253,7 +246,6 @@ def test_published_csv_files_are_written_as_they_are_read(name, tmp_path):
 
 def test_the_page_is_that_of_the_published_runs(tmp_path, monkeypatch):
     """``python benchmarks/reproduce.py --no-run`` writes the committed page and its figures."""
-    monkeypatch.setattr(results_page, "DRAWS", 5000)
     monkeypatch.setattr(reproduce, "DOCS", tmp_path)
     reproduce.main(reproduce.Args(run=False))
     text = (tmp_path / "results.md").read_text()
@@ -327,3 +319,14 @@ def test_a_heat_map_of_nothing(given, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         reproduce.main(reproduce.Args(results=tmp_path / "results", **given))
     assert not (tmp_path / "results").exists()
+
+
+def test_the_interquartile_mean_and_who_is_better():
+    """By hand: of eight sorted values the middle four; of four pairs two are won, and one is a tie."""
+    assert results_page.iqm(np.array([0.0, 1, 2, 3]), np.array([4.0, 5, 6, 100])) == 3.5
+    one, other = np.array([1.0, 3.0]), np.array([1.0, 2.0])
+    assert results_page.share_better(one, other) == 0.625
+    many = results_page.share_better(np.stack([one, other]), np.stack([other, one]))
+    assert many.tolist() == [0.625, 0.375]
+    words = results_page.estimate(results_page.share_better, [one, one, other - 9, other + 9], "{:.2f}")
+    assert words == "0.50 (0.50 to 0.50)"  # always better on one task, never on the other
