@@ -1,13 +1,13 @@
-"""What could weigh TGRPO's two terms: how each agrees with success, by its advantages and by its gradients.
+"""How to weigh TGRPO's two terms: how far each agrees with success, in its advantages and its gradients.
 
     python benchmarks/alphas.py --task-ids 0 4
 
-Rolls out the starting policy, without learning, and prints for the step term S and the trajectory term T
+The starting policy is rolled out and does not learn. Printed are, for step term S and trajectory term T:
 
 - their correlation with success (standardised within groups, as they are), over decisions;
-- alpha1 and alpha2 of the least-squares fit of success, which is what ``--alphas auto`` starts from;
-- the inner product of two groups' gradients, mean over all pairs, as a share of a group's squared gradient:
-  of a term with itself (how much of its gradient is the same in every group, not noise), and with success.
+- alpha1 and alpha2 of the least-squares fit of success, from which ``--alphas auto`` starts;
+- the inner product of two groups' gradients, averaged over all pairs, relative to a group's squared gradient:
+  of a term with itself (how much of its gradient every group shares, and is not noise), and with success.
 """
 
 import sys
@@ -34,15 +34,15 @@ class Args:
     task_ids: tuple[int, ...] = (0, 4)
     """LIBERO-Object tasks"""
     batches: int = 4
-    """Batches of 8 groups of 8 a task"""
+    """Batches per task, each of 8 groups with 8 members"""
     checkpoint: Path | None = None
     """Policy to roll out [the shipped one]"""
     seed: int = 77
-    """Seed of the scenes and the draws"""
+    """Seed of the placements and the sampling"""
 
 
 def gradients(policy: Any, batch: dict[str, Any], signals: list[Tensor], args: Any) -> list[list[Tensor]]:
-    """Of every signal (T, N) every group's policy gradient (P,)."""
+    """The policy gradient (P,) of every group, for each of the signals (T, N)."""
     found: list[list[Tensor]] = [[] for _ in signals]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
@@ -60,7 +60,7 @@ def gradients(policy: Any, batch: dict[str, Any], signals: list[Tensor], args: A
 
 
 def measure(task_id: int, args: Args) -> list[str]:
-    """A line of the table."""
+    """A row of the table."""
     settings = tgrpo.check(tgrpo.Args(task_id=task_id, seed=args.seed, alphas="auto", num_threads=1))
     policy = load_policy("nano", args.checkpoint, "cpu").eval()
     settings = runs.fill_in_chunk(settings, policy)

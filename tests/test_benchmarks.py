@@ -39,7 +39,7 @@ def test_gpu_on_the_cpu(monkeypatch, capsys):
         ("alphas", ["--batches", "0"], "batches is 0; expected a number above 0"),
         ("soak", ["--num-envs", "0"], "num_envs is 0; expected a number above 0"),
         ("throughput", ["--task-idd", "4"], "Unrecognized options: --task-idd, 4; did you mean --task-id?"),
-        ("pictures", ["curves", "--runs", "none", "--out", "x.png"], "'none' is not the folder of a run"),
+        ("figures", ["curves", "--runs", "none", "--out", "x.png"], "'none' is not the folder of a run"),
     ],
 )
 def test_mistakes_are_one_line(script, words, error, monkeypatch, capfd):
@@ -105,10 +105,10 @@ def test_throughput():
 
 
 @pytest.mark.slow
-def test_pictures(tmp_path, monkeypatch):
+def test_figures(tmp_path, monkeypatch):
     def draw(*words):
-        monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, words)])
-        runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"), run_name="__main__")
+        monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, words)])
+        runpy.run_path(str(ROOT / "benchmarks" / "figures.py"), run_name="__main__")
         return Image.open(tmp_path / words[-1])
 
     monkeypatch.chdir(tmp_path)

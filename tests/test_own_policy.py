@@ -63,9 +63,12 @@ def test_what_it_describes_makes_it_again(write, tmp_path):
     name = write(
         ("def __init__(self):\n", "def __init__(self, width=9):\n"),
         ("def make():\n    return GaussianCNN()", "def make(width=9):\n    return GaussianCNN(width)"),
-        ("        super().__init__()\n", "        super().__init__()\n        self.extra = nn.Linear(width, 2)\n"),
-        ("    def score(", '    def describe(self):\n        return {"width": self.extra.in_features}\n\n    def score('),
-    )  # fmt: skip
+        ("super().__init__()\n", "super().__init__()\n        self.extra = nn.Linear(width, 2)\n"),
+        (
+            "    def score(",
+            '    def describe(self):\n        return {"width": self.extra.in_features}\n\n    def score(',
+        ),
+    )
     save_policy(new_policy(name, {"width": 5}), name, tmp_path / "final")
     assert load_policy(name, tmp_path / "final").extra.in_features == 5
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import ROOT, words_of
 
-from vla_envs import report, rewards, runs
+from vla_envs import evaluation, report, rewards, runs
 
 TINY = {
     "num_iterations": 2, "eval_every": 1, "eval_episodes": 2, "max_episode_steps": 24, "num_threads": 1,
@@ -91,18 +91,38 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
         "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink",
     }  # fmt: skip
     assert "<b>" not in text and '_a <b> & "c" $x$' in page.text
-    assert page.count["tr"] == 4 and page.count["video"] == 6 and page.count["svg"] == 10
+    assert page.count["tr"] == 4 and page.count["video"] == 6 and page.count["svg"] == 9 + 3 * 2
     for words in (
-        "tgrpo_vla", "ppo_vla", "LiberoObject", "0/2 (0 to 66 %)", "sampled before", "sampled after",
-        "finished", "iteration 2", "kl_coef",
-        "Success on the recorded init states", "Success of the training episodes", "Groups", "Entropy",
-        "KL of an update", "clipped", "step part", "explained variance", "Stages", "Seconds of an iteration",
-        "approaching", "physics", "update",
+        "tgrpo_vla", "ppo_vla", "LiberoObject", "0/2", "0 to 66 %", "deterministic", "sampled",
+        "finished", "iteration 2", "kl_coef", "1 tgrpo_vla, seed 1", "2 ppo_vla, seed 3",
+        "Success, deterministic", "Success, sampled", "success (%)", "environment steps",
+        "Success of the training episodes", "Groups", "all members alike", "entropy (nats per token)",
+        "KL (nats)", "clipped from above", "step term", "explained variance", "Stages", "approaching",
+        "seconds per iteration", "physics", "update",
     ):  # fmt: skip
         assert words in page.text, words
     rows = re.findall(r"<tr>.*?</tr>", text)
+    assert all(row.count("<small") == row.count("</small>") >= 4 and "<br" not in row for row in rows[1:])
     assert "gamma" not in "".join(rows) and "task_id" not in "".join(rows)  # not shared, or in its own column
     assert "value_clip" in text and "num_iterations 2" not in "".join(rows)
+
+
+def test_the_command_is_shown_and_the_other_arguments_are_folded_away(folder, tmp_path):
+    run = report.read_run(folder / "finished")
+    run.args["command"] = "python tgrpo_vla.py --alpha1 0.2 --reward 'a & b'"
+    text = report.page([run], tmp_path / "page.html")
+    command, folded = text.index("<pre>python tgrpo_vla.py --alpha1 0.2"), text.index("<details>")
+    assert command < folded < text.index("update_epochs: ") < text.index("</details>")
+    assert "a &amp; b" in text and text.count("python tgrpo_vla.py") == 1
+
+
+def test_several_tasks_have_their_own_table(folder, tmp_path):
+    run = report.read_run(folder / "finished")
+    each = {str(k): evaluation.success([k > 4, True]) for k in (4, 7)}
+    run.args["task_ids"], run.state["success_after"] = [4, 7], evaluation.success([0, 1, 1, 1], (4, 7))
+    assert run.tasks == {k: {"success_after": its} for k, its in each.items()}
+    page = Checked(report.page([run], tmp_path / "page.html"))
+    assert "tasks 4 7" in page.text and page.count["table"] == 2
 
 
 def test_what_was_logged(folder):
@@ -118,9 +138,11 @@ def test_what_was_logged(folder):
 
 def test_evaluations_have_their_intervals(folder):
     run = report.read_run(folder / "finished")
-    assert [its["step"] for its in run.evaluations] == [0, 48, 96]
-    assert run.evaluations[0] == {"step": 0, **run.state["success_before"]}
-    assert run.evaluations[-1] == {"step": 96, **run.state["success_after"]}
+    for tag, way in zip(report.EVALUATED, ("success", "sampled")):
+        found = run.evaluations(tag)
+        assert [its["step"] for its in found] == [0, 48, 96]
+        assert found[0] == {"step": 0, **run.state[f"{way}_before"]}
+        assert found[-1] == {"step": 96, **run.state[f"{way}_after"]}
 
 
 def test_times_add_up(folder):

@@ -1,16 +1,20 @@
 """benchmarks/reproduce.py: what it makes, keeps, and works out."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-pytestmark = pytest.mark.filterwarnings("ignore:random_state is deprecated")  # rliable's way of seeding
-reproduce = pytest.importorskip("reproduce", reason="needs the dev extra's rliable", exc_type=ImportError)
+pd = pytest.importorskip("pandas", reason="needs the dev extra's pandas")
+import methods  # noqa: E402
+import reproduce  # noqa: E402
+import results_page  # noqa: E402
 
 
 def line(method, task_id, seed, after, before=10):
@@ -19,33 +23,34 @@ def line(method, task_id, seed, after, before=10):
             "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc"}  # fmt: skip
 
 
-def cells(text, method):
-    (row,) = [row for row in text.splitlines() if row.startswith(f"| {method} |")]
-    return [cell.strip() for cell in row.strip("|").split("|")][1:]
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    """Intervals of few bootstrap draws, which is enough where all runs are equal."""
-    monkeypatch.setattr(reproduce, "DRAWS", 100)
+def table_of(text):
+    """The cells of a Markdown table by row and column."""
+    head, _, *rows = [
+        [cell.strip() for cell in row[1:-1].split("|")] for row in text.splitlines() if row[:1] == "|"
+    ]
+    return {first: dict(zip(head[1:], rest)) for first, *rest in rows}
 
 
 def test_the_table():
     lines = [line("GRPO", task_id, seed, after) for task_id, seed, after in
              ((0, 1, 20), (0, 2, 30), (4, 1, 40), (4, 2, 50))]  # fmt: skip
     lines += [line("PPO", 0, seed, 10) for seed in (1, 2)]
-    text = reproduce.table(lines, ["GRPO", "PPO"])
-    assert "| method | task 0 | task 4 | IQM |" in text and "over tasks [0], seeds [1, 2]" in text
-    start, grpo, ppo = (cells(text, name) for name in (reproduce.START, "GRPO", "PPO"))
-    assert [cell.partition(" ")[0] for cell in start[:2]] == ["20/100", "20/100"]
-    assert [cell.partition(" ")[0] for cell in grpo[:2]] == ["50/100", "90/100"]
-    assert ppo[1] == "" and grpo[2].startswith("50 %") and ppo[2] == "20 % (20 to 20 %)"
-    assert grpo[3] == "1.00 (1.00 to 1.00)" and ppo[3] == "0.50 (0.50 to 0.50)"  # ties count half
+    text = results_page.table(pd.DataFrame(lines), ["GRPO", "PPO"])
+    assert "over tasks [0], seeds [1, 2]" in text
+    rows = table_of(text)
+    assert list(rows) == ["task 0", "task 4", "IQM", "better than the start"]
+    assert list(rows["IQM"]) == [results_page.START, "GRPO", "PPO"]
+    successes = [[cell.partition(" ")[0] for cell in rows[f"task {k}"].values()] for k in (0, 4)]
+    assert successes == [["20/100", "50/100", "20/100"], ["20/100", "90/100", ""]]
+    assert rows["IQM"]["GRPO"].startswith("50 % (") and rows["IQM"]["PPO"] == "20 % (20 % to 20 %)"
+    better = {results_page.START: "", "GRPO": "1.00 (1.00 to 1.00)", "PPO": "0.50 (0.50 to 0.50)"}
+    assert rows["better than the start"] == better  # ties count half
 
 
 def test_a_table_of_runs_that_do_not_overlap():
-    text = reproduce.table([line("GRPO", 0, 1, 20), line("PPO", 4, 1, 30)], ["GRPO", "PPO"])
-    assert cells(text, "GRPO")[2:] == ["", ""] and "no task and seed" in text
+    lines = pd.DataFrame([line("GRPO", 0, 1, 20), line("PPO", 4, 1, 30)])
+    text = results_page.table(lines, ["GRPO", "PPO"])
+    assert list(table_of(text)) == ["task 0", "task 4"] and "no task and seed" in text
 
 
 def test_how_soon():
@@ -55,17 +60,21 @@ def test_how_soon():
         which = {"method": "GRPO", "task_id": 4, "seed": seed, "tag": "charts/success_rate"}
         return [which | {"env_steps": 25 * k, "value": value} for k, value in enumerate(values)]
 
+    def row(lines, points):
+        text = results_page.reached(pd.DataFrame(lines), pd.DataFrame(points), ["PPO", "GRPO"])
+        assert "PPO" not in text
+        return list(table_of(text)["GRPO"].values())
+
     points = curve(1, 0.2, 0.85, 0.7, 0.95, 1.0) + curve(2, 0.2, 0.5, 0.8, 0.8, 0.8)
-    text = reproduce.reached([line("GRPO", 4, seed, 50) for seed in (1, 2)], points, ["PPO", "GRPO"])
-    expected = ["4", "38 (25 to 50)", "0.4 (0.2 to 0.5)", "75, 1 of 2 runs", "0.8, 1 of 2 runs"]
-    assert cells(text, "GRPO") == expected and "PPO" not in text
-    low = reproduce.reached([line("GRPO", 4, 1, 10)], curve(1, 0.2, 0.2), ["GRPO"])
-    assert cells(low, "GRPO") == ["4"] + ["not reached"] * 4
+    steps = ["38 (25 to 50)", "0.4 (0.2 to 0.5)", "75, 1 of 2 runs", "0.8, 1 of 2 runs"]
+    assert row([line("GRPO", 4, seed, 50) for seed in (1, 2)], points) == ["4", "1 2", *steps, "abc"]
+    low = row([line("GRPO", 4, 1, 10)], curve(1, 0.2, 0.2))
+    assert low == ["4", "1", *["not reached"] * 4, "abc"]
 
 
 def test_the_pairs():
     """On the same task and seed; the seed that only one of them has does not count."""
-    auto, papers = "TGRPO --alphas auto", reproduce.PAPERS
+    auto, papers = "TGRPO --alphas auto", methods.PAPERS
     lines = [line(auto, 0, 1, 30), line(auto, 0, 2, 40), line(auto, 7, 1, 20), line(auto, 7, 2, 5)]
     lines += [
         line("TGRPO", 0, 1, 25),
@@ -73,23 +82,22 @@ def test_the_pairs():
         line("TGRPO", 7, 1, 10),
         line(papers, 7, 1, 15),
     ]
-    text = reproduce.pairs_table(lines)
-    assert "| pair | task 0 | task 7 | all |" in text
-    row = cells(text, f"{auto} against TGRPO")
-    assert row[:2] == ["+0 (2)", "+20 (1)"] and row[2].startswith("+6.7 (") and row[2].endswith("; 3)")
-    assert cells(text, f"{papers} against TGRPO") == ["", "+10 (1)", "+10.0 (1)"]
-    assert "--preset paper" not in text  # no pair has been run
+    rows = table_of(results_page.pairs_table(pd.DataFrame(lines)))
+    assert set(rows) == {f"{auto} against TGRPO", f"{papers} against TGRPO"}  # no other pair has been run
+    row = rows[f"{auto} against TGRPO"]
+    assert list(row) == ["task 0", "task 7", "all", "pairs"]
+    assert (row["task 0"], row["task 7"]) == ("+0 (2)", "+20 (1)")
+    assert row["all"].startswith("+6.7 (") and row["pairs"] == "3"
+    assert list(rows[f"{papers} against TGRPO"].values()) == ["", "+10 (1)", "+10.0", "1"]
 
 
 def test_ablations_are_cells_of_the_heat_map():
     ablations = ["TGRPO without the step term", "TGRPO without the trajectory term"]
-    made = [line(method, 4, 1, 30) for method in ("TGRPO", *ablations, "GRPO")]
-    twins = reproduce.with_twins(made)[len(made) :]
-    assert [x["method"] for x in twins] == ["TGRPO 0.3/0.7", "TGRPO 0/0.7", "TGRPO 0.3/0"]
-    assert all(
-        reproduce.HEAT_MAP[x["method"]] == ["tgrpo_vla.py", "--alpha1", alpha1, "--alpha2", alpha2]
-        for x, (alpha1, alpha2) in zip(twins, [("0.3", "0.7"), ("0", "0.7"), ("0.3", "0")])
-    )
+    made = pd.DataFrame([line(method, 4, 1, 30) for method in ("TGRPO", *ablations, "GRPO")])
+    twins = list(results_page.with_twins(made)["method"])[len(made) :]
+    assert twins == ["TGRPO 0.3/0.7", "TGRPO 0/0.7", "TGRPO 0.3/0"]
+    for twin, (alpha1, alpha2) in zip(twins, [("0.3", "0.7"), ("0", "0.7"), ("0.3", "0")]):
+        assert methods.HEAT_MAP[twin] == ["tgrpo_vla.py", "--alpha1", alpha1, "--alpha2", alpha2]
 
 
 def test_the_papers_alphas_are_the_tasks(tmp_path, monkeypatch):
@@ -99,9 +107,22 @@ def test_the_papers_alphas_are_the_tasks(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(reproduce, "commit", lambda: "abc")
     for task_id in (0, 3):
-        reproduce.play(reproduce.PAPERS, task_id, 1, reproduce.Args(out=tmp_path))
+        reproduce.play(methods.PAPERS, task_id, 1, reproduce.Args(out=tmp_path))
     alphas = ["--alpha1", "10.0", "--alpha2", "1.0"], ["--alpha1", "0.35", "--alpha2", "0.65"]
     assert [words[-4:] for words in started] == list(alphas)
+
+
+def test_the_papers_alphas_are_of_one_suite(tmp_path):
+    with pytest.raises(ValueError, match=r"suite is LiberoGoal; expected LiberoObject"):
+        reproduce.main(reproduce.Args(suite="LiberoGoal", methods=(methods.PAPERS,), results=tmp_path / "a"))
+    none = pd.DataFrame(columns=reproduce.RUN)
+    for suite in ("LiberoGoal", "LiberoObject"):
+        wanted = reproduce.missing(reproduce.Args(suite=suite, questions=True), none)
+        assert (methods.PAPERS in {method for method, *_ in wanted}) == (suite == "LiberoObject")
+
+
+def no_curves(method, task_id, seed, after):
+    return pd.DataFrame([line(method, task_id, seed, after)]), pd.DataFrame(columns=reproduce.POINT)
 
 
 def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
@@ -110,28 +131,28 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
         "TGRPO --stop group", "TGRPO --no-clip", "TGRPO --update-every step",
     ]  # fmt: skip
     known = [line(method, 4, 1, 30) for method in ("TGRPO", "TGRPO --alphas auto", "TGRPO --group-by stage")]
-    reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, known)
+    reproduce.write_csv(tmp_path / "runs.csv", pd.DataFrame(known))
     played = []
     monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
-    monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
+    monkeypatch.setattr(reproduce, "read_run", lambda *each: no_curves(*each[:3], 20))
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
     returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
     credit = ["GRPO", "GRPO --credit stage"]
-    assert [each[0] for each in played] == [reproduce.PAPERS, *returns, *credit, *letter]
-    assert "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 (1) |" in capsys.readouterr().out
-    assert "paper against TGRPO" in (tmp_path / "questions.md").read_text()
+    assert [each[0] for each in played] == [methods.PAPERS, *returns, *credit, *letter]
+    row = "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 | 1 |"
+    assert row in capsys.readouterr().out and row in (tmp_path / "results.md").read_text()
 
 
 def test_curves_are_of_the_runs_that_all_methods_have(tmp_path, monkeypatch):
     def curve(method, task_id, seed, value):
         which = {"method": method, "task_id": task_id, "seed": seed}
         return [which | {"tag": tag, "env_steps": step, "value": value}
-                for tag in reproduce.CURVES for step in (0, 100)]  # fmt: skip
+                for tag in results_page.CURVES for step in (0, 100)]  # fmt: skip
 
-    monkeypatch.setattr(reproduce.plt, "close", lambda figure: figures.append(figure))
+    monkeypatch.setattr(results_page.plt, "close", lambda figure: figures.append(figure))
     figures: list = []
     points = curve("GRPO", 0, 1, 0.9) + curve("GRPO", 4, 1, 0.5) + curve("PPO", 4, 1, 0.4)
-    reproduce.draw_curves(points, ["PPO", "GRPO", "TGRPO"], tmp_path / "curves.png")
+    results_page.draw_curves(pd.DataFrame(points), ["PPO", "GRPO", "TGRPO"], tmp_path / "curves.png")
     (figure,) = figures
     assert all(axis.get_title().endswith("task/seed 4/1") for axis in figure.axes)
     assert [(line.get_label(), *line.get_ydata()[:1]) for line in figure.axes[0].lines] == [
@@ -140,7 +161,7 @@ def test_curves_are_of_the_runs_that_all_methods_have(tmp_path, monkeypatch):
 
 
 def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce.plt, "close", lambda figure: figures.append(figure))
+    monkeypatch.setattr(results_page.plt, "close", lambda figure: figures.append(figure))
     figures: list = []
     lines = [line("TGRPO 3/7", 4, 1, 30), line("TGRPO 3/7", 4, 2, 40), line("TGRPO 3/7", 7, 1, 5)]
     lines += [
@@ -149,7 +170,7 @@ def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
         line("TGRPO", 4, 3, 50),
         line("TGRPO", 0, 1, 9),
     ]
-    reproduce.show(lines, [], tmp_path)
+    results_page.draw(pd.DataFrame(lines), pd.DataFrame(columns=reproduce.POINT), tmp_path)
     assert {path.name for path in tmp_path.glob("heat*")} == {"heat_map_4.png", "heat_map_7.png"}
     cells = [[text.get_text() for text in figure.axes[0].texts] for figure in figures]
     assert cells == [["45 %", "70 %"], ["10 %"]]  # 0.3/0.7 is TGRPO's, of the seeds that both have
@@ -158,10 +179,10 @@ def test_a_heat_map_is_of_one_task(tmp_path, monkeypatch):
 
 def test_a_heat_map_runs_what_it_lacks(tmp_path, monkeypatch):
     known = [line(method, 4, 1, 30) for method in ("TGRPO", "TGRPO without the step term", "TGRPO 3/7")]
-    reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, known)
+    reproduce.write_csv(tmp_path / "runs.csv", pd.DataFrame(known))
     played = []
     monkeypatch.setattr(reproduce, "play", lambda *each: played.append(each[:3]))
-    monkeypatch.setattr(reproduce, "read_run", lambda *each: (line(*each[:3], 20), []))
+    monkeypatch.setattr(reproduce, "read_run", lambda *each: no_curves(*each[:3], 20))
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, heat_map=4, seeds=(1,), jobs=1))
     assert played == [(f"TGRPO {alphas}", 4, 1) for alphas in ("0/7", "0.3/0", "0.3/7", "3/0", "3/0.7")]
 
@@ -177,8 +198,7 @@ COLUMNS = ("before", "after", "sampled_before", "sampled_after")
 
 
 def published():
-    kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
-    return reproduce.read_csv(ROOT / "benchmarks/results/LiberoObject/runs.csv", kinds)
+    return reproduce.read_csv(ROOT / "benchmarks/results/LiberoObject/runs.csv", []).to_dict("records")
 
 
 def spread(values):
@@ -205,17 +225,39 @@ def test_the_readmes_tasks_are_those_of_the_runs():
 
 
 def test_csv(tmp_path):
-    lines = [line("PPO", 4, 2, 7), line("GRPO", 4, 1, 8)]
-    reproduce.write_csv(tmp_path / "runs.csv", reproduce.RUN, lines)
-    kinds = dict.fromkeys(reproduce.RUN, 0) | {"method": "", "commit": ""}
-    assert reproduce.read_csv(tmp_path / "runs.csv", kinds) == lines[::-1]
-    assert reproduce.read_csv(tmp_path / "nothing.csv", kinds) == []
+    """Files that an older program has written stay readable, and what is read is written the same."""
+    lines = [line("GRPO", 4, 1, 8), line("PPO", 4, 2, 7) | {"sampled_before": "", "commit": "0012345"}]
+    head, *rows = reproduce.RUN, *(map(str, each.values()) for each in lines)
+    text = "".join(",".join(row) + "\n" for row in (head, *rows))
+    (tmp_path / "runs.csv").write_text(text)
+    runs = reproduce.read_csv(tmp_path / "runs.csv", reproduce.RUN)
+    assert list(runs["commit"]) == ["abc", "0012345"] and runs["sampled_before"].isna().tolist() == [0, 1]
+    reproduce.write_csv(tmp_path / "runs.csv", runs.iloc[::-1])
+    assert (tmp_path / "runs.csv").read_text() == text
+    assert list(reproduce.read_csv(tmp_path / "nothing.csv", reproduce.RUN)) == reproduce.RUN
+
+
+@pytest.mark.parametrize("name", ["runs", "curves"])
+def test_published_csv_files_are_written_as_they_are_read(name, tmp_path):
+    (file,) = (ROOT / "benchmarks" / "results" / "LiberoObject").glob(f"{name}.csv")
+    reproduce.write_csv(tmp_path / "again.csv", reproduce.read_csv(file, []))
+    assert (tmp_path / "again.csv").read_bytes() == file.read_bytes()
+
+
+def test_the_page_is_that_of_the_published_runs(tmp_path, monkeypatch):
+    """``python benchmarks/reproduce.py --no-run`` writes the committed page and its figures."""
+    monkeypatch.setattr(reproduce, "DOCS", tmp_path)
+    reproduce.main(reproduce.Args(run=False))
+    text = (tmp_path / "results.md").read_text()
+    assert text == (ROOT / "docs" / "results.md").read_text()
+    links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert links and all((ROOT / "docs" / link).is_file() for link in links)
 
 
 def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
     tiny = ("--num-groups 1 --group-size 2 --eval-episodes 2 --max-episode-steps 8 --num-iterations 1"
             " --minibatch-size 2 --eval-every 0").split()  # fmt: skip
-    monkeypatch.setattr(reproduce, "METHODS", {"TGRPO": ["tgrpo_vla.py", *tiny]})
+    monkeypatch.setattr(methods, "METHODS", {"TGRPO": ["tgrpo_vla.py", *tiny]})
     monkeypatch.setattr(reproduce, "TOTAL_ENV_STEPS", 1)
     args = reproduce.Args(
         results=tmp_path / "results", out=tmp_path / "runs", methods=("TGRPO",), task_ids=(4,), seeds=(3,),
@@ -224,10 +266,10 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     reproduce.main(args)
     assert "1 runs, 1 side by side" in capsys.readouterr().out
     assert {path.name for path in args.results.iterdir()} == {
-        "runs.csv", "curves.csv", "table.md", "curves.png"}  # fmt: skip
-    tags = [point["tag"] for point in reproduce.read_csv(args.results / "curves.csv", {})]
+        "runs.csv", "curves.csv", "results.md", "curves.png"}  # fmt: skip
+    tags = list(reproduce.read_csv(args.results / "curves.csv", [])["tag"])
     assert set(tags) == set(reproduce.CURVES) and tags.count("charts/success_rate") == 2
-    (made,) = reproduce.read_csv(args.results / "runs.csv", {})
+    (made,) = reproduce.read_csv(args.results / "runs.csv", []).to_dict("records")
     result = json.loads((args.out / "tgrpo__4__3" / "result.json").read_text())
     for column, name in {"before": "success_before", "after": "success_after"}.items():
         assert int(made[column]) == result[name]["successes"]
@@ -241,13 +283,13 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
 
 
 def test_other_results_have_runs_of_their_own(tmp_path):
-    own, other = reproduce.Args(), reproduce.Args(results=tmp_path)
+    own, other = map(reproduce.fill_in_folders, (reproduce.Args(), reproduce.Args(results=tmp_path)))
     assert reproduce.folder_of("GRPO", 4, 1, own) == Path("runs/reproduce/LiberoObject/grpo__4__1")
     assert reproduce.folder_of("GRPO", 4, 1, other) == tmp_path / "runs" / "grpo__4__1"
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "METHODS", {"TGRPO": ["tgrpo_vla.py", "--group-size", "1"]})
+    monkeypatch.setattr(methods, "METHODS", {"TGRPO": ["tgrpo_vla.py", "--group-size", "1"]})
     args = reproduce.Args(
         results=tmp_path / "results", out=tmp_path / "runs", methods=("TGRPO",), task_ids=(4,), seeds=(3,)
     )
@@ -270,9 +312,21 @@ def test_what_does_not_exist(name, value, tmp_path):
         ({"heat_map": 4, "methods": ("GRPO",)}, "expected neither --methods nor --questions"),
         ({"heat_map": 4, "questions": True}, "expected neither --methods nor --questions"),
         ({"heat_map": 4, "task_ids": (0,)}, "nor --task-ids"),
+        ({"suite": "LiberoObjects"}, "did you mean 'LiberoObject'"),
     ],
 )
 def test_a_heat_map_of_nothing(given, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         reproduce.main(reproduce.Args(results=tmp_path / "results", **given))
     assert not (tmp_path / "results").exists()
+
+
+def test_the_interquartile_mean_and_who_is_better():
+    """By hand: of eight sorted values the middle four; of four pairs two are won, and one is a tie."""
+    assert results_page.iqm(np.array([0.0, 1, 2, 3]), np.array([4.0, 5, 6, 100])) == 3.5
+    one, other = np.array([1.0, 3.0]), np.array([1.0, 2.0])
+    assert results_page.share_better(one, other) == 0.625
+    many = results_page.share_better(np.stack([one, other]), np.stack([other, one]))
+    assert many.tolist() == [0.625, 0.375]
+    words = results_page.estimate(results_page.share_better, [one, one, other - 9, other + 9], "{:.2f}")
+    assert words == "0.50 (0.50 to 0.50)"  # always better on one task, never on the other

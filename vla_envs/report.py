@@ -1,8 +1,8 @@
-"""One HTML page about runs, finished or going on: tables, figures and videos, nothing outside the file.
+"""One HTML page about runs, finished or still going: a table, figures and videos, in one file.
 
 For instance:
 
-    python -m vla_envs.report runs/a runs/b --out report.html
+    python -m vla_envs.report runs/* --out report.html
 """
 
 import base64
@@ -30,38 +30,61 @@ from vla_envs.files import read_json, whole
 
 @dataclass
 class Args:
-    """Write one HTML page about runs, finished or going on; a folder without one is named and left out."""
+    """Write one HTML page about runs, finished or still going; folders without one are named and skipped."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs"""
+    """Folders of the runs"""
     out: Path = Path("report.html")
     """Page to write"""
     embed_mb: float = 2.0
-    """Videos of at most this size (MB) are put into the page; larger ones are linked"""
+    """Videos up to this size (MB) are embedded in the page; larger ones are linked"""
 
 
-#: Figures with a line for every run: title, and the tags drawn solid, dashed and dotted.
-OUTCOMES = ("success_before", "success_after", "sampled_before", "sampled_after")  # columns of the table
-LINES = {
-    "Success of the training episodes": ("group/success_mean",),
-    "Groups: share kept, share in which all got the same": ("group/kept_frac", "group/zero_std_frac"),
-    "Mean size of the advantage: step part, trajectory part": (
-        "advantage/step_abs", "advantage/trajectory_abs",
+OUTCOMES = ("success_before", "success_after", "sampled_before", "sampled_after")
+EVALUATED = ("charts/success_rate", "charts/sampled_success_rate")  # drawn with their intervals
+#: Figures with a line per run: the title, the y axis, and what each of TensorBoard's tags shows. The first
+#: tag is drawn solid, the second dashed.
+FIGURES = {
+    "Success, deterministic": ("success (%)", {EVALUATED[0]: ""}),
+    "Success, sampled": ("success (%)", {EVALUATED[1]: ""}),
+    "Success of the training episodes": ("success (%)", {"group/success_mean": ""}),
+    "Groups": ("groups (%)", {"group/kept_frac": "kept", "group/zero_std_frac": "all members alike"}),
+    "Size of the advantage": (
+        "mean of |advantage|",
+        {"advantage/step_abs": "step term", "advantage/trajectory_abs": "trajectory term"},
     ),
-    "KL of an update, KL from the start": ("losses/approx_kl", "losses/kl"),
-    "Entropy": ("losses/entropy",),
-    "Share of ratios clipped: below, above": ("losses/clipfrac_low", "losses/clipfrac_high"),
-    "PPO's critic: explained variance": ("losses/explained_variance",),
-    "SFT: loss, held-out loss": ("losses/nll", "losses/held_out_nll"),
-}  # fmt: skip
+    "KL divergence": ("KL (nats)", {"losses/approx_kl": "of an update", "losses/kl": "from the start"}),
+    "Entropy": ("entropy (nats per token)", {"losses/entropy": ""}),
+    "Clipped ratios": (
+        "share of ratios",
+        {"losses/clipfrac_low": "clipped from below", "losses/clipfrac_high": "clipped from above"},
+    ),
+    "PPO's critic": ("explained variance", {"losses/explained_variance": ""}),
+    "Imitation": ("loss", {"losses/nll": "training", "losses/held_out_nll": "held out"}),
+}
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-body { color: #222; background: #fff; }
-table { border-collapse: collapse; } th, td { padding: .25rem .7rem; text-align: left; vertical-align: top; }
-tr { border-bottom: 1px solid #ddd; } .table { overflow-x: auto; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
-svg { max-width: 100%; height: auto; }
-i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; } pre { white-space: pre-wrap; }
+* { box-sizing: border-box; }
+body { font: 15px/1.4 system-ui, sans-serif; color: #222; }
+body { max-width: 1200px; margin: 1.5rem auto; padding: 0 1rem; }
+h1 { margin: 0; } h2 { margin: 2.5rem 0 .6rem; font-size: 1.15rem; overflow-wrap: anywhere; }
+a { color: inherit; }
+small { display: block; color: #666; font-size: .8rem; font-weight: normal; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; margin-bottom: 1rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .5rem; text-align: left; vertical-align: top; white-space: nowrap; }
+th { font-size: .8rem; color: #666; } tr { border-bottom: 1px solid #ddd; }
+[data-name=deterministic] { font-weight: 600; }
+.run, .run small { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.one { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+figure { margin: 0; } svg, video { width: 100%; height: auto; } figcaption { color: #666; font-size: .8rem; }
+i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; font-size: .8rem; }
+details pre { columns: 20rem; } summary { cursor: pointer; }
+@media (max-width: 900px) {
+  th { display: none; } tr { display: flex; flex-wrap: wrap; padding: .4rem 0; } td { padding: .1rem .5rem; }
+  .run { flex-basis: 100%; max-width: 100%; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: #666; }
+}
 """
 
 
@@ -70,12 +93,13 @@ class Run:
     """What a run has left so far.
 
     Attributes:
-        folder: Where.
-        args: ``args.json``.
+        folder: The run's folder.
+        args: The contents of ``args.json``.
         state: ``result.json`` of a finished run, else the last saved counters.
         finished: Whether there is a ``result.json``.
-        scalars: Steps and values, (2, n), by TensorBoard's tag.
-        colour: Of its lines and its mark.
+        scalars: By TensorBoard's tag, steps and values, (2, n).
+        colour: The colour of its lines and its mark.
+        number: Its number on the page, from 1.
     """
 
     folder: Path
@@ -84,6 +108,7 @@ class Run:
     finished: bool
     scalars: dict[str, NDArray[np.float64]]
     colour: str = "black"
+    number: int = 1
 
     @property
     def name(self) -> str:
@@ -91,23 +116,41 @@ class Run:
         return self.folder.resolve().name
 
     @property
-    def task_ids(self) -> list[int]:
-        """The tasks that it trains."""
-        return self.args.get("task_ids") or [self.args["task_id"]]
+    def script(self) -> str:
+        """The script that made it, without ``.py``."""
+        return str(self.args.get("script", "?"))
 
     @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """``evaluation.success`` of every evaluation in training, each with its ``step``."""
+    def label(self) -> str:
+        """What legends call it."""
+        return f"{self.number} {self.script}, seed {self.args['seed']}"
+
+    @property
+    def task_ids(self) -> list[int]:
+        """The tasks that it trains on."""
+        return self.args.get("task_ids") or [self.args["task_id"]]
+
+    def evaluations(self, tag: str = EVALUATED[0]) -> list[dict[str, Any]]:
+        """The ``evaluation.success`` of every evaluation logged as ``tag``, each with its ``step``."""
         trials = self.args["eval_episodes"] * len(self.task_ids)
         found = []
-        for step, rate in self.scalars.get("charts/success_rate", np.zeros((2, 0))).T:
+        for step, rate in self.scalars.get(tag, np.zeros((2, 0))).T:
             outcomes = np.arange(trials) < round(rate * trials)
             found.append({"step": step, **evaluation.success(outcomes)})
         return found
 
     @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Of a run on several tasks, by task what ``state`` has of all: the results named in ``OUTCOMES``."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in OUTCOMES:
+            for task_id, result in self.state.get(name, {}).get("tasks", {}).items():
+                found.setdefault(task_id, {})[name] = result
+        return found
+
+    @property
     def videos(self) -> list[Path]:
-        """The first and the last of training, played deterministically; of an evaluation all."""
+        """The first and the last deterministic video of a training run; all videos of an evaluation."""
         names = "*.mp4" if self.args.get("evaluate") else "iteration_*_success.mp4"
         found = [path for path in sorted((self.folder / "videos").glob(names)) if path.stat().st_size]
         return found if self.args.get("evaluate") else list(dict.fromkeys(found[:1] + found[-1:]))
@@ -117,7 +160,7 @@ def read_run(folder: Path) -> Run:
     """Read the folder of a run.
 
     Raises:
-        ValueError, OSError: When it is none, or damaged.
+        ValueError, OSError: When it holds no run, or a damaged one.
     """
     if not (folder / "args.json").is_file():
         raise ValueError(f"{str(folder)!r} is not the folder of a run: it has no args.json")
@@ -151,78 +194,88 @@ def read_run(folder: Path) -> Run:
 # ---- Figures -----------------------------------------------------------------------------------------
 
 
-def _svg(figure: Any, name: str) -> str:
-    """A matplotlib figure as SVG to stand within a page: ids are unique, and only those that are used."""
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(title, fontsize=10, parse_math=False)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if y.endswith("(%)"):
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        axis.set_ylim(-0.02, 1.02)
+    return figure, axis
+
+
+def _svg(figure: Any, handles: list[Any], name: str) -> str:
+    """The figure with its legend as SVG, to stand in a page: ids are unique, and only those that are used."""
     import matplotlib
 
+    rows = -(-len(handles) // 3)
+    figure.set_figheight(figure.get_figheight() + 0.17 * rows)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     used = set(re.findall(r"#([\w-]+)", svg))
-    return re.sub(r' id="([^"]*)"', lambda its: its[0] if its[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]*)"', lambda its: its[0] if its[1] in used else "", svg)
+    return f"<figure>{svg}</figure>"
 
 
-def _figure(title: str, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+def line_figure(title: str, runs: list[Run]) -> str:
+    """One of ``FIGURES``, with a line per run and tag, as HTML; empty where no run has logged it."""
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(5.6 if columns == 1 else 3.7 * columns, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels:
-        panel.grid(alpha=0.3)
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.suptitle(title, fontsize=11)
-    return figure, panels
-
-
-def success_figure(runs: list[Run]) -> str:
-    """Success on the recorded init states against steps, with Wilson 95 % intervals, as SVG."""
-    title = "Success on the recorded init states (%)"
-    figure, (panel,) = _figure(title)
-    for run in runs:
-        steps, rates, low, high = (
-            np.array([its[name] for its in run.evaluations]) for name in ("step", "rate", "low", "high")
-        )
-        panel.plot(steps, 100 * rates, color=run.colour, marker=".")
-        panel.fill_between(steps, 100 * low, 100 * high, color=run.colour, alpha=0.12, linewidth=0)
-    panel.set(ylim=(0, 100))
-    return _svg(figure, title)
-
-
-def line_figure(title: str, tags: tuple[str, ...], runs: list[Run]) -> str:
-    """A line for every run and tag against steps, as SVG."""
-    figure, (panel,) = _figure(title)
-    for run in runs:
-        for tag, style in zip(tags, ("-", "--", ":")):
+    y, tags = FIGURES[title]
+    tags = {tag: what for tag, what in tags.items() if any(tag in run.scalars for run in runs)}
+    shown = [run for run in runs if tags.keys() & run.scalars.keys()]
+    if not shown:
+        return ""
+    figure, axis = _figure(title, steps_of(shown), y)
+    for run in shown:
+        for tag, style in zip(tags, ("-", "--")):
             if tag in run.scalars:
-                panel.plot(*run.scalars[tag], linestyle=style, color=run.colour, marker=".", markersize=3)
-    return _svg(figure, title)
+                axis.plot(*run.scalars[tag], style, color=run.colour, marker=".", markersize=4, linewidth=1.3)
+            if tag in EVALUATED and (found := run.evaluations(tag)):
+                steps, low, high = ([its[name] for its in found] for name in ("step", "low", "high"))
+                axis.fill_between(steps, low, high, color=run.colour, alpha=0.12, linewidth=0)
+    keys = [Line2D([], [], color=run.colour, label=run.label) for run in shown]
+    keys += [Line2D([], [], color="grey", linestyle=style, label=what)
+             for what, style in zip(tags.values(), ("-", "--")) if len(tags) > 1]  # fmt: skip
+    return _svg(figure, keys, title)
 
 
-def stack_figure(title: str, parts: list[dict[str, NDArray[np.float64]]], runs: list[Run]) -> str:
-    """A panel for every run with ``parts`` (2, n) stacked, each a series of steps and values, as SVG."""
+def stack_figure(title: str, y: str, parts: dict[str, NDArray[np.float64]], run: Run) -> str:
+    """A run's ``parts`` by name, each steps and values (2, n), stacked, as HTML; empty without parts."""
     import matplotlib
     from matplotlib.patches import Patch
 
-    names = list(dict.fromkeys(name for its in parts for name in its))
-    colours = dict(zip(names, matplotlib.colormaps["viridis"](np.linspace(0, 1, len(names)))))
-    shown = [(its, run) for its, run in zip(parts, runs) if its]
-    columns = min(3, len(shown))
-    figure, panels = _figure(title, -(-len(shown) // columns), columns)
-    for panel, (its, run) in zip(panels, shown):
-        steps = np.unique(np.concatenate([series[0] for series in its.values()]))
-        heights = np.zeros((len(its), len(steps)))  # 0 where a part was not logged
-        for height, series in zip(heights, its.values()):
-            height[np.searchsorted(steps, series[0])] = series[1]
-        panel.stackplot(steps, heights, colors=[colours[name] for name in its])
-        panel.set_title(run.name, fontsize=8, color=run.colour, parse_math=False)
-    for panel in panels[len(shown) :]:
-        panel.remove()
-    keys = [Patch(color=colours[name], label=name.replace("_", " ")) for name in names]
-    figure.legend(handles=keys, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return _svg(figure, title)
+    if not parts:
+        return ""
+    figure, axis = _figure(title, steps_of([run]), y)
+    steps = np.unique(np.concatenate([series[0] for series in parts.values()]))
+    heights = np.zeros((len(parts), len(steps)))  # 0 where a part was not logged
+    for height, series in zip(heights, parts.values()):
+        height[np.searchsorted(steps, series[0])] = series[1]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 1, len(parts)))
+    axis.stackplot(steps, heights, colors=colours)
+    keys = [Patch(color=colour, label=name.replace("_", " ")) for name, colour in zip(parts, colours)]
+    return _svg(figure, keys, f"{title} {run.label}")
+
+
+def steps_of(runs: list[Run]) -> str:
+    """What the x axis of figures about ``runs`` counts."""
+    imitates = {run.script == "sft_vla" for run in runs}
+    both = "environment steps (sft_vla: optimiser steps)"
+    return both if len(imitates) == 2 else "optimiser steps" if True in imitates else "environment steps"
 
 
 def stages_of(run: Run) -> dict[str, NDArray[np.float64]]:
@@ -243,68 +296,85 @@ def times_of(run: Run) -> dict[str, NDArray[np.float64]]:
     return found
 
 
-def figures(runs: list[Run]) -> list[str]:
-    """All figures that the runs have numbers for, as SVG."""
-    found = [success_figure(runs)] if any(run.evaluations for run in runs) else []
-    for title, tags in LINES.items():
-        if any(tag in run.scalars for tag in tags for run in runs):
-            found.append(line_figure(title, tags, runs))
-    for title, parts in {
-        "Stages: share of the decisions": [stages_of(run) for run in runs],
-        "Seconds of an iteration": [times_of(run) for run in runs],
-    }.items():
-        if any(parts):
-            found.append(stack_figure(title, parts, runs))
-    return found
-
-
 # ---- The page ----------------------------------------------------------------------------------------
 
 
 def differing(runs: list[Run]) -> list[str]:
-    """The arguments in which those runs differ that have them, but for names, tasks and seeds."""
+    """The arguments in which the runs differ that have them, other than names, tasks and seeds."""
     names = dict.fromkeys(name for run in runs for name in run.args)
-    own = {"script", "run_dir", "resume", "seed", "suite", "task_id", "task_ids"}
+    own = {"script", "command", "torch_threads", "run_dir", "resume", "seed", "suite", "task_id",
+           "task_ids"}  # fmt: skip
     values = {name: {json.dumps(run.args[name]) for run in runs if name in run.args} for name in names}
     return [name for name in names if name not in own and len(values[name]) > 1]
 
 
-def _success(result: dict[str, Any] | None) -> str:
-    if not result:
-        return ""
-    lines = [f"{result['successes']}/{result['trials']} "
-             f"({100 * result['low']:.0f} to {100 * result['high']:.0f} %)"]  # fmt: skip
-    lines += [f"task {k}: {its['successes']}/{its['trials']}" for k, its in result.get("tasks", {}).items()]
-    return "<br>".join(map(html.escape, lines))
+def _success(state: dict[str, Any], way: str) -> str:
+    """Successes before and after training, in ``way``, and below them their Wilson intervals."""
+    results = [state[name] for when in ("before", "after") if (name := f"{way}_{when}") in state]
+    counts = " &rarr; ".join(f"{its['successes']}/{its['trials']}" for its in results)
+    intervals = " &rarr; ".join(f"{100 * its['low']:.0f} to {100 * its['high']:.0f} %" for its in results)
+    return f"{counts}<small>{intervals}</small>" if results else ""
+
+
+def mark(run: Run) -> str:
+    """The run's dot in the colour of its lines, and its number."""
+    return f'<i style="background: {run.colour}"></i> {run.number}'
 
 
 def row(run: Run, names: list[str]) -> str:
-    """The run's row of the table; ``names``: the arguments that tell it from the others."""
-    state, text = run.state, lambda value: html.escape(str(value))
-    outcomes = [_success(state.get(name)) for name in OUTCOMES]
-    own = [f"{name} {run.args[name]}" for name in names if name in run.args]
-    steps, seconds = state.get("env_steps"), state.get("wall_s")
-    cells = [
-        f'<i style="background: {run.colour}"></i> {text(run.name)}', text(run.args.get("script", "?")),
-        text(run.args["suite"]),
-        text(", ".join(map(str, run.task_ids))), text(run.args["seed"]), *outcomes,
-        "" if steps is None else f"{steps:,}", "" if seconds is None else f"{seconds / 60:.1f} min",
-        "finished" if run.finished else f"iteration {state.get('iteration', 0)}",
-        "<br>".join(map(text, own)),
-    ]  # fmt: skip
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    """The run's row of the table; ``names`` are the arguments that tell it from the others."""
+    state, args, text = run.state, run.args, lambda value: html.escape(str(value))
+    own = text(", ".join(f"{name} {args[name]}" for name in names if name in args))
+    tasks = f"task{'s' * (len(run.task_ids) > 1)} {' '.join(map(str, run.task_ids))}"
+    cells = {
+        "script": text(run.script),
+        "suite": f"{text(args['suite'])}<small>{text(tasks)}</small>",
+        "seed": text(args["seed"]),
+        "deterministic": _success(state, "success"),
+        "sampled": _success(state, "sampled"),
+        "steps": f"{state['env_steps']:,}" if "env_steps" in state else "",
+        "minutes": f"{state['wall_s'] / 60:.1f}" if "wall_s" in state else "",
+        "state": "finished" if run.finished else f"iteration {state.get('iteration', 0)}",
+    }
+    return (
+        f'<tr><td class="run">{mark(run)} <a href="#run-{run.number}">{text(run.name)}</a>'
+        f'<small title="{own}">{own}</small></td>'
+        + "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells.items())
+        + "</tr>"
+    )
 
 
 def video(path: Path, out: Path, embed_mb: float) -> str:
     """The video within the page, or a link to it from the page ``out``."""
+    name = html.escape(path.stem.replace("_success", "_deterministic").replace("_", " "))
     if path.stat().st_size > embed_mb * 1e6:
-        link = quote(os.path.relpath(path, out.parent))
-        return f'<p><a href="{link}">{html.escape(path.name)}</a></p>'
+        return f'<p><a href="{quote(os.path.relpath(path, out.parent))}">{name}</a></p>'
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><video controls loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
-        f"<figcaption>{html.escape(path.stem.replace('_', ' '))}</figcaption></figure>"
+        f"<figcaption>{name}: successes above, failures below</figcaption></figure>"
     )
+
+
+def section(run: Run, out: Path, embed_mb: float) -> str:
+    """What the page says of one run alone: its command, each task's success, videos, figures, arguments."""
+    rows = [
+        f"<tr><td>task {html.escape(task_id)}</td>"
+        + "".join(f"<td>{_success(tasks, way)}</td>" for way in ("success", "sampled"))
+        + "</tr>"
+        for task_id, tasks in run.tasks.items()
+    ]
+    head = "<tr><th></th><th>deterministic</th><th>sampled</th></tr>"
+    shown = [video(path, out, embed_mb) for path in run.videos]
+    shown.append(stack_figure("Stages", "decisions (%)", stages_of(run), run))
+    shown.append(stack_figure("Time", "seconds per iteration", times_of(run), run))
+    command = run.args.get("command")
+    arguments = "\n".join(f"{name}: {value}" for name, value in run.args.items() if name != "command")
+    return f"""<h2 id="run-{run.number}">{mark(run)} {html.escape(run.name)}</h2>
+{f"<pre>{html.escape(str(command))}</pre>" if command else ""}
+{f"<table>{head}{''.join(rows)}</table>" if rows else ""}
+<div class="grid one">{"".join(shown)}</div>
+<details><summary>All arguments</summary><pre>{html.escape(arguments)}</pre></details>"""
 
 
 def page(runs: list[Run], out: Path, embed_mb: float = 2.0) -> str:
@@ -313,37 +383,27 @@ def page(runs: list[Run], out: Path, embed_mb: float = 2.0) -> str:
 
     colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "turbo"]
     for k, run in enumerate(runs):
-        where = k if len(runs) <= 10 else k / (len(runs) - 1)
-        run.colour = matplotlib.colors.to_hex(colours(where))
-    heads = ("run", "script", "suite", "tasks", "seed", "before", "after",
-             "sampled before", "sampled after", "environment steps", "wall time",
-             "state", "arguments that differ")  # fmt: skip
+        run.number = k + 1
+        run.colour = matplotlib.colors.to_hex(colours(k if len(runs) <= 10 else k / (len(runs) - 1)))
+    heads = ("run", "script", "suite", "seed", "deterministic", "sampled", "steps", "minutes", "state")
     names = differing(runs)
-    sections = []
-    for run in runs:
-        films = "".join(video(path, out, embed_mb) for path in run.videos)
-        listed = html.escape(json.dumps(run.args, indent=1))
-        sections.append(
-            f'<h2><i style="background: {run.colour}"></i> {html.escape(run.name)}</h2>\n'
-            f'<div class="figures">{films}</div>\n'
-            f"<details><summary>arguments</summary><pre>{listed}</pre></details>"
-        )
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>Runs</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Runs</title><style>{STYLE}</style></head>
 <body>
 <h1>Runs</h1>
-<div class="table"><table>
+<p>Successes on the recorded init states before &rarr; after training (of a run that is still going: its
+latest evaluation), with Wilson 95 % intervals. The deterministic action is the headline; sampled episodes are
+played at the training temperature.</p>
+<table>
 <tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
 {chr(10).join(row(run, names) for run in runs)}
-</table></div>
-<p>Successes on the recorded init states, with Wilson 95 % intervals. The figures are against environment
-steps (SFT: optimiser steps); of several lines a run the first named is solid, the second dashed.
-In the videos successes are above, failures below.</p>
-<div class="figures">
-{chr(10).join(f"<figure>{figure}</figure>" for figure in figures(runs))}
+</table>
+<div class="grid">
+{chr(10).join(filter(None, (line_figure(title, runs) for title in FIGURES)))}
 </div>
-{chr(10).join(sections)}
+{chr(10).join(section(run, out, embed_mb) for run in runs)}
 </body>
 </html>
 """

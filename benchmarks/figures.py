@@ -1,8 +1,8 @@
-"""The README's pictures: tasks of all suites, a policy before and after training, learning curves of runs.
+"""The README's images: tasks of all suites, a policy before and after training, learning curves of runs.
 
-python benchmarks/pictures.py gallery --out .github/gallery.jpg
-python benchmarks/pictures.py clip --after runs/a/checkpoints/final --out .github/before_after.webp
-python benchmarks/pictures.py curves --runs runs/a runs/b --out .github/learning_curve.png
+python benchmarks/figures.py gallery --out docs/images/gallery.jpg
+python benchmarks/figures.py clip --after runs/a/checkpoints/final --out docs/images/before_after.webp
+python benchmarks/figures.py curves --runs runs/a runs/b --out docs/images/learning_curve.png
 """
 
 import json
@@ -32,7 +32,7 @@ class Gallery:
     """Two scenes of every suite on the built-in assets, as render() draws them."""
 
     out: Path
-    """Picture to write, JPEG or PNG"""
+    """Image to write, JPEG or PNG"""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Clip:
 
 @dataclass
 class Curves:
-    """Success on the recorded init states against environment steps, one line a run, and their mean."""
+    """Success on the recorded init states against environment steps: a line per run, and their mean."""
 
     runs: tuple[Path, ...]
     """Folders of finished runs"""
@@ -72,7 +72,7 @@ SHOWN = {"LiberoSpatial": (0, 4), "LiberoObject": (4, 8), "LiberoGoal": (0, 7), 
 
 
 def gallery(out: Path) -> None:
-    """A column for every suite, each scene under its instruction."""
+    """A column per suite, each scene under its instruction."""
     figure, axes = plt.subplots(2, len(SHOWN), figsize=(15, 6.9), layout="constrained")
     for column, (suite, task_ids) in zip(axes.T, SHOWN.items()):
         for axis, task_id in zip(column, task_ids):
@@ -87,11 +87,11 @@ def gallery(out: Path) -> None:
         figure.savefig(partial, dpi=80)
 
 
-PIECES = 4  # pictures of a decision
+PIECES = 4  # images per decision
 
 
 def played(checkpoint: Path | None, args: Clip) -> tuple[list[Any], np.ndarray]:
-    """Every moment's pictures (N, H, W, 3) and who has succeeded by then; who has in the end, (N,)."""
+    """Each moment's images (N, H, W, 3) and who has succeeded by then; who has succeeded in the end, (N,)."""
     policy = load_policy("nano", checkpoint)
     policy.eval()
     envs = gym.make_vec(
@@ -131,7 +131,7 @@ def clip(args: Clip) -> None:
                 sheet.paste(colour, (*at, at[0] + size, at[1] + size))
                 sheet.paste(Image.fromarray(image), (at[0] + edge, at[1] + edge))
         sheets.append(sheet)
-    durations = [50] * (len(sheets) - 1) + [2000]  # ms; a picture is 2 control steps, 0.1 s: twice the speed
+    durations = [50] * (len(sheets) - 1) + [2000]  # ms; an image is 2 control steps, 0.1 s: twice the speed
     first, *others = sheets
     with whole(args.out) as partial:
         first.save(partial, save_all=True, append_images=others, duration=durations, loop=0, quality=60)

@@ -1,0 +1,48 @@
+"""What `reproduce.py` compares: each method's script and flags, and which of them are compared in pairs."""
+
+import itertools
+
+METHODS = {
+    "PPO": ["ppo_vla.py"],
+    "GRPO": ["grpo_vla.py"],
+    "TGRPO": ["tgrpo_vla.py"],
+    "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
+    "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
+}
+PAPERS = "TGRPO with the paper's alphas"  # a pair for each of LIBERO-Object's tasks
+QUESTIONS = {  # a figure each
+    "alphas": {PAPERS: ["tgrpo_vla.py"], "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"]},
+    "return": {
+        f"TGRPO --return-mode {mode}": ["tgrpo_vla.py", "--return-mode", mode] for mode in ("sum", "mean")
+    },
+    "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
+    "credit": {"GRPO": METHODS["GRPO"], "GRPO --credit stage": ["grpo_vla.py", "--credit", "stage"]},
+    "letter": {  # the paper's choices all at once, also with smaller steps, and one by one
+        f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
+        for flags in (
+            "--preset paper --learning-rate 1e-4",
+            "--learning-rate 1e-4",
+            "--preset paper",
+            "--stop group",
+            "--no-clip",
+            "--update-every step",
+        )
+    },
+}
+ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
+PAIRS = (  # of methods, on the same tasks and seeds
+    *((method, "TGRPO") for method in ASKED),
+    ("GRPO --credit stage", "GRPO"),
+    ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
+)
+TWINS = {  # the same runs under two names
+    "TGRPO 0.3/0.7": "TGRPO",
+    "TGRPO 0/0.7": "TGRPO without the step term",
+    "TGRPO 0.3/0": "TGRPO without the trajectory term",
+}
+ALPHAS1, ALPHAS2 = (0.0, 0.3, 3.0), (0.0, 0.7, 7.0)  # their ratio, and ten times both
+HEAT_MAP = {
+    f"TGRPO {alpha1:g}/{alpha2:g}": ["tgrpo_vla.py", "--alpha1", f"{alpha1:g}", "--alpha2", f"{alpha2:g}"]
+    for alpha1, alpha2 in itertools.product(ALPHAS1, ALPHAS2)
+    if alpha1 or alpha2
+}
