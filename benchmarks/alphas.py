@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vla_envs import runs
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.policies import load_policy
+from vla_envs.training import arguments, batches, runs
 from vla_envs.training.tgrpo_extras import fit_alphas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,12 +45,10 @@ def gradients(policy: Any, batch: dict[str, Any], signals: list[Tensor], args: A
     """The policy gradient (P,) of every group, for each of the signals (T, N)."""
     found: list[list[Tensor]] = [[] for _ in signals]
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    when, who = torch.nonzero(batch["alive"], as_tuple=True)  # (S,), (S,)
-    b = {name: batch[name][when, who] for name in ("image", "state", "tokens")}  # (S, ...)
-    b |= {"who": who, "instructions": batch["instructions"]}
+    when, who = batch["when"], batch["who"]  # (S,), (S,)
     weights = (1.0 / batch["alive"].sum(dim=0))[who]  # (S,)
     for inds in (torch.nonzero(who // args.group_size == g).flatten() for g in range(args.num_groups)):
-        parts = [tgrpo.logprobs_of(policy, b, part, args)[0].mean(dim=1) for part in inds.split(128)]
+        parts = [tgrpo.logprobs_of(policy, batch, part, args)[0].mean(dim=1) for part in inds.split(128)]
         logprobs = torch.cat(parts) * weights[inds]  # (B,)
         for of_signal, signal in zip(found, signals):
             gain = (logprobs * signal[when, who][inds]).sum()
@@ -61,17 +59,16 @@ def gradients(policy: Any, batch: dict[str, Any], signals: list[Tensor], args: A
 
 def measure(task_id: int, args: Args) -> list[str]:
     """A row of the table."""
-    settings = tgrpo.check(tgrpo.Args(task_id=task_id, seed=args.seed, alphas="auto", num_threads=1))
+    settings = tgrpo.validate(tgrpo.Args(task_id=task_id, seed=args.seed, alphas="auto", num_threads=1))
     policy = load_policy("nano", args.checkpoint, "cpu").eval()
-    settings = runs.fill_in_chunk(settings, policy)
-    played = runs.shared_out(settings)
-    envs = tgrpo.make_envs(len(played), played, settings.reward, settings, image_size=policy.image_size)
+    settings = arguments.fill_in_chunk(settings, policy)
+    envs = runs.make_envs(settings, policy)
     state: dict[str, Any] = {}  # of the fit
     told: list[Tensor] = []
     of: list[list[Tensor]] = [[], [], []]
     for number in tqdm(range(1, args.batches + 1), desc=f"task {task_id}", unit="batch"):
-        scenes, generators = runs.deal(settings, number, 1, settings.num_groups)
-        batch = tgrpo.rollout(envs, policy, scenes, settings.temperature, generators)
+        seeds, generators = batches.draw_placements(settings, number)
+        batch = tgrpo.rollout(envs, policy, seeds, settings.temperature, generators)
         rewards, alive = batch["rewards"], batch["alive"]
         step = tgrpo.step_advantages(rewards, alive, settings.group_size)  # (T, N)
         trajectory = tgrpo.trajectory_advantages(rewards, alive, settings.group_size)  # (N,)

@@ -12,8 +12,8 @@ import pandas as pd
 from methods import ALPHAS1, ALPHAS2, ASKED, HEAT_MAP, PAIRS, QUESTIONS, TWINS
 from scipy.stats import bootstrap, trim_mean
 
-from vla_envs import evaluation
 from vla_envs.files import whole
+from vla_envs.training import evaluation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import ROOT, words_of
+from torch.utils.tensorboard import SummaryWriter
 
-from vla_envs import evaluation, report, rewards, runs
+from vla_envs import report, rewards
+from vla_envs.training import evaluation, runs
 
 TINY = {
     "num_iterations": 2, "eval_every": 1, "eval_episodes": 2, "max_episode_steps": 24, "num_threads": 1,
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
     interrupts = signal.getsignal(signal.SIGINT)  # which the scripts take over
     with pytest.MonkeyPatch.context() as patch:
         run("tgrpo_vla", "finished", alpha1=0.2, alpha2=0.6)
-        patch.setattr(runs, "finish", lambda *_: 1 / 0)
+        patch.setattr(runs.Run, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("ppo_vla", "stopped", task_id=7, seed=3)
     signal.signal(signal.SIGINT, interrupts)
@@ -166,7 +168,7 @@ def test_stages_are_in_order(folder):
 def test_a_resumed_run_that_has_logged_nothing_again(folder, tmp_path):
     """TensorBoard then has the names of what is void, and nothing else of it."""
     shutil.copytree(folder / "finished", tmp_path / "run")
-    runs.make_writer(tmp_path / "run", purge_step=1).close()
+    SummaryWriter(str(tmp_path / "run"), purge_step=1).close()
     run = report.read_run(tmp_path / "run")
     assert set(run.scalars) == {"charts/success_rate", "charts/sampled_success_rate"}
     Checked(report.page([run], tmp_path / "page.html"))

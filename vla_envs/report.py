@@ -23,9 +23,9 @@ import tyro
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vla_envs import evaluation
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.files import read_json, whole
+from vla_envs.training import evaluation
 
 
 @dataclass

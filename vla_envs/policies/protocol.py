@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vla_envs.inputs import in_short
 from vla_envs.user_code import load_function
 
 MEMBERS = ("action_chunk", "image_size", "hidden_size", "sample", "score", "imitation_loss")

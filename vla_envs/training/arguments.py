@@ -308,7 +308,9 @@ def load_args(args: ArgsT) -> ArgsT:
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json{hint}")
     known = get_type_hints(type(args))
     values = read_json(run / "args.json")
-    made_by, _ = values.pop("script", None), values.pop("torch_threads", None)
+    made_by = values.pop("script", None)
+    for name in ("command", "torch_threads"):  # not arguments
+        values.pop(name, None)
     if unknown := sorted(values.keys() - known.keys()):
         raise ValueError(
             f"{str(run / 'args.json')!r} has {', '.join(unknown)}, which this script does not know; expected"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -158,11 +159,14 @@ class Run:
         if not args.evaluate:
             self._leave_on_interrupt()
         # Sums are rounded by how many threads share them: other numbers of threads give other runs.
-        made_by = {"script": self.script, "torch_threads": torch.get_num_threads()}
+        command = shlex.join(["python", *sys.argv])
+        made_by = {"script": self.script, "command": command, "torch_threads": torch.get_num_threads()}
         contents = json.loads(json.dumps(made_by | dataclasses.asdict(args) | {"resume": None}, default=str))
         trained, parameters = count_parameters(self.learner)
         self.folder: Path = args.resume or distributed.from_first(_make_folder, args, self.script)
         before = self._restore() if args.resume else None
+        if before:
+            contents["command"] = before.get("command")
         distributed.same_parameters(self.learner)
         distributed.gather_parameters(self.learner)
         distributed.first_only(write_json)(self.folder / "args.json", contents)
