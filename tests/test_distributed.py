@@ -18,7 +18,7 @@ from together import learn
 import grpo_vla
 from vla_envs import distributed, runs
 from vla_envs.policies import new_policy
-from vla_envs.policies.openvla import choose
+from vla_envs.policies.openvla.policy import choose
 
 TINY = {
     "num_iterations": 2, "num_groups": 2, "group_size": 2, "max_episode_steps": 24, "eval_episodes": 1,
