@@ -13,17 +13,17 @@ from vla_envs.tasks import SUITES
 
 BINS = 256
 ACTION_DIM = 7
-EDGES = np.linspace(-1.0, 1.0, BINS)  # of the bins; 255 lie between them, one beyond each end
+EDGES = np.linspace(-1.0, 1.0, BINS)  # of the bins: 255 lie between them, and one beyond each end
 CENTRES = (EDGES[:-1] + EDGES[1:]) / 2
 
 
 def bin_values(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The normalised values of action tokens 0 to 255, any shape; lower tokens are higher values."""
+    """The normalised values of action tokens 0 to 255, of any shape; lower tokens stand for higher values."""
     return CENTRES[np.clip(BINS - 1 - tokens, 0, BINS - 2)]
 
 
 def value_bins(values: Tensor) -> Tensor:
-    """The action tokens 0 to 255 of normalised values, any shape."""
+    """The action tokens 0 to 255 of normalised values, of any shape."""
     edges = torch.from_numpy(EDGES).to(values.device)
     return BINS - torch.bucketize(values.double().clamp(-1.0, 1.0), edges, right=True)
 
@@ -33,10 +33,10 @@ def action_statistics(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """q01, q99 and mask (7,) of a suite's actions, or of the one suite that a checkpoint was trained on.
 
-    Says so where a checkpoint has those of another suite alone.
+    Where a checkpoint has only those of another suite, they are used and a line is printed.
 
     Raises:
-        ValueError: When there are none, or more than one, or they are not seven numbers each.
+        ValueError: When there are no statistics, several to choose from, or not seven numbers each.
     """
     file = folder / "dataset_statistics.json"
     stored = read_json(file) if file.is_file() else {}
@@ -65,7 +65,7 @@ def action_statistics(
         bounds.append(numbers)
     mask = action.get("mask", [True] * (ACTION_DIM - 1) + [False])
     if not (isinstance(mask, list) and len(mask) == ACTION_DIM and all(isinstance(on, bool) for on in mask)):
-        raise ValueError(f"mask of {where} is {in_short(mask)}; expected {ACTION_DIM} of true or false")
+        raise ValueError(f"mask of {where} is {in_short(mask)}; expected {ACTION_DIM} truth values")
     if (bounds[0] > bounds[1])[mask].any():
         raise ValueError(
             f"q01 of {where} is {bounds[0].tolist()}; expected at most q99, {bounds[1].tolist()}"

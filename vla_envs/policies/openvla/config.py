@@ -10,15 +10,15 @@ from vla_envs.files import read_json
 from vla_envs.inputs import in_short
 from vla_envs.policies.openvla.actions import BINS
 
-LARGEST = 2**20  # of the sizes of an OpenVLA
+LARGEST = 2**20  # the largest size that a checkpoint may ask for
 MOST_LAYERS = 1024
 
 
 def check_sizes(config: Any, names: str, least: int = 1) -> None:
-    """Refuse sizes of ``config`` that are not whole numbers, or absurdly large.
+    """Refuse sizes of ``config`` that are not whole numbers or are absurdly large.
 
     Raises:
-        ValueError: Names the first, and what was expected.
+        ValueError: Names the first such size and says what was expected.
     """
     for name in names.split():
         value, most = (
@@ -68,17 +68,17 @@ class OpenVLAConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "OpenVLAConfig":
-        """Of a checkpoint's ``config.json``; towers of other sizes have entries ``dino`` and ``siglip``.
+        """The sizes in a checkpoint's ``config.json``; other towers have entries ``dino`` and ``siglip``.
 
         Raises:
-            ValueError: When a size is missing or is none.
+            ValueError: When a size is missing or is not one.
         """
         stored = read_json(folder / "config.json")
         for name in ("text_config", *(tower for tower in ("dino", "siglip") if tower in stored)):
             if not isinstance(stored.get(name), dict):
                 raise ValueError(f"its {name} is {in_short(stored.get(name))}; expected an object of sizes")
         towers = {name: ViTConfig(**stored[name]) for name in ("dino", "siglip") if name in stored}
-        # Dropout would make an update's policy another one than the rollout's.
+        # Dropout would make the update's policy differ from the rollout's.
         llm = LlamaConfig(**stored["text_config"] | {"attention_dropout": 0.0})
         check_sizes(llm, "hidden_size intermediate_size num_hidden_layers")
         check_sizes(llm, "num_attention_heads num_key_value_heads")

@@ -10,22 +10,22 @@ from vla_envs.policies.openvla.actions import BINS
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one of Llama's layers, with room for a control step's tokens, which stays in place.
+    """Keys and values of one of Llama's layers, in memory that has room for all tokens of a control step.
 
-    transformers' own layer copies all it holds, for every token.
+    The memory stays in place, whereas transformers' own layer copies all it holds for every token.
     """
 
     keys: Tensor
     values: Tensor
 
     def __init__(self, room: Tensor, where: Tensor) -> None:
-        """The room (2, B, heads, S, head width), and ``where`` (1,) in it a single token goes."""
+        """Take the room (2, B, heads, S, head width), and ``where`` (1,) in it a single token goes."""
         super().__init__()
         self.room, self.where = room, where
         self.keys, self.values = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What is attended to: by a prompt itself, by a token the whole room."""
+        """What is attended to: a prompt attends to itself, a token to the whole room."""
         if (prompt := key_states.shape[2]) > 1:
             self.keys[:, :, :prompt], self.values[:, :, :prompt] = key_states, value_states
             return key_states, value_states
@@ -35,15 +35,15 @@ class RoomyLayer(DynamicLayer):
 
 
 class Decoder:
-    """Logits of one action token after the other, all that is read and written at fixed places.
+    """Logits of one action token after the other; all that is read and written stays at fixed places.
 
-    So a GPU can repeat by itself what Python has had it do once for a token (a CUDA graph): one launch in
-    place of some thousands, for which it would otherwise wait longer than it computes.
+    A GPU can then repeat by itself what Python had it do once for a token (a CUDA graph). That is one launch
+    in place of some thousands, for which it would otherwise wait longer than it computes.
 
     Args:
-        policy: Whose logits; while this is used, its weights stay where they are.
-        batch: Sequences at most; for CUDA graphs the next power of two, so that few graphs are needed.
-        positions: Of the prompt with pictures and all tokens but the last.
+        policy: The ``OpenVLAPolicy``, whose weights must stay where they are while this is used.
+        batch: The most sequences; with CUDA graphs the next power of two, so that few graphs are needed.
+        positions: The length of the prompt, with the image's patches, and of all tokens but the last.
     """
 
     def __init__(self, policy: Any, batch: int, positions: int) -> None:
@@ -53,14 +53,16 @@ class Decoder:
         room = (batch, c.num_key_value_heads, positions, c.hidden_size // c.num_attention_heads)
         with policy.head.weight.device:
             self.rooms = [torch.zeros(2, *room, dtype=policy.dtype) for _ in policy.blocks]
-            self.present = torch.zeros(batch, positions, dtype=torch.bool)  # of each sequence, until now
-            self.tokens = torch.zeros(batch, dtype=torch.int64)  # the last
-            self.where = torch.zeros(1, dtype=torch.int64)  # it goes
+            self.present = torch.zeros(
+                batch, positions, dtype=torch.bool
+            )  # which positions each sequence has so far
+            self.tokens = torch.zeros(batch, dtype=torch.int64)  # the last of each sequence
+            self.where = torch.zeros(1, dtype=torch.int64)  # in the room the last token goes
             self.logits = torch.zeros(batch, BINS)  # of what follows it
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def holds(self, batch: int, positions: int) -> bool:
-        """Whether there is room."""
+        """Whether there is room for ``batch`` sequences of ``positions``."""
         return batch <= self.present.shape[0] and positions <= self.present.shape[1]
 
     def prompt(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -40,9 +40,9 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Pictures (B, 3, S, S) to the patches (B, P, dim) that leave the last but one block."""
+    """Images (B, 3, S, S) to the patches (B, P, dim) that leave the last block but one."""
 
-    contexts = staticmethod(noop_context_fn)  # of a block that computes its activations again, going backward
+    contexts = staticmethod(noop_context_fn)  # around a block that recomputes its activations, going backward
 
     def __init__(self, c: ViTConfig) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, c.dim, c.patch_size, c.patch_size)})
         self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.depth - 1))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = self.patch_embed["proj"](pictures).flatten(2).transpose(1, 2) + self.pos_embed  # (B, P, dim)
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed  # (B, P, dim)
         tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         x = torch.cat([token.expand(len(x), -1, -1) for token in tokens] + [x], dim=1)
         for block in self.blocks:
@@ -70,9 +70,9 @@ class ViT(nn.Module):
 
 
 class OpenVLAModel(nn.Module):
-    """The network: pictures (B, 6, S, S) and a prompt to the logits of what follows."""
+    """The network: images (B, 6, S, S) and a prompt to the logits of what follows."""
 
-    contexts = staticmethod(noop_context_fn)  # of a layer that computes its activations again, going backward
+    contexts = staticmethod(noop_context_fn)  # around a layer that recomputes its activations, going backward
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class OpenVLAModel(nn.Module):
 
         Raises:
             ValueError: When there is no such checkpoint, its tensors are not those of the network, or they do
-                not fit on the card.
+                not fit on the GPU.
         """
         folder = fetch(checkpoint, "*.json")
         device = torch.device(device or "cpu")
@@ -118,7 +118,7 @@ class OpenVLAModel(nn.Module):
         """The network with memory for its weights, which have no values yet.
 
         Raises:
-            ValueError: When they do not fit on the card; starts with ``name``.
+            ValueError: When they do not fit on the GPU; the message begins with ``name``.
         """
         with torch.device("meta"):
             model = cls(config).to(dtype)
@@ -130,15 +130,15 @@ class OpenVLAModel(nn.Module):
         return model
 
     def is_unused(self, name: str) -> bool:
-        """Whether no prediction needs a published tensor: of a tower's last block, norm or pooling."""
+        """Whether a published tensor is never used, as those of a tower's last block, norm and pooling."""
         towers = {"featurizer": self.config.dino, "fused_featurizer": self.config.siglip}
         parts = (rf"{tower}\.(norm|attn_pool|blocks\.{c.depth - 1})" for tower, c in towers.items())
         return re.match(rf"vision_backbone\.({'|'.join(parts)})\.", name) is not None
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What both towers see in pictures (B, 6, S, S): (B, P, dino.dim + siglip.dim)."""
+        """What both towers see in images (B, 6, S, S): (B, P, dino.dim + siglip.dim)."""
         parts = zip(self.vision_backbone.values(), pixel_values.split(3, dim=1))
-        return torch.cat([tower(pictures) for tower, pictures in parts], dim=2)
+        return torch.cat([tower(images) for tower, images in parts], dim=2)
 
     def project(self, features: Tensor) -> Tensor:
         """Features (B, P, ...) in Llama's space: (B, P, width)."""
@@ -160,7 +160,7 @@ class OpenVLAModel(nn.Module):
         Args:
             x: (B, S, width).
             mask: (B, S) bool, False where there is padding; None: there is none.
-            both_ways: Whether every position sees every other one, or only those before it.
+            both_ways: Whether every position attends to every other one, or only to those before it.
             cache: Where keys and values go.
         """
         sees: Any = None

@@ -23,26 +23,26 @@ from vla_envs.policies.pictures import openvla_pixels
 
 
 class OpenVLAPolicy(OpenVLAModel):
-    """``sample`` and ``evaluate``, the interface of every policy, on an OpenVLA.
+    """An OpenVLA with the interface of every policy.
 
-    Actions are the environment's: [-1, 1], the gripper -1 to open and 1 to close. Tokens are 0 to 255, the
-    vocabulary's last 256 before its padding: everywhere only these can be drawn, so that log-probabilities,
-    entropies and the KL term are of one distribution. The state is not looked at.
+    Actions are the environment's: [-1, 1], with the gripper at -1 to open and 1 to close. Tokens are 0 to
+    255, the vocabulary's last 256 before its padding. Only these can be drawn anywhere, so that
+    log-probabilities, entropies and the KL term belong to one distribution. The policy ignores the state.
     """
 
-    image_size = 256  # pixels, of the rendered picture
-    own_pictures = True  # it processes them itself
-    #: Every linear layer but ``lm_head``, as OpenVLA's own fine-tuning; not the convolutions of the patches.
+    image_size = 256  # pixels of the rendered image
+    own_pictures = True  # it processes the images itself
+    #: Every linear layer but ``lm_head``, as in OpenVLA's own fine-tuning; not the patches' convolutions.
     lora_targets = r".*(attn\.(qkv|proj)|\.fc[123]|[qkvo]_proj|(gate|up|down)_proj)"
-    rollout_batch = 64  # of the published size one takes 155 MiB of cache
+    rollout_batch = 64  # sequences; at the published size each takes 155 MiB of cache
 
     dtype: torch.dtype  # of the checkpoint's weights
     q01: NDArray[np.float64]  # (7,), what -1 and
     q99: NDArray[np.float64]  # (7,), what 1 stands for
     normalised: NDArray[np.bool_]  # (7,), whether they do
-    large = True  # with --train all it is spread over the processes that there are
+    large = True  # with --train all, it is spread over all processes
     tokenizer: Any  # a tokenizers.Tokenizer
-    files: dict[str, bytes]  # of the checkpoint but the weights
+    files: dict[str, bytes]  # of the checkpoint, except its weights
 
     def __init__(self, config: OpenVLAConfig, parallel: bool = False) -> None:
         super().__init__(config)
@@ -57,7 +57,7 @@ class OpenVLAPolicy(OpenVLAModel):
         cls, checkpoint: str | Path, parallel: bool, dtype: torch.dtype | None = None, device: Any = None,
         suite: str | None = None,
     ) -> "OpenVLAPolicy":  # fmt: skip
-        """The policy of a checkpoint: one step token by token, or ``parallel``, eight at once.
+        """The policy of a checkpoint: one control step token by token or, ``parallel``, eight at once.
 
         Raises:
             ValueError: See ``OpenVLAModel.from_pretrained`` and, with the ``suite``, ``action_statistics``.
@@ -85,7 +85,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return policy
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Write ``weights`` as a checkpoint in the published format, without the tensors that are never used."""
+        """Write ``weights`` as a checkpoint in the published format, without tensors that are never used."""
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
         save_torch_state_dict(
@@ -99,7 +99,7 @@ class OpenVLAPolicy(OpenVLAModel):
 
     @property
     def hidden_size(self) -> int:
-        """Width of ``hidden``, which a critic reads."""
+        """Width of the ``hidden`` that a critic reads."""
         return self.config.llm.hidden_size
 
     @property
@@ -118,7 +118,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return self.language_model.model.layers
 
     def prompt(self, instruction: str) -> list[int]:
-        """Ids of the prompt, which ends with the empty word that comes before action tokens."""
+        """Ids of the prompt; it ends with the empty word that comes before action tokens."""
         if instruction not in self._prompts:
             text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
             ids, empty = self.tokenizer.encode(text).ids, self.tokenizer.token_to_id("▁")
@@ -126,7 +126,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return self._prompts[instruction]
 
     def prepare(self, obs: dict[str, Any], instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pictures (B, 6, S, S), prompts (B, L) as BOS, padding, text, their mask (B, L) if one is padded."""
+        """Images (B, 6, S, S), prompts (B, L) as BOS, padding, text, and a mask (B, L) if any is padded."""
         device = self.head.weight.device
         pixels = openvla_pixels(
             torch.as_tensor(obs["image"]).cpu().numpy(), self.config.dino.image_size, device
@@ -143,29 +143,29 @@ class OpenVLAPolicy(OpenVLAModel):
 
     @contextlib.contextmanager
     def _precision(self, keep: bool = True) -> Iterator[None]:
-        """On a GPU what is trained is float32, the rest bfloat16; all is computed in bfloat16.
+        """On a GPU, what is trained is float32 and the rest bfloat16; everything is computed in bfloat16.
 
         Args:
-            keep: Whether converted weights are kept; a graph, which outlasts them, converts its own.
+            keep: Whether converted weights are kept; a CUDA graph outlasts them, so it converts its own.
         """
         device, half = self.head.weight.device.type, self.dtype == torch.bfloat16
         with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=keep):
             yield
 
     def train(self, mode: bool = True) -> "OpenVLAPolicy":
-        """Training mode or not; what rollouts hold is given back."""
+        """Switch training mode on or off; memory held for rollouts is given back."""
         self._decoder = None
         return super().train(mode)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., 256) float32 of the action tokens."""
         rows = slice(self.first, self.first + BINS)
-        if hasattr(self.head, "lora_A"):  # of an adapter that was made elsewhere
+        if hasattr(self.head, "lora_A"):  # the head has an adapter, made elsewhere
             return self.head(hidden)[..., rows].float()
         return F.linear(hidden, self.head.weight[rows]).float()
 
     def _append(self, x: Tensor, mask: Tensor | None, more: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sequences (B, S, width) and their mask (B, S), longer by ``more`` (B, K, width)."""
+        """Sequences (B, S, width) and their mask (B, S), with ``more`` (B, K, width) appended."""
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(more.shape[:2])], dim=1)
         return torch.cat([x, more.to(x.dtype)], dim=1), mask
@@ -177,7 +177,7 @@ class OpenVLAPolicy(OpenVLAModel):
         return torch.cat([empty, self.language_model.model.embed_tokens(stop).to(x.dtype)], dim=1)
 
     def _parallel_hidden(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Hidden states (B, 56, width) that predict the tokens: of the last word and the first 55 empty."""
+        """Hidden states (B, 56, width) that predict the tokens: at the last word and 55 placeholders."""
         x, mask = self._append(x, mask, self._placeholders(x))
         return self.attend(x, mask, both_ways=True)[:, -ACTION_DIM * self.action_chunk - 2 : -2]
 
@@ -188,7 +188,7 @@ class OpenVLAPolicy(OpenVLAModel):
         temperature: float,
         generators: list[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, 7) and log-probabilities (B, 7) one by one; nothing waits for the device."""
+        """Tokens (B, 7) and log-probabilities (B, 7), one by one; Python never waits for the device."""
         rows, positions = x.shape[0], x.shape[1] + ACTION_DIM - 1
         decoder, self._decoder = self._decoder, None
         if decoder is None or not decoder.holds(rows, positions):
@@ -217,7 +217,7 @@ class OpenVLAPolicy(OpenVLAModel):
             obs: ``image`` (B, H, W, 3) as the environments render it.
             instructions: One sentence each.
             temperature: Divides the logits; 0 takes the likeliest tokens.
-            generators: One for each instruction, from which it draws; by default torch's own for all.
+            generators: One per instruction, from which its tokens are drawn; by default torch's own.
         """
         if len(instructions) > self.rollout_batch:
             parts: Any = zip(*[
@@ -247,7 +247,7 @@ class OpenVLAPolicy(OpenVLAModel):
     def evaluate(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (B, D) of tokens, entropies (B, D) (nats), hidden (B, width) at the first."""
+        """Log-probabilities (B, D) of tokens, entropies (B, D) in nats, and the first hidden (B, width)."""
         inputs = self.prepare(obs, instructions)
         with self._precision():
             x, mask = self.embed(*inputs)
@@ -262,11 +262,11 @@ class OpenVLAPolicy(OpenVLAModel):
         return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy, hidden[:, 0].float()
 
     def unnormalise(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Actions (..., 7) as the data set has them (gripper 0 closed to 1 open) of values in [-1, 1]."""
+        """Actions (..., 7) as the data set has them (gripper 0 closed, 1 open), from values in [-1, 1]."""
         return np.where(self.normalised, 0.5 * (values + 1) * (self.q99 - self.q01) + self.q01, values)
 
     def decode(self, tokens: Tensor) -> NDArray[np.float32]:
-        """Actions (B, C, 7) in the environment's convention of tokens (B, 7 C)."""
+        """Actions (B, C, 7) in the environment's convention that tokens (B, 7 C) stand for."""
         actions = self.unnormalise(bin_values(tokens.cpu().numpy()).reshape(len(tokens), -1, ACTION_DIM))
         actions[..., -1] = np.where(actions[..., -1] > 0.5, -1.0, 1.0)
         return actions.astype(np.float32)
@@ -276,7 +276,7 @@ class OpenVLAPolicy(OpenVLAModel):
         q01, q99, normalised = (torch.as_tensor(x) for x in (self.q01, self.q99, self.normalised))
         values = actions.double().cpu().clone()
         values[..., -1] = (1.0 - values[..., -1]) / 2
-        scaled = 2.0 * (values - q01) / (q99 - q01).clamp(min=1e-8) - 1.0  # where all are the same: -1
+        scaled = 2.0 * (values - q01) / (q99 - q01).clamp(min=1e-8) - 1.0  # -1 where all are the same
         return value_bins(torch.where(normalised, scaled, values)).flatten(1)
 
     def imitation_loss(
@@ -290,7 +290,7 @@ class OpenVLAPolicy(OpenVLAModel):
 def choose(
     logits: Tensor, temperature: float, generators: list[torch.Generator] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (...) drawn by logits (..., 256), or the likeliest at temperature 0, and log-probabilities."""
+    """Tokens (...) drawn from logits (..., 256), the likeliest at temperature 0, and log-probabilities."""
     logprobs = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
     noise = -draw("exponential_", logits, generators).log() if temperature > 0 else 0.0  # Gumbel's
     tokens = (logprobs + noise).argmax(-1)  # unlike multinomial, this never waits for the device
