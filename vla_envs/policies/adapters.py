@@ -40,8 +40,8 @@ def make_trainable(
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
-        below: For each instruction, the folder of its task's adapter. They stay frozen below the new one, which
-            all tasks share (``Stacked``).
+        below: For each instruction, the folder of its task's adapter. They stay frozen below the new one,
+            which all tasks share (``Stacked``).
 
     Raises:
         ValueError: When there is no such set, the policy has fewer blocks, or an adapter does not fit.
