@@ -434,7 +434,7 @@ def test_settings_of_adapters_that_do_not_fit(below, changes, words):
     with pytest.raises(ValueError) as error:
         make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
     message = str(error.value)
-    assert f"{str(folder)!r} is no adapter of this policy" in message and words in message
+    assert f"{str(folder)!r} is not an adapter of this policy" in message and words in message
     assert len(message.splitlines()) == 1
 
 
@@ -482,7 +482,7 @@ def test_the_folder_of_a_run_is_no_adapter(below, monkeypatch):
 def test_folders_that_hold_no_fitting_adapter(below, tmp_path):
     folders, _ = below
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match="is no adapter of this policy"):
+        with pytest.raises(ValueError, match="is not an adapter of this policy"):
             make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
     first = folders[SENTENCES[0]]
     config, tensors = first / "adapter_config.json", first / "adapter_model.safetensors"
@@ -496,7 +496,7 @@ def test_folders_that_hold_no_fitting_adapter(below, tmp_path):
     with pytest.raises(ValueError, match="its rank is 1000000000"):
         make_trainable(plain(), "lora", below={SENTENCES[0]: first})
     wide = NanoPolicy(NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=32, depth=3, heads=2))
-    with pytest.raises(ValueError, match="is no adapter of this policy"):
+    with pytest.raises(ValueError, match="is not an adapter of this policy"):
         make_trainable(wide, "lora", below=folders)
 
 

@@ -38,7 +38,7 @@ def test_gpu_on_the_cpu(monkeypatch, capsys):
     [
         ("alphas", ["--batches", "0"], "batches is 0; expected a number above 0"),
         ("soak", ["--num-envs", "0"], "num_envs is 0; expected a number above 0"),
-        ("throughput", ["--task-idd", "4"], "Unrecognized options: --task-idd, 4; did you mean --task-id?"),
+        ("throughput", ["--task-idd", "4"], "there is no option --task-idd; did you mean --task-id?"),
         ("figures", ["curves", "--runs", "none", "--out", "x.png"], "'none' is not the folder of a run"),
     ],
 )

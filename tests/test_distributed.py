@@ -19,7 +19,7 @@ import grpo_vla
 from vla_envs import distributed
 from vla_envs.files import read_json
 from vla_envs.policies import new_policy
-from vla_envs.policies.openvla import choose
+from vla_envs.policies.openvla.policy import choose
 from vla_envs.training import batches, checkpoints
 
 TINY = {

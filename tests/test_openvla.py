@@ -20,24 +20,24 @@ import safetensors.torch
 import tokenizers
 import torch
 from conftest import write_demos
+from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from torch import nn
 
 from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, adapter_off, make_trainable, merged, save_adapter
 from vla_envs.policies.openvla import (
-    INDEX,
-    Decoder,
     LlamaConfig,
     OpenVLAConfig,
     OpenVLAModel,
     OpenVLAPolicy,
     ViTConfig,
-    bin_values,
-    choose,
-    value_bins,
-    write_weights,
+    checkpoint,
 )
+from vla_envs.policies.openvla.actions import bin_values, value_bins
+from vla_envs.policies.openvla.checkpoint import INDEX, SINGLE
+from vla_envs.policies.openvla.decoder import Decoder
+from vla_envs.policies.openvla.policy import choose
 from vla_envs.policies.pictures import openvla_pictures, openvla_pixels
 from vla_envs.training.checkpoints import save_training_state
 from vla_envs.training.evaluation import PROTOCOLS, seen, settings
@@ -73,7 +73,7 @@ def write_tiny(folder, seed=0):
     for tower, depth in {"featurizer": 3, "fused_featurizer": 4}.items():  # what nothing needs
         weights[f"vision_backbone.{tower}.blocks.{depth - 1}.norm1.weight"] = torch.ones(3)
         weights[f"vision_backbone.{tower}.norm.bias"] = torch.ones(3)
-    write_weights(weights, folder, shard_bytes=2e5)
+    save_torch_state_dict(weights, folder, max_shard_size=200_000)
     statistics = {"libero_object": {"action": {"q01": Q01, "q99": Q99, "mask": [True] * 6 + [False]}}}
     towers = {name: asdict(config) for name, config in TINY.items()}
     config = {"model_type": "openvla", "text_config": TEXT, "norm_stats": statistics, **towers}
@@ -728,6 +728,29 @@ def test_shards_and_their_index(tiny):
     assert index["metadata"]["total_size"] == total
 
 
+def test_one_file_needs_no_index(tiny, kind, tmp_path):
+    """As Hugging Face writes a checkpoint that fits in one shard."""
+    policy = load_policy(kind, tiny)
+    save_policy(policy, kind, tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").glob("*.safetensors*")] == [SINGLE]
+    stored = safetensors.torch.load_file(tmp_path / "final" / SINGLE)
+    assert stored.keys() == policy.state_dict().keys()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, kind, tmp_path, monkeypatch):
+    policy = load_policy(kind, tiny)
+    save_policy(policy, kind, tmp_path / "final")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()}
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_policy(policy, kind, tmp_path / "final")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()} == before
+
+
 def refusal(checkpoint, device="cpu", name="openvla"):
     with pytest.raises(ValueError) as error:
         load_policy(name, checkpoint, device)
@@ -928,26 +951,22 @@ def test_memory_is_named_and_missing_memory_refused(tiny, monkeypatch, capsys):
 
 
 def test_a_failed_download_is_one_line(monkeypatch):
-    import vla_envs.policies.openvla as openvla
-
     def fail(name, **_):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(openvla, "snapshot_download", fail)
+    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
     assert "no route to host" in refusal("openvla/no-such-checkpoint")
 
 
 def test_weights_are_not_downloaded_where_they_do_not_fit(tiny, monkeypatch):
     """The small files come first, and with them the size."""
-    import vla_envs.policies.openvla as openvla
-
     asked = []
 
     def download(name, allow_patterns):
         asked.extend(allow_patterns)
         return str(tiny)
 
-    monkeypatch.setattr(openvla, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**10))
     refusal("openvla/a-checkpoint", "cuda")
     assert "*.json" in asked and "*.safetensors" not in asked

@@ -112,7 +112,7 @@ def test_what_it_has_not(write):
          r"score returns hidden states of \(2, 5\); expected \(2, 128\)"),
         ([(".to(normal.mean)).mean()", ".to(normal.mean))")], r"imitation_loss returns a loss of \(2, 56\)"),
         ([("nn.Linear(32 * 16 + 8", "nn.Linear(32 * 16 + 9")], "sample fails: RuntimeError"),
-        ([("def make():\n    return GaussianCNN()", "def make():\n    return 3")], "is a int; expected a torch"),
+        ([("def make():\n    return GaussianCNN()", "def make():\n    return 3")], "is a int; expected"),
         ([("def make():\n    return GaussianCNN()", "def make():\n    return 1 / 0")], "ZeroDivisionError"),
         ([("def make():", "def maker():")], "has no function 'make'.*did you mean 'maker'"),
         ([("import numpy as np", "import numpie as np")], "does not run: ModuleNotFoundError"),

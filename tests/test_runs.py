@@ -1,9 +1,8 @@
-"""The command line, arguments, a run's folder, and saving and resuming."""
+"""Arguments, a run's folder, and saving and resuming."""
 
 import dataclasses
 import json
 import re
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,86 +54,7 @@ class Started(Args):
     task_ids: tuple[int, ...] = (3,)
 
 
-# ---- The command line --------------------------------------------------------------------------------
-
-
-def parse(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["script.py", *words])
-    return command_line.parse_args(Args)
-
-
-def test_arguments(monkeypatch):
-    assert parse(monkeypatch) == Args()
-    args = parse(monkeypatch, "--seed", "7", "--run-dir", "a/b", "--no-train", "--task-ids", "3", "4", "5")
-    assert args == Args(seed=7, run_dir=Path("a/b"), train=False, task_ids=(3, 4, 5))
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--seed", "x"),
-        ("--sead", "3"),
-        ("--seed",),
-        ("--rate", "fast", "--seed", "y"),
-        ("stray",),
-        ("--seed", "é\nü"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capfd, words):
-    with pytest.raises(SystemExit) as exit_:
-        parse(monkeypatch, *words)
-    out, error = capfd.readouterr()
-    assert exit_.value.code == 2 and out == ""
-    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
-    assert max(error.find(word) for word in ("seed", "sead", "stray")) > 0
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("--sead", "3"), "Unrecognized options: --sead, 3; did you mean --seed?"),
-        (("--no-trainn",), "Unrecognized options: --no-trainn; did you mean --no-train?"),
-        (("--zzz",), "Unrecognized options: --zzz; --help lists what there is"),
-        (
-            ("--seed", "x"),
-            "Error parsing --seed: invalid literal for int() with base 10: 'x'; expected --seed",
-        ),
-    ],
-)
-def test_a_mistake_names_what_was_expected(monkeypatch, capfd, words, expected):
-    with pytest.raises(SystemExit):
-        parse(monkeypatch, *words)
-    assert capfd.readouterr().err.startswith(f"error: {expected}")
-
-
-def test_home_is_found_where_the_shell_leaves_it(monkeypatch):
-    args = parse(monkeypatch, "--run-dir=~/a")
-    assert args.run_dir == Path.home() / "a"
-
-
-def test_help_is_no_mistake(monkeypatch, capfd):
-    with pytest.raises(SystemExit) as exit_:
-        parse(monkeypatch, "--help")
-    out, error = capfd.readouterr()
-    assert not exit_.value.code and "--run-dir" in out and "A number" in out and error == ""
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        ValueError("first\nsecond  line"),
-        OSError("no disk"),
-        ImportError("no part"),
-        RuntimeError("no OpenGL\n"),
-    ],
-)
-def test_errors_of_the_set_up_are_one_line(capfd, mistake):
-    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors():
-        raise mistake
-    out, error = capfd.readouterr()
-    assert exit_.value.code == 2 and out == ""
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert all(word in error for word in str(mistake).split())
+# ---- Numbers that are not finite ---------------------------------------------------------------------
 
 
 def test_numbers_that_are_not_finite_are_another_status(capfd):
@@ -148,25 +68,6 @@ def test_the_first_number_that_is_not_finite_is_named():
     runs.check_finite(loss=torch.tensor(-1e38, requires_grad=True), gradient=torch.tensor(0.0))
     with pytest.raises(FloatingPointError, match="loss is nan"):
         runs.check_finite(loss=torch.tensor(float("nan")), gradient=torch.tensor(float("inf")))
-
-
-def test_where_it_went_wrong(capfd):
-    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors("iteration 3: "):
-        raise ValueError("no good")
-    assert exit_.value.code == 2 and capfd.readouterr().err == "error: iteration 3: no good\n"
-
-
-def test_ctrl_c_is_one_line(capfd):
-    with pytest.raises(SystemExit) as exit_, command_line.one_line_errors():
-        signal.raise_signal(signal.SIGINT)
-    assert exit_.value.code == 130 and capfd.readouterr() == ("", "Ctrl-C: stopped\n")
-
-
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), command_line.one_line_errors():
-        raise ZeroDivisionError
-    with command_line.one_line_errors():
-        pass
 
 
 # ---- Arguments that do not fit -----------------------------------------------------------------------

@@ -18,8 +18,8 @@ from vla_envs.inputs import in_short, nearest
 from vla_envs.policies.tensors import read_tensors
 
 TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
-MOST_RANK = 4096  # of an adapter that is read
-#: Settings of a LoRA adapter that is read; any other of peft's has to have its default.
+MOST_RANK = 4096  # that an adapter on disk may claim
+#: Settings that an adapter on disk may have; every other setting of peft's must have its default.
 KNOWN_SETTINGS = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r"
     " lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern"
@@ -30,21 +30,21 @@ KNOWN_SETTINGS = frozenset(
 def make_trainable(
     policy: Any, train: str, rank: int = 32, last_k: int = 1, below: dict[str, Path] | None = None
 ) -> Any:
-    """Freeze all of ``policy`` but what ``train`` names; adds a LoRA adapter where it is asked for.
+    """Freeze all of ``policy`` but what ``train`` names, and add a LoRA adapter where it asks for one.
 
-    What is trained is float32, whatever the rest is: bfloat16 would round small steps away. With ``all`` a
-    ``large`` policy is spread over the processes that there are.
+    What is trained is float32, whatever the rest is, because bfloat16 would round small steps away. With
+    ``all``, a ``large`` policy is spread over all processes.
 
     Args:
         policy: A policy with ``blocks``, ``norm``, ``head`` and ``lora_targets``.
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
-        below: For each instruction the folder of its task's adapter: they stay as they are, below the new one
-            that all tasks share (``Stacked``).
+        below: For each instruction, the folder of its task's adapter. They stay frozen below the new one,
+            which all tasks share (``Stacked``).
 
     Raises:
-        ValueError: When there is no such set, there are fewer blocks, or an adapter does not fit.
+        ValueError: When there is no such set, the policy has fewer blocks, or an adapter does not fit.
     """
     below = below or {}
     if train not in TRAINABLE_SETS:
@@ -117,14 +117,15 @@ def _read_settings(folder: Path) -> Any:
     """The settings of a saved LoRA adapter.
 
     Raises:
-        ValueError: When there are none, or others than what is computed and merged here.
+        ValueError: When there are none, or when they ask for more than plain LoRA, which is all that this
+            package computes and merges.
     """
     import peft
 
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise ValueError(f"it has no {file.name}; expected the folder of one{_adapter_in(folder)}")
-    kind = read_json(file).get("peft_type")  # peft would read a file of any size, and ask the hub for one
+    kind = read_json(file).get("peft_type")  # peft would read a file of any size, or ask the hub for one
     if kind != "LORA":
         raise ValueError(f"its peft_type is {in_short(kind)}; expected 'LORA'")
     config, usual = peft.LoraConfig.from_pretrained(str(folder)), peft.LoraConfig()
@@ -146,7 +147,7 @@ def _read_settings(folder: Path) -> Any:
 
 
 def _adapter_in(folder: Path) -> str:
-    """``"; did you mean 'x'?"`` for the adapter in the folder of a run or of its checkpoints, or nothing."""
+    """``"; did you mean 'x'?"`` for an adapter in a run's folder or its checkpoints, or nothing."""
     found = sorted(folder.glob("*/adapter_config.json")) or sorted(
         folder.glob("checkpoints/*/adapter_config.json")
     )
@@ -154,14 +155,14 @@ def _adapter_in(folder: Path) -> str:
 
 
 def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
-    """Put a saved LoRA adapter into ``policy`` under ``name``; it stays as it is, so without dropout.
+    """Put a saved LoRA adapter into ``policy`` under ``name``, frozen and therefore without dropout.
 
     Returns:
-        The weights of modules that were trained in full with it, by their names in the plain policy; they
-        are in no place yet, as the adapters of other tasks may have others.
+        The weights of modules that were trained in full beside it, by their names in the plain policy. They
+        are not in the policy yet, because the adapters of other tasks may have their own.
 
     Raises:
-        ValueError: When the folder holds none, or one of another policy.
+        ValueError: When the folder holds no adapter, or that of another policy.
     """
     import peft
 
@@ -169,7 +170,9 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
         config = _read_settings(folder)
         in_full, config.modules_to_save = config.modules_to_save or [], None
         config.lora_dropout = 0.0
-        config.init_lora_weights = config.init_lora_weights or True  # nothing where the file has nothing
+        config.init_lora_weights = (
+            config.init_lora_weights or True
+        )  # an adapter that does nothing, where the file has none
         weights = {_plain(key): p for key, p in policy.named_parameters() if ".lora_" not in key}
         modules = {_plain(key) for key, _ in policy.named_modules()}
         inside = tuple(f"{key}." for key in modules if key.endswith(tuple(in_full)))  # as peft finds them
@@ -187,19 +190,19 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
         return {key: value.to(weights[key]) for key, value in tensors.items() if key not in fresh}
     except Exception as error:  # peft, JSON, safetensors and shapes each fail in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{str(folder)!r} is no adapter of this policy: {reason}") from error
+        raise ValueError(f"{str(folder)!r} is not an adapter of this policy: {reason}") from error
 
 
 class Stacked(nn.Module):
-    """A policy with a frozen adapter for each task, and above these one that is trained on all of them.
+    """A policy with a frozen adapter for each task and, above these, one that is trained on all of them.
 
-    What it is asked of several tasks at once is answered task by task. Layers that compute their activations
-    again going backward do so with the adapters of then (``contexts``, as torch's ``checkpoint`` asks for).
+    A batch of several tasks is computed task by task. Layers that recompute their activations going backward
+    do so with the adapters of the forward pass (``contexts``, as torch's ``checkpoint`` asks for).
 
     Args:
         policy: With the tasks' adapters and the trained one, "default".
-        names: The adapter of each instruction.
-        in_full: For each adapter the weights that it has in place of the policy's, by their plain names.
+        names: The name of each instruction's adapter.
+        in_full: For each adapter, the weights that it has in place of the policy's, by their plain names.
     """
 
     def __init__(self, policy: Any, names: dict[str, str], in_full: dict[str, dict[str, Tensor]]) -> None:
@@ -226,7 +229,7 @@ class Stacked(nn.Module):
             return getattr(super().__getattr__("policy"), name)
 
     def activate(self, name: str) -> None:
-        """Let the task adapter ``name`` and, unless it is switched off, the trained one work."""
+        """Switch to the task adapter ``name`` and, unless it is switched off, the trained one above it."""
         self._let_work([name, *self.above])
 
     def _let_work(self, adapters: list[str]) -> None:
@@ -235,7 +238,7 @@ class Stacked(nn.Module):
         self.working = adapters
         for key, parameter in (self.common | self.own[adapters[0]]).items():
             module, _, leaf = self.places[key]
-            # Another object, and not other numbers in the same: what autograd has saved stays as it was.
+            # Replaced, not overwritten: what autograd has saved must stay as it was.
             setattr(self.policy.get_submodule(module), leaf, parameter)
         for _, layer in _lora_layers(self.policy):
             layer.set_adapter(adapters)  # type: ignore[operator]
@@ -318,7 +321,7 @@ def _lora_layers(policy: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[None]:
-    """The policy without the LoRA adapter that is trained: the reference of a KL term."""
+    """Switch the trained LoRA adapter off, which leaves the reference policy of a KL term."""
     if isinstance(policy, Stacked):
         policy.above = []
         try:
@@ -337,14 +340,14 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
 
 
 def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """The policy's weights (on the CPU) with its LoRA adapter added in, named as in the plain policy.
+    """The policy's weights, on the CPU, with its LoRA adapter added in and named as in the plain policy.
 
-    Those whose names begin with one of ``inside``.
+    Only weights whose names begin with one of ``inside`` are returned.
     """
     policy = policy.policy if isinstance(policy, Stacked) else policy
     layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
-    spread = distributed.is_spread(policy)  # state_dict would give its parameters back, and then only shares
+    spread = distributed.is_spread(policy)  # state_dict would return only this process's shares
     for name, value in (dict(policy.named_parameters()) if spread else policy.state_dict()).items():
         if "lora_" in name:
             continue
@@ -352,7 +355,7 @@ def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
         if not plain.startswith(inside):
             continue
         layer = layers.get(plain.rpartition(".")[0])
-        if layer is not None and plain.endswith("weight"):  # adapters need not have the same layers
+        if layer is not None and plain.endswith("weight"):  # not every adapter has every layer
             active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
             value = value + sum(layer.get_delta_weight(adapter) for adapter in active)
         weights[plain] = value.detach().to("cpu", copy=True)
@@ -362,8 +365,8 @@ def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
 def save_adapter(policy: Any, folder: Path) -> None:
     """Write the LoRA adapter in peft's own format, readable by ``PeftModel.from_pretrained``.
 
-    What was trained in full with it is in the file too, as peft's ``modules_to_save``; such a module has no
-    LoRA there, so that of trained blocks is added in. It is written whole or not at all.
+    Modules that were trained in full are in the file too, as peft's ``modules_to_save``. They have no LoRA
+    there, so the LoRA of trained blocks is added into their weights. It is written whole or not at all.
     """
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -391,7 +394,7 @@ def trainable_state(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An Adam optimiser's state as named tensors: number of the parameter, name of the moment."""
+    """An Adam optimiser's state as tensors named by a parameter's number and a moment: ``3.exp_avg``."""
     return {
         f"{i}.{key}": value
         for i, state in optimizer.state_dict()["state"].items()
@@ -400,7 +403,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def possible_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Tensors like those of ``optimizer_state`` when every parameter has been trained."""
+    """Tensors, without values, like those of ``optimizer_state`` once every parameter has been trained."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         f"{i}.{key}": torch.empty(() if key == "step" else p.shape, device="meta")
@@ -410,7 +413,7 @@ def possible_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of ``optimizer_state``."""
+    """Give ``optimizer`` the state that ``optimizer_state`` returned."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -1,4 +1,4 @@
-"""Pictures as OpenVLA's LIBERO evaluation shows them to a network, without TensorFlow."""
+"""Images as OpenVLA's LIBERO evaluation shows them to a network, without TensorFlow."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -29,15 +29,15 @@ def _lanczos3(size: int, new_size: int) -> Tensor:
 
 
 def _jpeg(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture (H, W, 3) after JPEG (quality 95, 4:2:0) and back."""
+    """An image (H, W, 3) after it was written as JPEG (quality 95, 4:2:0) and read back."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=2)
     return np.asarray(Image.open(buffer))
 
 
 def _process(images: ArrayLike, size: int, device: Any) -> Tensor:
-    """Grey levels 0 to 255 (B, 3, size, size), whole, float32, of pictures (B, H, W, 3) uint8."""
-    with ThreadPoolExecutor() as pool:  # Pillow codes without the interpreter's lock
+    """Whole grey levels 0 to 255, (B, 3, size, size) float32, of images (B, H, W, 3) uint8."""
+    with ThreadPoolExecutor() as pool:  # Pillow's codecs release the interpreter's lock
         decoded = np.stack(list(pool.map(_jpeg, np.ascontiguousarray(images, np.uint8))))
     pixels = torch.from_numpy(decoded).to(device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
     rows, columns = (_lanczos3(length, size).to(device) for length in pixels.shape[2:])
@@ -50,18 +50,19 @@ def _process(images: ArrayLike, size: int, device: Any) -> Tensor:
 
 
 def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
-    """Pictures (B, H, W, 3) uint8 as OpenVLA's LIBERO evaluation shows them to a policy: (B, 224, 224, 3).
+    """Images (B, H, W, 3) uint8 as OpenVLA's LIBERO evaluation shows them to a policy: (B, 224, 224, 3).
 
-    JPEG (quality 95, 4:2:0) and back, Lanczos-3 to 224 pixels, the central 90 % of the area, bilinearly
-    back to 224 (openvla/experiments/robot). TensorFlow's own differs by about one grey level of 255.
+    They are written as JPEG (quality 95, 4:2:0) and read back, resized to 224 pixels with a Lanczos-3 kernel,
+    and cropped to the central 90 % of the area, which is enlarged to 224 pixels bilinearly
+    (openvla/experiments/robot). TensorFlow's own differ by about one grey level of 255.
     """
     return _process(images, 224, "cpu").byte().permute(0, 2, 3, 1).numpy()
 
 
 def openvla_pixels(images: ArrayLike, size: int = 224, device: Any = "cpu") -> Tensor:
-    """The network's input (B, 6, size, size) float32 of rendered pictures (B, H, W, 3) uint8.
+    """The network's input (B, 6, size, size) float32, made from rendered images (B, H, W, 3) uint8.
 
-    ``openvla_pictures``, normalised once for DINOv2 and once for SigLIP.
+    These are ``openvla_pictures``, normalised once for DINOv2 and once for SigLIP.
     """
     grey = _process(images, size, device).repeat(1, 2, 1, 1) / 255  # (B, 6, size, size)
     mean, std = (torch.tensor(values, device=device).view(6, 1, 1) for values in (MEAN, STD))

@@ -123,8 +123,8 @@ def validate(policy: Any, name: str) -> None:
     missing = [member for member in MEMBERS if not hasattr(policy, member)]
     if missing:
         raise ValueError(
-            f"policy {name!r} has no {' and no '.join(missing)}; expected {', '.join(MEMBERS)}, the members of"
-            " vla_envs.policies.Policy"
+            f"policy {name!r} has no {' and no '.join(missing)}; expected {', '.join(MEMBERS)}, which"
+            " vla_envs.policies.Policy has"
         )
     for member in MEMBERS[:3]:
         value = getattr(policy, member)

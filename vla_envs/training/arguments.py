@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from vla_envs import distributed
-from vla_envs.command_line import check_numbers, one_line_errors, parse_args
+from vla_envs.command_line import check_numbers, one_line_errors, parse_args, read_dataclass
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
 from vla_envs.policies import SHIPPED, load_policy
@@ -275,20 +274,6 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
     return dataclasses.replace(given, action_chunk=policy.action_chunk)
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON can be one of the type ``kind`` of an argument."""
-    inner = get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return any(fits(value, option) for option in inner)
-    if get_origin(kind) is Literal:
-        return value in inner
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else str if kind is Path else kind)
-
-
 def load_args(args: ArgsT) -> ArgsT:
     """The arguments that the run ``args.resume`` was started with, and those that the command line changes.
 
@@ -306,27 +291,22 @@ def load_args(args: ArgsT) -> ArgsT:
         parents = [str(parent) for parent in run.resolve().parents[:2] if (parent / "args.json").is_file()]
         hint = f"; did you mean {parents[0]!r}?" if parents else ""
         raise ValueError(f"{str(run)!r} is not the folder of a run: it has no args.json{hint}")
-    known = get_type_hints(type(args))
     values = read_json(run / "args.json")
     made_by = values.pop("script", None)
     for name in ("command", "torch_threads"):  # not arguments
         values.pop(name, None)
-    if unknown := sorted(values.keys() - known.keys()):
+    known = [field.name for field in dataclasses.fields(given)]
+    if unknown := sorted(values.keys() - set(known)):
         raise ValueError(
             f"{str(run / 'args.json')!r} has {', '.join(unknown)}, which this script does not know; expected"
             f" the script that made the run{f', {made_by}.py' if made_by else ''}"
         )
     if "seed" not in values:
         raise ValueError(f"{str(run / 'args.json')!r} is damaged: it has no seed")
-    for name, value in values.items():
-        if not fits(value, known[name]):
-            raise ValueError(f"{str(run / 'args.json')!r} is damaged: {name} is {value!r}")
-        kind = Path if "Path" in str(known[name]) else lambda item: item
-        if isinstance(value, list):
-            values[name] = tuple(map(kind, value))
-        elif value is not None:
-            values[name] = kind(value)
-    own = type(args)(**values | {"resume": run})
+    try:
+        own = dataclasses.replace(read_dataclass(type(args), values), resume=run)
+    except ValueError as error:
+        raise ValueError(f"{str(run / 'args.json')!r} is damaged: {error}") from None
     asked = parse_args(type(args), own)
     for name in known:
         its, other = getattr(own, name), getattr(asked, name)

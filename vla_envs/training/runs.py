@@ -26,7 +26,7 @@ from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.files import read_json, write_json
 from vla_envs.inputs import in_short
 from vla_envs.policies import count_parameters, load_policy
-from vla_envs.training import arguments, batches, checkpoints, evaluation
+from vla_envs.training import batches, checkpoints, evaluation
 from vla_envs.training.arguments import HOW_FAST, HOW_LONG, WHERE
 
 COUNTERS = ("iteration", "env_steps", "episodes", "wall_s", "evaluated")
@@ -371,7 +371,7 @@ class Run:
         loaded = checkpoints.load_training_state(latest, self.learner, self.optimizer)
         for name in COUNTERS:
             value: Any = loaded.get(name)
-            if not arguments.fits(value, float) or not 0 <= value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
                 raise ValueError(f"{str(latest / 'counters.json')!r} is damaged: {name} is {value!r}")
         for name in ("before", "after"):
             outcome = loaded.get(name)
