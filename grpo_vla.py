@@ -222,7 +222,7 @@ def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tup
     obs = {name: b[name][inds] for name in ("image", "state")}
     tokens = b["tokens"][inds].to(args.device)  # (B, D)
     instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
-    logprobs, entropy, hidden = policy.evaluate(obs, instructions, tokens, args.temperature)
+    logprobs, entropy, hidden = policy.score(obs, instructions, tokens, args.temperature)
     return (logprobs if args.ratio_level == "token" else logprobs.sum(dim=1, keepdim=True)), entropy, hidden
 
 

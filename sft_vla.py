@@ -162,7 +162,7 @@ if __name__ == "__main__":
         if not args.evaluate:
             samples, held_out = load_samples(policy, args)
             print(f"{len(samples['actions']):,} samples")
-            if new:
+            if new and hasattr(policy, "centre_states"):
                 policy.centre_states(samples["state"])
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)

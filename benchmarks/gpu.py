@@ -161,12 +161,12 @@ class Samples:
     @torch.no_grad()
     def evaluate(self, batch: int) -> None:
         """One pass over the pictures, the prompt and the action's tokens."""
-        self.policy.evaluate(*self.inputs(batch), self.tokens(batch))
+        self.policy.score(*self.inputs(batch), self.tokens(batch))
 
     def update(self, batch: int) -> None:
         """One optimiser step."""
         self.optimizer.zero_grad()
-        logprobs, _, _ = self.policy.evaluate(*self.inputs(batch), self.tokens(batch))
+        logprobs, _, _ = self.policy.score(*self.inputs(batch), self.tokens(batch))
         (-logprobs.mean()).backward()
         self.optimizer.step()
 

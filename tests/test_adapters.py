@@ -41,7 +41,7 @@ def logprobs(policy):
         "image": rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
         "state": rng.standard_normal((2, 8)).astype(np.float32),
     }
-    return policy.evaluate(obs, SENTENCES, torch.from_numpy(rng.integers(0, 256, (2, 14))))[0]
+    return policy.score(obs, SENTENCES, torch.from_numpy(rng.integers(0, 256, (2, 14))))[0]
 
 
 def optimise(policy, steps=2, lr=0.05):

@@ -58,7 +58,7 @@ def test_shapes_and_the_densities_of_the_stored_chain(noise, temperature):
     assert actions.shape == (4, 2, 7) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
     assert chain.shape == (4, 6, 14) and sampled.shape == (4, 70) and chain.dtype == torch.float32
     np.testing.assert_array_equal(actions.reshape(4, 14), chain[:, -1].clamp(-1, 1))
-    logprobs, entropy, hidden = policy.evaluate(obs, SENTENCES, chain, temperature)
+    logprobs, entropy, hidden = policy.score(obs, SENTENCES, chain, temperature)
     assert torch.equal(logprobs, sampled) and logprobs.requires_grad  # so the first ratio is exactly 1
     assert entropy.shape == (4, 70) and hidden.shape == (4, policy.hidden_size)
     condition = policy(policy.prepare(obs, SENTENCES))[0]
@@ -147,10 +147,10 @@ def test_sampling_follows_torchs_seed():
 def test_a_batch_equals_its_members_alone():
     policy, obs = small(), observations()
     chain = torch.randn(4, 5, 14)
-    together = policy.evaluate(obs, SENTENCES, chain)
+    together = policy.score(obs, SENTENCES, chain)
     for i in range(4):
         mine = {name: array[i : i + 1] for name, array in obs.items()}
-        for alone, each in zip(policy.evaluate(mine, SENTENCES[i : i + 1], chain[i : i + 1]), together):
+        for alone, each in zip(policy.score(mine, SENTENCES[i : i + 1], chain[i : i + 1]), together):
             torch.testing.assert_close(alone[0], each[i], atol=1e-4, rtol=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_flow_matching_learns_two_distinct_actions():
 
 def test_gradients_reach_every_parameter():
     for loss in (
-        lambda p: p.evaluate(observations(), SENTENCES, torch.randn(4, 5, 14))[0].sum(),
+        lambda p: p.score(observations(), SENTENCES, torch.randn(4, 5, 14))[0].sum(),
         lambda p: p.imitation_loss(observations(), SENTENCES, torch.rand(4, 2, 7)),
     ):
         policy = small()
@@ -193,7 +193,7 @@ def test_exactly_what_is_named_changes(train):
     chain = torch.randn(4, 5, 14)
     for _ in range(2):  # after the first step LoRA's A has a gradient too
         optimizer.zero_grad()
-        policy.evaluate(observations(), SENTENCES, chain)[0].mean().backward()
+        policy.score(observations(), SENTENCES, chain)[0].mean().backward()
         optimizer.step()
     changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
     parts = {"lora": "lora_", "head": ("head.", "norm."), "last-k": ("head.", "norm.", "blocks.2.")}

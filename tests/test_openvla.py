@@ -359,7 +359,7 @@ def test_prompts(policy):
     assert policy.prepare(observations(2), SENTENCES[:1] * 2)[2] is None
 
 
-# ---- sample and evaluate -----------------------------------------------------------------------------
+# ---- sample and score --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.6])
@@ -369,7 +369,7 @@ def test_evaluation_repeats_the_sampled_logprobs(policy, kind, temperature):
     actions, tokens, sampled = policy.sample(obs, SENTENCES, temperature)
     assert actions.shape == (3, CHUNK[kind], 7) and tokens.shape == sampled.shape == (3, size)
     assert np.array_equal(actions, policy.decode(tokens)) and policy.action_chunk == CHUNK[kind]
-    logprobs, entropy, hidden = policy.evaluate(obs, SENTENCES, tokens, temperature)
+    logprobs, entropy, hidden = policy.score(obs, SENTENCES, tokens, temperature)
     close(logprobs.detach(), sampled)
     assert entropy.shape == (3, size) and (entropy > 0).all() and (entropy < np.log(256) + 1e-5).all()
     assert hidden.shape == (3, policy.hidden_size) and hidden.dtype == torch.float32
@@ -416,7 +416,7 @@ def test_all_steps_at_once_by_hand(tiny):
     """56 zeros and </s> after the prompt, Llama not causal; the last word predicts the first token."""
     policy, obs = load_policy("openvla-oft", tiny), observations(2)
     tokens = torch.randint(0, 256, (2, 56))
-    mine = policy.evaluate(obs, SENTENCES[:1] * 2, tokens)[0]
+    mine = policy.score(obs, SENTENCES[:1] * 2, tokens)[0]
     pixels, ids, _ = policy.prepare(obs, SENTENCES[:1] * 2)
     words = policy.language_model.model.embed_tokens
     patches = policy.project(policy.features(pixels))
@@ -427,7 +427,7 @@ def test_all_steps_at_once_by_hand(tiny):
     logits = policy.head(whole.last_hidden_state)[:, start : start + 56, 192:448]
     theirs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     close(mine, theirs)
-    causal = load_policy("openvla", tiny).evaluate(obs, SENTENCES[:1] * 2, tokens[:, :7])[0]
+    causal = load_policy("openvla", tiny).score(obs, SENTENCES[:1] * 2, tokens[:, :7])[0]
     assert (causal[:, 0] - mine[:, 0]).abs().max() > 1e-3
 
 
@@ -458,9 +458,9 @@ def test_samples_follow_the_probabilities():
 
 def test_pictures_and_instructions_matter(policy):
     tokens = torch.zeros(1, 7 * policy.action_chunk, dtype=torch.int64)
-    base = policy.evaluate(observations(1), SENTENCES[:1], tokens)[0]
+    base = policy.score(observations(1), SENTENCES[:1], tokens)[0]
     for obs, sentence in ((observations(1, seed=1), SENTENCES[0]), (observations(1), SENTENCES[1])):
-        assert (policy.evaluate(obs, [sentence], tokens)[0] - base).abs().max() > 1e-3
+        assert (policy.score(obs, [sentence], tokens)[0] - base).abs().max() > 1e-3
 
 
 # ---- Training ----------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_pictures_and_instructions_matter(policy):
 def loss_of(policy, seed=0):
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 256, (3, 7 * policy.action_chunk), generator=rng)
-    return -policy.evaluate(observations(3), SENTENCES, tokens)[0].mean()
+    return -policy.score(observations(3), SENTENCES, tokens)[0].mean()
 
 
 def optimise(policy, steps=2):
@@ -622,7 +622,7 @@ def test_cuda_graphs_replay_what_python_launches(tiny):
         obs = observations(len(sentences))
         torch.manual_seed(0)
         _, tokens, logprobs = replayed.sample(obs, sentences, 1.0)
-        expected = plain.evaluate(obs, sentences, tokens, 1.0)[0]
+        expected = plain.score(obs, sentences, tokens, 1.0)[0]
         torch.testing.assert_close(logprobs, expected, atol=0.1, rtol=0)  # bfloat16
     assert sorted(replayed._decoder.graphs) == [1, 2, 8]
 
@@ -632,7 +632,7 @@ def test_half_precision_of_all_that_can_be_trained(tiny, kind, train):
     policy = OpenVLAPolicy.load(tiny, kind == "openvla-oft", dtype=torch.bfloat16)
     policy = make_trainable(policy, train, rank=4).train()
     _, tokens, logprobs = policy.sample(observations(3), SENTENCES, 1.0)
-    again = policy.evaluate(observations(3), SENTENCES, tokens)[0]
+    again = policy.score(observations(3), SENTENCES, tokens)[0]
     assert logprobs.dtype == again.dtype == torch.float32 and (logprobs - again).abs().max() < 0.3
     optimise(policy)
     gradients = [p.grad for p in policy.parameters() if p.requires_grad]
@@ -647,7 +647,7 @@ def test_half_precision(tiny, kind):
     frozen = {p.dtype for p in policy.parameters() if not p.requires_grad}
     assert (kinds, frozen) == ({torch.float32}, {torch.bfloat16})
     _, tokens, logprobs = policy.sample(observations(3), SENTENCES, 1.0)
-    again = policy.evaluate(observations(3), SENTENCES, tokens)[0]
+    again = policy.score(observations(3), SENTENCES, tokens)[0]
     assert logprobs.dtype == again.dtype == torch.float32 and (logprobs - again).abs().max() < 0.3
     before = loss_of(policy)
     optimise(policy, steps=5)

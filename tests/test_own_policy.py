@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_demos
 
 from vla_envs.policies import Policy, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import make_trainable
@@ -116,7 +116,7 @@ def test_what_it_has_not(write):
         ([("def make():\n    return GaussianCNN()", "def make():\n    return 1 / 0")], "ZeroDivisionError"),
         ([("def make():", "def maker():")], "has no function 'make'.*did you mean 'maker'"),
         ([("import numpy as np", "import numpie as np")], "does not run: ModuleNotFoundError"),
-        ([("action_chunk, image_size, hidden_size = 8,", "action_chunk, image_size, hidden_size = 8.0,")],
+        ([("-1.0))\n", "-1.0))\n        self.action_chunk = 8.0\n")],
          "action_chunk is 8.0; expected a whole number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -124,7 +124,7 @@ def test_what_it_has_not(write):
 def test_a_mistake_is_one_line(write, changes, words):
     with pytest.raises(ValueError, match=words) as error:
         new_policy(write(*changes))
-    assert len(str(error.value).splitlines()) == 1 and "cnn.py:make" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and "cnn.py" in str(error.value)
 
 
 def test_no_such_file(tmp_path, monkeypatch):
@@ -141,9 +141,8 @@ TINY = {
 
 def test_the_page_trains_it(write, execute, tmp_path):
     """Imitation, RL from its checkpoint, a run that is resumed, and an evaluation; a critic reads it too."""
-    from conftest import write_demos
-
     name = write()
+    (tmp_path / "demos").mkdir()
     write_demos(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", (9, 6, 5))
     imitation = TINY | {
         "policy": name,

@@ -91,7 +91,7 @@ def test_the_sentences_of_the_suite_stay_apart():
     assert len({tuple(tokenize(sentence, NanoConfig())) for sentence in SENTENCES}) == 10
 
 
-# ---- sample and evaluate -----------------------------------------------------------------------------
+# ---- sample and score --------------------------------------------------------------------------------
 
 
 def test_shapes_and_dtypes(policy):
@@ -104,7 +104,7 @@ def test_shapes_and_dtypes(policy):
         torch.int64,
     ) and 0 <= tokens.min() <= tokens.max() < 256
     assert (logprobs.shape, logprobs.dtype) == ((3, size), torch.float32) and not logprobs.requires_grad
-    logprobs, entropy, hidden = policy.evaluate(obs, SENTENCES[:3], tokens)
+    logprobs, entropy, hidden = policy.score(obs, SENTENCES[:3], tokens)
     assert logprobs.shape == entropy.shape == (3, size) and hidden.shape == (3, width) == (
         3,
         policy.hidden_size,
@@ -118,7 +118,7 @@ def test_shapes_and_dtypes(policy):
 def test_evaluation_repeats_the_sampled_logprobs(policy, temperature):
     obs = observations(4)
     _, tokens, sampled = policy.sample(obs, SENTENCES[:4], temperature)
-    again = policy.evaluate(obs, SENTENCES[:4], tokens, temperature)[0]
+    again = policy.score(obs, SENTENCES[:4], tokens, temperature)[0]
     torch.testing.assert_close(again, sampled, atol=1e-5, rtol=0)
 
 
@@ -128,8 +128,8 @@ def test_the_temperature_divides_the_logits(shipped):
     tokens = torch.arange(2 * size).view(2, size)
     with torch.no_grad():
         logits = shipped(shipped.prepare(obs, SENTENCES[:2]))[0].reshape(2, size, 256)
-        cool, cool_entropy, _ = shipped.evaluate(obs, SENTENCES[:2], tokens, 0.7)
-        hot_entropy = shipped.evaluate(obs, SENTENCES[:2], tokens, 2.0)[1]
+        cool, cool_entropy, _ = shipped.score(obs, SENTENCES[:2], tokens, 0.7)
+        hot_entropy = shipped.score(obs, SENTENCES[:2], tokens, 2.0)[1]
     scaled = logits.double() / 0.7
     expected = torch.gather(scaled, 2, tokens[..., None])[..., 0] - scaled.logsumexp(dim=2)
     torch.testing.assert_close(cool, expected.float(), atol=1e-4, rtol=1e-5)
@@ -166,9 +166,9 @@ def test_a_batch_equals_its_members_alone(policy):
     tokens = torch.randint(
         0, 256, (4, 7 * policy.config.num_actions), generator=torch.Generator().manual_seed(0)
     )
-    together = policy.evaluate(obs, SENTENCES[:4], tokens)
+    together = policy.score(obs, SENTENCES[:4], tokens)
     for i in range(4):
-        alone = policy.evaluate(
+        alone = policy.score(
             {n: a[i : i + 1] for n, a in obs.items()}, SENTENCES[i : i + 1], tokens[i : i + 1]
         )
         for mine, theirs in zip(alone, together):
@@ -188,7 +188,7 @@ def test_temperature_0_takes_the_median(policy):
     here = up_to.gather(-1, tokens[..., None])[..., 0]
     below = torch.where(tokens > 0, up_to.gather(-1, (tokens - 1).clamp(min=0)[..., None])[..., 0], 0.0)
     assert (here >= 0.5 - 1e-5).all() and (below < 0.5 + 1e-5).all()
-    expected = policy.evaluate(obs, SENTENCES[:2], tokens, 1.0)[0]  # of the distribution itself
+    expected = policy.score(obs, SENTENCES[:2], tokens, 1.0)[0]  # of the distribution itself
     torch.testing.assert_close(logprobs, expected.detach(), atol=1e-5, rtol=0)
 
 
@@ -251,10 +251,7 @@ def test_tensors_and_arrays_are_the_same_to_it(policy):
     obs = observations(2)
     tensors = {name: torch.from_numpy(array) for name, array in obs.items()}
     tokens = torch.zeros(2, 7 * policy.config.num_actions, dtype=torch.int64)
-    mine, theirs = (
-        policy.evaluate(obs, SENTENCES[:2], tokens),
-        policy.evaluate(tensors, SENTENCES[:2], tokens),
-    )
+    mine, theirs = (policy.score(obs, SENTENCES[:2], tokens), policy.score(tensors, SENTENCES[:2], tokens))
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
 
 
@@ -264,7 +261,7 @@ def test_gradients_reach_every_parameter():
     policy = NanoPolicy(NanoConfig(**SMALL))
     torch.nn.init.normal_(policy.film.weight)
     tokens = torch.randint(0, 256, (3, 14))
-    policy.evaluate(observations(3, size=32), SENTENCES[:3], tokens)[0].sum().backward()
+    policy.score(observations(3, size=32), SENTENCES[:3], tokens)[0].sum().backward()
     assert [name for name, p in policy.named_parameters() if not p.grad.abs().max() > 0] == []
 
 
@@ -465,7 +462,7 @@ def test_the_shipped_checkpoint(shipped):
     assert sum(file.stat().st_size for file in SHIPPED["nano"].iterdir()) < 20e6
     torch.manual_seed(0)
     obs, tokens = observations(1), torch.zeros(1, 7 * shipped.config.num_actions, dtype=torch.int64)
-    trained, untrained = (p.evaluate(obs, SENTENCES[:1], tokens)[1].mean() for p in (shipped, NanoPolicy()))
+    trained, untrained = (p.score(obs, SENTENCES[:1], tokens)[1].mean() for p in (shipped, NanoPolicy()))
     assert trained < untrained - 1  # nats: it has learnt something
 
 

@@ -188,7 +188,7 @@ class Seer(torch.nn.Module):
 
     hidden_size = 1
 
-    def evaluate(self, obs, instructions, tokens, temperature=1.0):
+    def score(self, obs, instructions, tokens, temperature=1.0):
         assert len(obs["image"]) == len(instructions) == len(tokens)
         return torch.full(tokens.shape, -5.5), torch.ones(tokens.shape), obs["state"][:, :1]
 
@@ -210,13 +210,13 @@ def look(batch, critic=None, policy=None, **kwargs):
 
 def test_no_more_decisions_at_once_than_a_micro_batch(monkeypatch):
     sizes, policy = [], small_policy()
-    evaluate = policy.evaluate
+    score = policy.score
 
     def counted(obs, instructions, *rest):
         sizes.append(len(instructions))
-        return evaluate(obs, instructions, *rest)
+        return score(obs, instructions, *rest)
 
-    monkeypatch.setattr(policy, "evaluate", counted)
+    monkeypatch.setattr(policy, "score", counted)
     critic = make_critic(policy)
     torch.nn.init.normal_(critic[-1].weight)
     parts, whole = (look(small_batch(), critic, policy, micro_batch_size=most) for most in (2, None))

@@ -452,7 +452,7 @@ def chosen(policy, batch, when, who, temperature=1.0):
     """Log-probabilities of the tokens of the decisions (``when``, ``who``)."""
     obs = {name: batch[name][when, who] for name in ("image", "state")}
     instructions = [batch["instructions"][i] for i in who.tolist()]
-    return policy.evaluate(obs, instructions, batch["tokens"][when, who], temperature)[0]
+    return policy.score(obs, instructions, batch["tokens"][when, who], temperature)[0]
 
 
 def weight_of(script, lengths):
@@ -717,7 +717,7 @@ class TwoFaces(torch.nn.Module):
     def enable_adapters(self, on):
         self.on = on
 
-    def evaluate(self, obs, instructions, tokens, temperature=1.0):
+    def score(self, obs, instructions, tokens, temperature=1.0):
         who = [int(words.split()[-1]) for words in instructions]
         logprobs = (self.logprobs if self.on else self.reference)[who].unsqueeze(1).expand(tokens.shape)
         return logprobs, torch.zeros(tokens.shape), torch.zeros(len(who), 1)

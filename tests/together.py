@@ -93,7 +93,7 @@ def spread(folder):
 
     def learn(policy, inds):
         obs = {name: b[name][inds] for name in ("image", "state")}
-        policy.evaluate(obs, SENTENCES[:1], b["tokens"][inds])[0].sum().backward()
+        policy.score(obs, SENTENCES[:1], b["tokens"][inds])[0].sum().backward()
 
     for inds in torch.arange(2).split(1):
         learn(whole.train(), inds)

@@ -254,7 +254,7 @@ def shard(policy: Any) -> None:
     the next the parameters are whole, by ``gather_parameters``, and no pass exchanges anything.
 
     Args:
-        policy: With ``blocks``; ``sample`` and ``evaluate`` are the passes that there are.
+        policy: With ``blocks``; ``sample`` and ``score`` are the passes that there are.
     """
     if not dist.is_initialized():
         return
@@ -267,7 +267,7 @@ def shard(policy: Any) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
         module.set_gradient_divide_factor(1.0)  # gradients are added up, not averaged
         module.set_force_sum_reduction_for_comms(True)
-    for name in ("sample", "evaluate"):
+    for name in ("sample", "score"):
         register_fsdp_forward_method(policy, name)
 
 
@@ -313,5 +313,5 @@ def _keep_up(policy: Any, b: dict[str, Tensor], count: int) -> None:
         return
     image, state, tokens = (b[name].new_zeros(1, *b[name].shape[1:]) for name in ("image", "state", "tokens"))
     for _ in range(max(_gather_objects(count)) - count):
-        logprobs, _, _ = policy.evaluate({"image": image, "state": state}, [""], tokens)
+        logprobs, _, _ = policy.score({"image": image, "state": state}, [""], tokens)
         (0.0 * logprobs.sum()).backward()

@@ -36,7 +36,7 @@ def make_trainable(
     ``all``, a ``large`` policy is spread over all processes.
 
     Args:
-        policy: A policy with ``blocks``, ``norm``, ``head`` and ``lora_targets``.
+        policy: A policy, whose ``head``, ``norm``, ``blocks`` and ``lora_targets`` are used if it has them.
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
@@ -50,6 +50,10 @@ def make_trainable(
     if train not in TRAINABLE_SETS:
         hint = nearest(train, list(TRAINABLE_SETS))
         raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
+    needed = {"head": ("head",), "last-k": ("blocks", "head")}.get(train.rpartition("+")[2], ())
+    for name in needed:
+        if not hasattr(policy, name):
+            raise ValueError(f"train is {train}: the policy has no {name}; expected --train all or lora")
     if train.endswith("last-k") and last_k > len(policy.blocks):
         raise ValueError(f"last_k is {last_k}; expected 1 to {len(policy.blocks)}, the policy's blocks")
     if train.endswith("last-k") and below:
@@ -74,15 +78,17 @@ def make_trainable(
             r=rank,
             lora_alpha=min(rank, 16),
             lora_dropout=0.0,
-            target_modules=policy.lora_targets,
+            target_modules=_lora_targets(policy),
             init_lora_weights="gaussian",
         )
         _inject(config, policy, "default")
     extra: list[nn.Module] = []
     if train.endswith("head"):
-        extra += [policy.head, policy.norm]
+        extra += [policy.head]
     if train.endswith("last-k"):
-        extra += [*policy.blocks[-last_k:], policy.head, policy.norm]
+        extra += [*policy.blocks[-last_k:], policy.head]
+    if extra and hasattr(policy, "norm"):
+        extra.append(policy.norm)
     for module in extra:
         for parameter in module.parameters():
             parameter.requires_grad = True
@@ -98,6 +104,16 @@ def make_trainable(
     if below:
         return Stacked(policy, {text: names[folder] for text, folder in below.items()}, in_full)
     return policy
+
+
+def _lora_targets(policy: Any) -> str | list[str]:
+    """The Linear layers that LoRA adapts: those that the policy names, else all."""
+    if hasattr(policy, "lora_targets"):
+        return policy.lora_targets
+    names = [name for name, module in policy.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ValueError("the policy has no Linear layers for a LoRA adapter; expected --train all")
+    return names
 
 
 def _inject(config: Any, policy: Any, name: str) -> None:
@@ -286,13 +302,13 @@ class Stacked(nn.Module):
             ),
         )
 
-    def evaluate(
+    def score(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> Any:
         """As the policy's."""
         return self._by_task(
             instructions,
-            lambda inds, texts: self.policy.evaluate(
+            lambda inds, texts: self.policy.score(
                 {name: array[inds] for name, array in obs.items()}, texts, tokens[inds], temperature
             ),
         )

@@ -156,7 +156,7 @@ class FlowPolicy(Backbone):
             self._densities(tokens, condition, temperature)[0],
         )
 
-    def evaluate(
+    def score(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-densities and entropies (nats) ``(B, K * Q * 7)`` of chains, hidden ``(B, width)``."""

@@ -242,7 +242,7 @@ class Backbone(nn.Module):
 class NanoPolicy(Backbone):
     """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, D)`` action tokens, D = 7 Q.
 
-    ``sample`` and ``evaluate`` are the interface of every policy of this package.
+    ``sample`` and ``score`` are the interface of every policy of this package.
     """
 
     def __init__(self, config: NanoConfig = NanoConfig()) -> None:
@@ -286,7 +286,7 @@ class NanoPolicy(Backbone):
             logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),
         )
 
-    def evaluate(
+    def score(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities ``(B, D)`` of tokens, entropies ``(B, D)`` (nats), hidden ``(B, width)``."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vla_envs.inputs import in_short
 from vla_envs.user_code import load_function
 
 MEMBERS = ("action_chunk", "image_size", "hidden_size", "sample", "score", "imitation_loss")
@@ -153,7 +154,8 @@ def validate(policy: Any, name: str) -> None:
         sampled = call("sample", obs, words, 1.0, generators)
         if not isinstance(sampled, tuple) or len(sampled) != 3:
             raise ValueError(
-                f"policy {name!r}: sample returns no three of actions, tokens, log-probabilities"
+                f"policy {name!r}: sample returns {in_short(sampled)}; expected actions, tokens and"
+                " log-probabilities"
             )
         actions, tokens, logprobs = sampled
         expect("sample", "actions", actions, (2, chunk, 7))
@@ -165,7 +167,8 @@ def validate(policy: Any, name: str) -> None:
         scored = call("score", obs, words, tokens, 1.0)
         if not isinstance(scored, tuple) or len(scored) != 3:
             raise ValueError(
-                f"policy {name!r}: score returns no three of log-probabilities, entropies, hidden"
+                f"policy {name!r}: score returns {in_short(scored)}; expected log-probabilities, entropies"
+                " and hidden states"
             )
         expect("score", "log-probabilities", scored[0], tuple(logprobs.shape))
         expect("score", "entropies", scored[1], tuple(logprobs.shape))

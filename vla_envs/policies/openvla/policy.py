@@ -1,4 +1,4 @@
-"""OpenVLA as a policy: ``sample``, ``evaluate`` and what imitation minimises."""
+"""OpenVLA as a policy: ``sample``, ``score`` and what imitation minimises."""
 
 import contextlib
 from collections.abc import Iterator
@@ -244,7 +244,7 @@ class OpenVLAPolicy(OpenVLAModel):
             self.train()
         return self.decode(tokens), tokens, logprobs
 
-    def evaluate(
+    def score(
         self, obs: dict[str, Any], instructions: list[str], tokens: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities (B, D) of tokens, entropies (B, D) in nats, and the first hidden (B, width)."""
@@ -284,7 +284,7 @@ class OpenVLAPolicy(OpenVLAModel):
     ) -> Tensor:
         """Mean negative log-probability of the tokens of demonstrated actions ``(B, C, 7)``."""
         tokens = self.encode(actions).to(next(self.parameters()).device)
-        return -self.evaluate(obs, instructions, tokens)[0].mean()
+        return -self.score(obs, instructions, tokens)[0].mean()
 
 
 def choose(
