@@ -142,6 +142,8 @@ TINY = {
 def test_the_page_trains_it(write, execute, tmp_path):
     """Imitation, RL from its checkpoint, a run that is resumed, and an evaluation; a critic reads it too."""
     name = write()
+    nearer = "def nearer(facts):\n    return -facts['gripper_to_object']\n"  # differs at every step
+    (tmp_path / "nearer.py").write_text(nearer, encoding="utf-8")
     (tmp_path / "demos").mkdir()
     write_demos(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", (9, 6, 5))
     imitation = TINY | {
@@ -158,6 +160,7 @@ def test_the_page_trains_it(write, execute, tmp_path):
         ("grpo_vla", {"train": "lora"}),
     ):
         own = {"policy": name, "checkpoint": start, "num_groups": 1, "group_size": 2, "minibatch_size": 4}
+        own["reward"] = "nearer.py:nearer"
         if script == "grpo_vla":
             own |= {"keep_low": 0.0, "keep_high": 1.0, "max_rounds": 1}
         execute(script, **TINY, **own, **extra, run_dir=tmp_path / script)

@@ -27,7 +27,8 @@ from vla_envs.policies.adapters import make_trainable, merged, trainable_state
 from vla_envs.policies.flow import FlowConfig, FlowPolicy
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.policies.protocol import Policy as Policy
-from vla_envs.policies.protocol import is_own, make_own
+from vla_envs.policies.protocol import is_own as is_own
+from vla_envs.policies.protocol import make_own
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 

@@ -12,7 +12,7 @@ from vla_envs import distributed
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args, read_dataclass
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import SHIPPED, load_policy
+from vla_envs.policies import SHIPPED, is_own, load_policy
 from vla_envs.tasks import get_task
 from vla_envs.training.evaluation import PROTOCOLS
 
@@ -242,7 +242,9 @@ def complete(args: ArgsT) -> ArgsT:
         # Fails now rather than after the first evaluation.
         load_policy(given.policy, given.compare, "meta", suite=given.suite)
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
-    train = "head" if given.evaluate and given.train == "all" else given.train  # what is trained is float32
+    train = given.train
+    if given.evaluate and train == "all" and not is_own(given.policy):
+        train = "head"  # what is trained is float32
     if not (given.evaluate or given.merge or train == "lora"):
         raise ValueError(f"--no-merge saves nothing but the adapter; expected --train lora, got {train}")
     adapter = "adapter" if given.adapter is None else given.adapter
