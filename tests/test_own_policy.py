@@ -170,5 +170,7 @@ def test_the_page_trains_it(write, execute, tmp_path):
     )
     assert not torch.equal(trained.mean.weight, before.mean.weight)
     evaluation = {"evaluate": None, "checkpoint": tmp_path / "tgrpo_vla" / "checkpoints" / "final"}
-    execute("tgrpo_vla", **TINY | {"policy": name} | evaluation, run_dir=tmp_path / "evaluation")
+    with pytest.raises(SystemExit) as exit_:
+        execute("tgrpo_vla", **TINY | {"policy": name} | evaluation, run_dir=tmp_path / "evaluation")
+    assert not exit_.value.code
     assert json.loads((tmp_path / "evaluation" / "result.json").read_text())["success"]["trials"] == 2
