@@ -7,7 +7,7 @@ action tokens a decision.
                  (--policy flow: flow matching; a policy has its own, imitation_loss)
 
 A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
-LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demonstrations.py``). Of every task --held-out
+LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demos/demonstrations.py``). Of every task --held-out
 further ones are never learnt from; their loss is logged and, with --early-stop, decides when training ends.
 An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun every
 process has its share of each minibatch.
@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vla_envs import demonstrations, distributed, evaluation, runs
+from vla_envs import distributed, evaluation, runs
+from vla_envs.demos import demonstrations
 from vla_envs.policies import adapters, new_policy, to_device
 from vla_envs.tasks import get_task
 

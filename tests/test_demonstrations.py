@@ -12,7 +12,7 @@ import pytest
 from conftest import write_demos
 from PIL import Image
 
-from vla_envs.demonstrations import load_demonstrations, samples
+from vla_envs.demos.demonstrations import load_demonstrations, samples
 from vla_envs.tasks import get_task
 
 try:

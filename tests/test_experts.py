@@ -43,7 +43,7 @@ def test_it_succeeds_on_other_suites(make_vec, suite, task_id):
 @pytest.mark.parametrize(("suite", "task_id"), [(suite, k) for suite, ids in COVERED.items() for k in ids])
 def test_it_succeeds_on_all_recorded_states(make_vec, suite, task_id):
     envs = make_vec(
-        50, suite=suite, task_id=task_id, max_episode_steps=experts.LIMITS.get(suite, 200), image_size=8
+        50, suite=suite, task_id=task_id, max_episode_steps=experts.LIMITS[suite], image_size=8
     )
     envs.reset(options={"init_state_id": list(range(50))})
     assert episode(envs, ScriptedExpert(envs.unwrapped)).sum() >= (48 if suite == "LiberoObject" else 45)
@@ -219,7 +219,7 @@ def test_a_demonstration_replays(demos, make_vec):
 
 
 def test_the_script_reads_what_the_expert_writes(demos):
-    from vla_envs.demonstrations import load_demonstrations
+    from vla_envs.demos.demonstrations import load_demonstrations
     from vla_envs.tasks import get_task
 
     read = load_demonstrations(Path(demos.file.filename).parent, get_task("LiberoObject", 4), 2, chunk=8)

@@ -14,9 +14,9 @@ import pytest
 from skimage.metrics import structural_similarity
 
 import vla_envs.scene
-from vla_envs.assets import write_builtin
+from vla_envs.assets.builtin import write_builtin
 from vla_envs.culling import possible
-from vla_envs.real_assets import check_files, download, resolve_assets
+from vla_envs.assets.libero import download, resolve_assets, verify_files
 from vla_envs.render import OpenGL, Renderer, _gpu, opengl
 from vla_envs.scene import load_scene
 from vla_envs.simulation import Simulation
@@ -111,7 +111,7 @@ def test_culled_triangles_change_no_pixel(simulation, size):
     next(iter(whole._canvases.values())).culling = None
     faces, counts = model.mesh_face.copy(), model.mesh_facenum.copy()
     for _ in range(6):
-        simulation.run(rng.uniform(-1, 1, (10, 7)))
+        simulation.execute(rng.uniform(-1, 1, (10, 7)))
         mujoco.mj_step1(model, simulation.data)
         for camera in CAMERAS.values():
             picture = culled.draw(simulation.data, camera)
@@ -218,14 +218,14 @@ def real_folder(real_assets, tmp_path):
 @pytest.mark.parametrize("task_id", range(10))
 def test_a_whole_folder(folder, real_assets, task_id):
     bddl_file = get_task("LiberoObject", task_id).bddl_file
-    check_files(folder, bddl_file)
-    check_files(Path(real_assets), bddl_file)
+    verify_files(folder, bddl_file)
+    verify_files(Path(real_assets), bddl_file)
 
 
 @pytest.mark.parametrize("suite", ["LiberoSpatial", "LiberoGoal", "Libero10", "Libero90"])
 def test_a_whole_folder_of_other_suites(real_assets, suite):
     for task_id in range(90 if suite == "Libero90" else 10)[::9]:
-        check_files(Path(real_assets), get_task(suite, task_id).bddl_file)
+        verify_files(Path(real_assets), get_task(suite, task_id).bddl_file)
 
 
 def replace(path, content):
@@ -237,7 +237,7 @@ def replace(path, content):
 
 def faults(folder):
     with pytest.raises(ValueError) as error:
-        check_files(folder, KETCHUP)
+        verify_files(folder, KETCHUP)
     first, *lines = str(error.value).splitlines()
     assert str(folder) in first
     return lines

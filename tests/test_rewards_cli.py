@@ -11,7 +11,7 @@ from vla_envs import experts
 from vla_envs.goals import FACTS
 from vla_envs.rewards import __main__, binary, multi_stage
 from vla_envs.rewards.__main__ import Args, main
-from vla_envs.rewards.check import check, check_plot
+from vla_envs.rewards.check import check, validate_plot
 from vla_envs.rewards.episodes import collect
 from vla_envs.rewards.prompt import goal_in_words, prompt
 from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
@@ -241,7 +241,7 @@ def test_the_exit_status(monkeypatch, episodes, capsys):
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        check_plot(tmp_path / "reward.png")
+        validate_plot(tmp_path / "reward.png")
 
 
 @pytest.mark.parametrize(

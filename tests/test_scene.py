@@ -16,9 +16,9 @@ import pytest
 from scipy.stats import ks_2samp
 
 import vla_envs.scene
-from vla_envs.assets import write_builtin
+from vla_envs.assets.builtin import write_builtin
 from vla_envs.machine import cache_folder
-from vla_envs.scene import check_versions, load_scene, resolve_assets
+from vla_envs.scene import require_mujoco, load_scene, resolve_assets
 from vla_envs.tasks import recorded_init_states
 
 
@@ -263,7 +263,7 @@ def test_a_build_that_fails_says_why(tmp_path, monkeypatch, reload):
 def test_another_mujoco_is_refused(monkeypatch):
     monkeypatch.setattr(mujoco, "__version__", "3.4.0")
     with pytest.raises(ImportError, match=r"mujoco 3\.4\.0 .* expected 3\.3\.2"):
-        check_versions()
+        require_mujoco()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from vla_envs.threads import Crew, alone
+from vla_envs.threads import Crew, exclusive
 
 
 @pytest.fixture
@@ -56,16 +56,16 @@ def test_the_next_call_waits_for_what_two_interrupts_have_left(crew, interrupt):
     class Environment:
         _crew = crew
 
-        @alone
+        @exclusive
         def look(self):
             order.append("look")
 
     with pytest.raises(KeyboardInterrupt):
         crew.do(work, [0])
-    assert crew.is_left_working() and not order
+    assert crew.outlived_its_call() and not order
     threading.Timer(0.1, left.set).start()
     Environment().look()
-    assert order == ["left", "look"] and not crew.is_left_working()
+    assert order == ["left", "look"] and not crew.outlived_its_call()
 
 
 def test_an_interrupt_while_work_is_handed_out(crew, monkeypatch):
@@ -121,7 +121,7 @@ def test_one_call_at_a_time(crew):
     class Environment:
         _crew = crew
 
-        @alone
+        @exclusive
         def outer(self, call):
             return call()
 

@@ -648,7 +648,7 @@ def plays_on(envs, num_envs=4):
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_an_interrupted_step_wants_a_reset(make_vec, interrupt, monkeypatch, num_threads):
     envs = make_vec(4, num_threads=num_threads)
-    inner, drawn, ended = envs.unwrapped, envs.unwrapped._draw, []
+    inner, drawn, ended = envs.unwrapped, envs.unwrapped._images, []
 
     def draw(i):
         if i == 0:
@@ -658,7 +658,7 @@ def test_an_interrupted_step_wants_a_reset(make_vec, interrupt, monkeypatch, num
         return picture
 
     envs.reset(seed=0)
-    monkeypatch.setattr(inner, "_draw", draw)
+    monkeypatch.setattr(inner, "_images", draw)
     with pytest.raises(KeyboardInterrupt):
         envs.step(random_actions(4))
     before = inner.qpos
@@ -689,9 +689,9 @@ def test_an_interrupted_reset_wants_a_reset(make_vec, interrupt, monkeypatch):
         copied.append(copy(self, *settled))
 
     for place, name, replacement, seed in (
-        (inner, "_draw", lambda i: {} if i else interrupt(), 50),  # while they settle
+        (inner, "_images", lambda i: {} if i else interrupt(), 50),  # while they settle
         (vector.Simulation, "copy_from", copy_one, 0),
-        (vector, "evaluate_reward", stop, 0),
+        (vector, "compute_reward", stop, 0),
     ):
         before = member(inner.qpos, 3)
         with monkeypatch.context() as patch:
@@ -712,7 +712,7 @@ def test_a_step_that_fails_wants_a_reset(make_vec, monkeypatch):
     inner = envs.unwrapped
     envs.reset(seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(inner, "_draw", {}.__getitem__)
+        patch.setattr(inner, "_images", {}.__getitem__)
         with pytest.raises(KeyError):
             envs.step(random_actions(4))
     with pytest.raises(gym.error.ResetNeeded, match="in the middle of a call by an interrupt or an error"):
@@ -731,7 +731,7 @@ def test_a_step_that_fails_wants_a_reset(make_vec, monkeypatch):
 
 def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
     envs, twins = make_vec(2, num_threads=2, render_mode="rgb_array"), make_vec(2)
-    inner, drawn = envs.unwrapped, envs.unwrapped._draw
+    inner, drawn = envs.unwrapped, envs.unwrapped._images
     begun, refused = threading.Event(), threading.Event()
 
     def draw(i):
@@ -741,7 +741,7 @@ def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
 
     for each in (envs, twins):
         each.reset(seed=0)
-    monkeypatch.setattr(inner, "_draw", draw)
+    monkeypatch.setattr(inner, "_images", draw)
     with ThreadPoolExecutor(1) as other:
         step = other.submit(envs.step, random_actions(2))
         assert begun.wait(30)
