@@ -1,12 +1,19 @@
 """The compiled control step beside a slow one, written from OSC_POSE's equations with MuJoCo's Python API."""
 
+import ast
+import importlib.util
+import pkgutil
+from pathlib import Path
+
 import mujoco
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 from scipy.spatial.transform import Rotation
 
+import vla_envs
 from vla_envs import LiberoVectorEnv
-from vla_envs.control import ControllerMemory, Views, require_compiled, execute_chunk
+from vla_envs.control import ControllerMemory, Views, execute_chunk, require_compiled
 from vla_envs.scene import load_scene
 
 
@@ -57,7 +64,7 @@ def scene():
 
 
 def random_state(scene, rng):
-    """Two equal ``MjData`` with the arm somewhere above the floor and in motion, and a ``ControllerMemory``."""
+    """Two equal ``MjData`` with the arm somewhere above the floor and in motion, and a memory."""
     data = mujoco.MjData(scene.model)
     data.qpos[:] = scene.sample_init_state(rng)
     data.qpos[:7] += rng.uniform(-0.3, 0.3, 7)
@@ -178,3 +185,20 @@ def test_uncompiled_it_refuses(monkeypatch):
     monkeypatch.setattr("vla_envs.control.execute_chunk", execute_chunk.py_func)
     with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT is set; expected it unset"):
         LiberoVectorEnv()
+
+
+def test_compiled_code_calls_none_of_another_file():
+    """An edit there would have no effect: numba recompiles a function when its own file has changed."""
+    for info in pkgutil.walk_packages(vla_envs.__path__, "vla_envs."):
+        text = Path(importlib.util.find_spec(info.name).origin).read_text()
+        if "njit" not in text:
+            continue
+        tree = ast.parse(text)
+        imports = [
+            node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "vla_envs" in node.module
+        ]
+        ours = {alias.asname or alias.name for node in imports for alias in node.names}
+        module = importlib.import_module(info.name)
+        compiled = [each for each in vars(module).values() if isinstance(each, Dispatcher)]
+        own = [each.py_func for each in compiled if each.py_func.__module__ == info.name]
+        assert own and not ours & {name for function in own for name in function.__code__.co_names}, info.name

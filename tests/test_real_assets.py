@@ -15,8 +15,8 @@ from skimage.metrics import structural_similarity
 
 import vla_envs.scene
 from vla_envs.assets.builtin import write_builtin
-from vla_envs.culling import possible
 from vla_envs.assets.libero import download, resolve_assets, verify_files
+from vla_envs.culling import possible
 from vla_envs.render import OpenGL, Renderer, _gpu, opengl
 from vla_envs.scene import load_scene
 from vla_envs.simulation import Simulation
@@ -247,12 +247,12 @@ def test_faults_are_named_file_by_file(real_folder):
     objects = real_folder / "stable_hope_objects"
     damages = {
         objects / "ketchup/visual/textured_vis.msh": (lambda content: content[:-4], "bytes; expected"),
-        objects / "ketchup/texture_map.png": (lambda content: content[:5000], "cut off"),
+        objects / "ketchup/texture_map.png": (lambda content: content[:5000], "truncated"),
         objects / "bbq_sauce/visual/bbq_sauce_vis.msh": (lambda content: b"", "empty"),
-        objects / "milk/milk.xml": (lambda content: content[:300], "no XML"),
+        objects / "milk/milk.xml": (lambda content: content[:300], "is not XML"),
         objects / "alphabet_soup/alphabet_soup.xml": (lambda content: None, "missing"),
         objects / "salad_dressing/visual/textured_vis.msh": (lambda content: None, "No such file"),
-        real_folder / "textures/light-gray-plaster.png": (lambda content: b"not a picture", "another kind"),
+        real_folder / "textures/light-gray-plaster.png": (lambda content: b"not a picture", "another format"),
     }
     for path, (damage, _) in damages.items():
         replace(path, damage(path.read_bytes()))

@@ -625,13 +625,15 @@ def test_a_closed_environment():
     envs.reset(seed=0)
     envs.close()
     for call in (lambda: envs.step(random_actions(1)), lambda: envs.reset(seed=0)):
-        with pytest.raises(RuntimeError, match="the environment is closed; expected a new one"):
+        with pytest.raises(RuntimeError, match="the environment is closed; make a new one"):
             call()
 
 
 # ---- Interrupts, exceptions, threads and forks -------------------------------------------------------
 
-LEFT = "step was called before reset of environments {}, which are new, or were left in the middle of a call"
+LEFT = (
+    "step was called before reset of environments {}, which are new, or which an interrupt or an error left"
+)
 
 
 def plays_on(envs, num_envs=4):
@@ -715,7 +717,7 @@ def test_a_step_that_fails_wants_a_reset(make_vec, monkeypatch):
         patch.setattr(inner, "_images", {}.__getitem__)
         with pytest.raises(KeyError):
             envs.step(random_actions(4))
-    with pytest.raises(gym.error.ResetNeeded, match="in the middle of a call by an interrupt or an error"):
+    with pytest.raises(gym.error.ResetNeeded, match="an interrupt or an error left in the middle of a call"):
         envs.step(random_actions(4))
     envs.reset(seed=0)
     inner.set_reward(lambda facts: 1 / 0)
@@ -753,7 +755,7 @@ def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
             lambda: inner.set_reward("binary"),
             lambda: envs.close(),
         ):
-            with pytest.raises(RuntimeError, match="the environment is in use by a call that has not ended"):
+            with pytest.raises(RuntimeError, match="the environment is busy with a call that has not ended"):
                 call()
         refused.set()
         assert all(map(same, step.result(), twins.step(random_actions(2))))
@@ -781,8 +783,8 @@ def test_a_forked_process_is_refused(make_vec):
         words = pipe.read().decode()
     assert os.waitpid(child, 0)[1] == 0
     assert words == (
-        f"the environment was made by process {os.getpid()}, of which this one, {child}, is a fork; expected"
-        " one that this process has made"
+        f"the environment belongs to process {os.getpid()}, and this process, {child}, is a fork of it;"
+        " make an environment in this process"
     )
     assert plays_on(envs, 2)
 

@@ -14,7 +14,7 @@ The first command writes ``demos/LiberoObject_4_demo.hdf5`` and a video of the e
 from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.demos.expert import COVERED, LIMITS, ScriptedExpert, require_covered
 from vla_envs.demos.hdf5 import write_hdf5
-from vla_envs.demos.record import Args, main, record
+from vla_envs.demos.recording import Args, main, record
 
 __all__ = ["COVERED", "LIMITS", "Args", "ScriptedExpert", "main", "record", "require_covered", "write_hdf5"]
 
