@@ -1,4 +1,4 @@
-"""Record demonstrations of a scripted expert for pick-and-place, which serve for imitation and as tests.
+"""Record demonstrations of a scripted expert for pick-and-place.
 
 The expert plays all tasks of LIBERO-Object and LIBERO-Spatial. In LIBERO-Goal it plays those that put one
 thing somewhere: the bowl on the stove (1), on the cabinet (4) and on the plate (8), the wine bottle on the

@@ -30,8 +30,8 @@ def load_demonstrations(
 
     Returns:
         For each demonstration of T control steps: ``image (T, H, H, 3)`` uint8, upright as the environments
-        return it; ``state (T, 8)`` float32; and ``actions (T, C, 7)`` float32, the actions of each step and of
-        those after it. The last action is repeated past the end.
+        return it; ``state (T, 8)`` float32; and ``actions (T, C, 7)`` float32, the actions of each step and
+        of the next ones. The last action is repeated past the end.
 
     Raises:
         ValueError: When files are missing, have another layout or too few demonstrations, or when one cannot

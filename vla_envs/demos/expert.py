@@ -1,6 +1,6 @@
-"""A scripted expert for pick-and-place: it reaches, grasps, lifts, carries, releases, and takes the next object.
+"""A scripted expert for pick-and-place, which reads poses from the simulator, as no policy may.
 
-It reads poses from the simulator, which no policy may do.
+It reaches for an object, grasps, lifts, carries and releases it, and then takes the next one.
 """
 
 from typing import NamedTuple

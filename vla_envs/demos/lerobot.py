@@ -172,9 +172,8 @@ def _video_frames(path: Path, start: float, count: int, fps: float) -> NDArray[n
             if abs(about["fps"] - fps) > 0.01 * fps:
                 raise ValueError(f"{str(path)!r} has {about['fps']} frames per second; expected {fps}")
             if count * width * height * 3.0 > MOST_BYTES:
-                raise ValueError(
-                    f"{str(path)!r} has {count} frames of {width} x {height} pixels; expected at most {MOST_BYTES} bytes"
-                )
+                size = f"{count} frames of {width} x {height} pixels"
+                raise ValueError(f"{str(path)!r} has {size}; expected at most {MOST_BYTES} bytes")
             frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{str(path)!r} cannot be decoded: {str(error).splitlines()[-1]}") from None
