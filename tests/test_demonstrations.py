@@ -377,7 +377,7 @@ def test_pictures_of_two_sizes(tmp_path):
     write_demos(tmp_path / "LiberoObject_4_demo.hdf5", lengths=(5,))
     write_demos(tmp_path / "LiberoObject_7_demo.hdf5", lengths=(2,), size=16)
     demos = [load_demonstrations(tmp_path, task, 1, chunk=2) for task in (KETCHUP, MILK)]
-    with pytest.raises(ValueError, match="LiberoObject 7 have 16 pixels; expected 32, as those of"):
+    with pytest.raises(ValueError, match="LiberoObject 7 have 16 pixels; expected 32, like those of"):
         samples([KETCHUP, MILK], demos)
 
 
@@ -618,9 +618,9 @@ SMALL = np.zeros((8, 9, 3), np.uint8)
         ("v3.0", False, gone(META), "meta lists 0 episodes; expected 4"),
         ("v3.0", False, without_tasks, "cannot be read: KeyError"),
         ("v2.1", False, cut("meta/episodes.jsonl"), "cannot be read"),
-        ("v2.1", False, longer, "has 5 frames of it; expected 0 to 5"),
-        ("v2.1", False, each_row(lambda row: {"frame_index": 0}), "has 5 frames of it; expected 0 to 4"),
-        ("v2.1", False, each_row(lambda row: {"episode_index": 2}), "has 0 frames of it; expected 0 to 4"),
+        ("v2.1", False, longer, "has 5 of its frames; expected frames 0 to 5"),
+        ("v2.1", False, each_row(lambda row: {"frame_index": 0}), "has 5 of its frames; expected frames 0 to 4"),
+        ("v2.1", False, each_row(lambda row: {"episode_index": 2}), "has 0 of its frames; expected frames 0 to 4"),
         ("v2.1", False, each_row(lambda row: {"action": [np.nan] * 7}), "action[0, 0] is nan; expected"),
         ("v2.1", False, each_row(lambda row: {"action": [0.5] * row["frame_index"]}), "episode 1 of"),
         ("v2.1", False, each_row(lambda row: {"action": [0.5] * 6}), "is float64 (5, 6); expected floats"),

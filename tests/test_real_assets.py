@@ -16,7 +16,7 @@ from skimage.metrics import structural_similarity
 import vla_envs.scene
 from vla_envs.assets.builtin import write_builtin
 from vla_envs.assets.libero import download, resolve_assets, verify_files
-from vla_envs.culling import possible
+from vla_envs.culling import can_cull
 from vla_envs.render import OpenGL, Renderer, _gpu, opengl
 from vla_envs.scene import load_scene
 from vla_envs.simulation import Simulation
@@ -124,11 +124,11 @@ def test_culled_triangles_change_no_pixel(simulation, size):
 
 def test_mirrors_and_shadows_need_all_triangles(simulation):
     model = simulation(4, 0).scene.model
-    assert possible(model)
+    assert can_cull(model)
     floor = model.geom("floor").matid[0]
     for array, index in ((model.light_castshadow, 0), (model.mat_reflectance, floor)):
         array[index] = 1
-        assert not possible(model)
+        assert not can_cull(model)
         array[index] = 0
 
 

@@ -125,7 +125,7 @@ def test_one_call_at_a_time(crew):
         def outer(self, call):
             return call()
 
-    environment, words = Environment(), r"in use by a call that has not ended.*; expected one call at a time"
+    environment, words = Environment(), r"busy with a call that has not ended.*; make one call at a time"
     with pytest.raises(RuntimeError, match=words):
         environment.outer(lambda: environment.outer(int))
     assert environment.outer(lambda: 1) == 1  # an exception ends a call too
@@ -143,5 +143,5 @@ def test_a_forked_process_has_no_threads(crew, monkeypatch):
     assert crew.is_ours()
     monkeypatch.setattr(os, "getpid", lambda: 7)
     assert not crew.is_ours()
-    with pytest.raises(RuntimeError, match=r"made by process \d+, of which this one, 7, is a fork; expected"):
-        crew.check()
+    with pytest.raises(RuntimeError, match=r"belongs to process \d+, and this process, 7, is a fork of it"):
+        crew.require_idle()

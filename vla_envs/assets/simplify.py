@@ -93,9 +93,8 @@ def _simplify_mesh(mesh: mujoco.MjsMesh, model: mujoco.MjModel, k: int, most: in
     new, facing = new[area > 0], facing[area > 0]
 
     mesh.file, mesh.scale, mesh.refpos, mesh.refquat = "", [1, 1, 1], [0, 0, 0], [1, 0, 0, 0]
-    mesh.inertia = (
-        mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
-    )  # has no effect here; other kinds refuse thin shells
+    # The kind of inertia has no effect here, but the others refuse thin shells.
+    mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
     if model.mesh_texcoordnum[k] == 0:  # MuJoCo computes normals of its own
         mesh.uservert, mesh.userface = points.reshape(-1).tolist(), faces.reshape(-1).tolist()
         return
