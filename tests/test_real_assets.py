@@ -181,8 +181,8 @@ def test_fast_is_light(simulation):
 def test_fast_has_the_same_physics(simulation):
     exact, fast = simulation(4, 5, "exact"), simulation(4, 5, "fast")
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 7))
-    exact.run(actions)
-    fast.run(actions)
+    exact.execute(actions)
+    fast.execute(actions)
     assert np.abs(exact.data.qpos - fast.data.qpos).max() < 1e-9
 
 

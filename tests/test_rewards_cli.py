@@ -233,7 +233,7 @@ def test_the_exit_status(monkeypatch, episodes, capsys):
     for reward, status in (("multi_stage", 0), ("binary", 1)):
         monkeypatch.setattr(sys, "argv", ["rewards", "--check", reward])
         with pytest.raises(SystemExit) as exit_:
-            __main__.run()
+            __main__.program()
         assert exit_.value.code == status
         assert ("FAIL" in capsys.readouterr().out) == bool(status)
 
@@ -277,7 +277,7 @@ def test_bad_input(args, words, recorded, tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["rewards", *flags])
     with pytest.raises(SystemExit) as exit_:
-        __main__.run()
+        __main__.program()
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
