@@ -7,7 +7,7 @@ D action tokens per decision.
                  (--policy flow: flow matching; a policy has its own, imitation_loss)
 
 A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
-LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demonstrations.py``). Of every task --held-out
+LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demos/demonstrations.py``). Of every task --held-out
 further ones are never learnt from; their loss is logged and, with --early-stop, decides when training ends.
 An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun every
 process has its share of each minibatch.
@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_envs import demonstrations, distributed
+from vla_envs import distributed
 from vla_envs.command_line import check_numbers
+from vla_envs.demos import demonstrations
 from vla_envs.tasks import get_task
 from vla_envs.training import arguments, checkpoints, runs
 

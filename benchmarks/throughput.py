@@ -28,7 +28,7 @@ import mujoco
 import numpy as np
 
 import vla_envs  # noqa: F401
-from vla_envs.assets import write_builtin
+from vla_envs.assets.builtin import write_builtin
 from vla_envs.build_scene import write_libero_config
 from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.tasks import get_task
@@ -160,7 +160,7 @@ def thread_scaling(args: Args) -> float:
             envs.reset(seed=[7] * 8)
             with ThreadPoolExecutor(threads) as pool:
                 start = time.perf_counter()
-                list(pool.map(lambda i: envs.simulations[i].run(actions[i]), range(8)))
+                list(pool.map(lambda i: envs.simulations[i].execute(actions[i]), range(8)))
                 seconds[threads] = min(seconds[threads], time.perf_counter() - start)
     envs.close()
     return seconds[1] / seconds[2]
@@ -185,7 +185,7 @@ def control_step_ratio(args: Args) -> float:
             bare += time.perf_counter() - start
             mujoco.mj_setState(model, data, state, PHYSICS)
             start = time.perf_counter()
-            simulation.run(action)
+            simulation.execute(action)
             control += time.perf_counter() - start
         ratios.append(control / bare)
     envs.close()

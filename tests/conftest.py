@@ -105,7 +105,7 @@ def execute(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def libero(tmp_path_factory):
     """``libero.libero``, on the built-in assets."""
-    from vla_envs.assets import write_builtin
+    from vla_envs.assets.builtin import write_builtin
     from vla_envs.build_scene import import_robosuite, write_libero_config
 
     config, assets = tmp_path_factory.mktemp("libero_config"), tmp_path_factory.mktemp("libero_assets")

@@ -1,12 +1,19 @@
 """The compiled control step beside a slow one, written from OSC_POSE's equations with MuJoCo's Python API."""
 
+import ast
+import importlib.util
+import pkgutil
+from pathlib import Path
+
 import mujoco
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 from scipy.spatial.transform import Rotation
 
+import vla_envs
 from vla_envs import LiberoVectorEnv
-from vla_envs.control import ControlState, Views, check_compiled, run_chunk
+from vla_envs.control import ControllerMemory, Views, execute_chunk, require_compiled
 from vla_envs.scene import load_scene
 
 
@@ -57,22 +64,22 @@ def scene():
 
 
 def random_state(scene, rng):
-    """Two equal ``MjData`` with the arm somewhere above the floor and in motion, and a ``ControlState``."""
+    """Two equal ``MjData`` with the arm somewhere above the floor and in motion, and a memory."""
     data = mujoco.MjData(scene.model)
     data.qpos[:] = scene.sample_init_state(rng)
     data.qpos[:7] += rng.uniform(-0.3, 0.3, 7)
     data.qvel[:7] = rng.uniform(-1.0, 1.0, 7)
     twin = mujoco.MjData(scene.model)
     twin.qpos[:], twin.qvel[:] = data.qpos, data.qvel
-    control = ControlState.new()
+    control = ControllerMemory.new()
     control.goal_rotation[...] = Rotation.random(random_state=int(rng.integers(1000))).as_matrix()
     control.gripper[:] = rng.uniform(-0.9, 0.9, 2)
     return data, twin, control
 
 
 def compiled(scene, data, control, actions):
-    """``run_chunk``, somewhere in the middle of an episode."""
-    return run_chunk(
+    """``execute_chunk``, somewhere in the middle of an episode."""
+    return execute_chunk(
         scene.model._address, data._address, Views.of(data), scene.arm, control, scene.goal, actions, False
     )
 
@@ -174,7 +181,24 @@ def test_peak_is_the_greatest_height_of_the_object(scene, drop):
 
 def test_uncompiled_it_refuses(monkeypatch):
     """As ``NUMBA_DISABLE_JIT=1`` leaves it: MuJoCo's functions would not be called."""
-    check_compiled()
-    monkeypatch.setattr("vla_envs.control.run_chunk", run_chunk.py_func)
+    require_compiled()
+    monkeypatch.setattr("vla_envs.control.execute_chunk", execute_chunk.py_func)
     with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT is set; expected it unset"):
         LiberoVectorEnv()
+
+
+def test_compiled_code_calls_none_of_another_file():
+    """An edit there would have no effect: numba recompiles a function when its own file has changed."""
+    for info in pkgutil.walk_packages(vla_envs.__path__, "vla_envs."):
+        text = Path(importlib.util.find_spec(info.name).origin).read_text()
+        if "njit" not in text:
+            continue
+        tree = ast.parse(text)
+        imports = [
+            node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "vla_envs" in node.module
+        ]
+        ours = {alias.asname or alias.name for node in imports for alias in node.names}
+        module = importlib.import_module(info.name)
+        compiled = [each for each in vars(module).values() if isinstance(each, Dispatcher)]
+        own = [each.py_func for each in compiled if each.py_func.__module__ == info.name]
+        assert own and not ours & {name for function in own for name in function.__code__.co_names}, info.name

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import sys
 
 import h5py
 import imageio.v2 as imageio
@@ -12,7 +11,8 @@ import pytest
 from conftest import write_demos
 from PIL import Image
 
-from vla_envs.demonstrations import load_demonstrations, samples
+from vla_envs import demos
+from vla_envs.demos.demonstrations import load_demonstrations, samples
 from vla_envs.tasks import get_task
 
 try:
@@ -257,19 +257,19 @@ def pictures_that_are_a_group(path):
     ("write", "words"),
     [
         (absent, "python -m vla_envs.experts"),
-        (no_hdf5, "no whole HDF5 file"),
+        (no_hdf5, "is not a whole HDF5 file"),
         (cut_short, ""),
         (no_data, "it has no data/demo_0"),
         (no_pictures, "it has no data/demo_0/obs/agentview_rgb"),
         (nothing_in_it, "it has no data/demo_0/actions"),
         (of_another_task, "shows other.bddl; expected pick_up_the_ketchup"),
         (no_numbers, ""),
-        (too_few, "holds 1 demonstrations; expected at least 2"),
+        (too_few, "has 1 demonstrations; expected at least 2"),
         (data_that_is_no_group, "it has no data/demo_0"),
         (demos_that_are_no_groups, "it has no data/demo_0/actions"),
         (a_link_to_nothing, "it has no data/demo_1/actions"),
         (pictures_that_are_a_group, "it has no data/demo_1/obs/agentview_rgb"),
-        (labels_that_are_a_group, "no whole HDF5 file"),
+        (labels_that_are_a_group, "is not a whole HDF5 file"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -347,7 +347,7 @@ def test_a_hand_of_another_convention(tmp_path):
     for name in ("demo_0", "demo_1"):
         with h5py.File(tmp_path / OURS, "a") as file:
             file[f"data/{name}/expert_actions"][:] = hand
-    with pytest.raises(ValueError, match="are from 0 to 1; expected -1 to open it") as error:
+    with pytest.raises(ValueError, match="range from 0 to 1; expected -1 to open the hand") as error:
         load_demonstrations(tmp_path, KETCHUP, 2, chunk=2)
     assert str(tmp_path) in str(error.value)
 
@@ -377,7 +377,7 @@ def test_pictures_of_two_sizes(tmp_path):
     write_demos(tmp_path / "LiberoObject_4_demo.hdf5", lengths=(5,))
     write_demos(tmp_path / "LiberoObject_7_demo.hdf5", lengths=(2,), size=16)
     demos = [load_demonstrations(tmp_path, task, 1, chunk=2) for task in (KETCHUP, MILK)]
-    with pytest.raises(ValueError, match="LiberoObject 7 have 16 pixels; expected 32, as those of"):
+    with pytest.raises(ValueError, match="LiberoObject 7 have 16 pixels; expected 32, like those of"):
         samples([KETCHUP, MILK], demos)
 
 
@@ -391,7 +391,7 @@ def test_a_lerobot_data_set_without_the_package_that_reads_it(tmp_path, monkeypa
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "pyarrow" else find_spec(name, *rest)
     )
-    with pytest.raises(ValueError, match="expected what reads it: pip install pyarrow") as error:
+    with pytest.raises(ValueError, match="which pyarrow reads; expected: pip install pyarrow") as error:
         load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)
     assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
@@ -538,7 +538,7 @@ def test_a_lerobot_data_set_with_too_few(lerobot):
     data = lerobot()
     assert len(load_demonstrations(data.folder, KETCHUP, 1, chunk=1)) == 1
     for task, episodes, found in ((KETCHUP, 3, 2), (get_task("LiberoObject", 0), 1, 0)):
-        with pytest.raises(ValueError, match=f"holds {found} demonstrations") as error:
+        with pytest.raises(ValueError, match=f"has {found} demonstrations") as error:
             load_demonstrations(data.folder, task, episodes, chunk=1)
         line = str(error.value)
         assert str(data.folder) in line and task.instruction in line and len(line.splitlines()) == 1
@@ -610,7 +610,7 @@ SMALL = np.zeros((8, 9, 3), np.uint8)
         ("v3.0", False, info(features=[]), "episode 1 of"),
         ("v3.0", False, info(data_path="{nothing}"), "episode 1 of"),
         ("v3.0", False, info(total_episodes=5), "meta lists 4 episodes; expected 5"),
-        ("v3.0", False, info(features={"action": {"dtype": "float32"}}), "expected pictures"),
+        ("v3.0", False, info(features={"action": {"dtype": "float32"}}), "expected images"),
         ("v3.0", False, cut("meta/info.json"), "cannot be read"),
         ("v3.0", False, cut(DATA), "episode 1 of"),
         ("v3.0", False, gone(DATA), "episode 1 of"),
@@ -618,9 +618,9 @@ SMALL = np.zeros((8, 9, 3), np.uint8)
         ("v3.0", False, gone(META), "meta lists 0 episodes; expected 4"),
         ("v3.0", False, without_tasks, "cannot be read: KeyError"),
         ("v2.1", False, cut("meta/episodes.jsonl"), "cannot be read"),
-        ("v2.1", False, longer, "has 5 frames of it; expected 0 to 5"),
-        ("v2.1", False, each_row(lambda row: {"frame_index": 0}), "has 5 frames of it; expected 0 to 4"),
-        ("v2.1", False, each_row(lambda row: {"episode_index": 2}), "has 0 frames of it; expected 0 to 4"),
+        ("v2.1", False, longer, "has 5 of its frames; expected frames 0 to 5"),
+        ("v2.1", False, each_row(lambda row: {"frame_index": 0}), "has 5 of its frames; expected"),
+        ("v2.1", False, each_row(lambda row: {"episode_index": 2}), "has 0 of its frames; expected"),
         ("v2.1", False, each_row(lambda row: {"action": [np.nan] * 7}), "action[0, 0] is nan; expected"),
         ("v2.1", False, each_row(lambda row: {"action": [0.5] * row["frame_index"]}), "episode 1 of"),
         ("v2.1", False, each_row(lambda row: {"action": [0.5] * 6}), "is float64 (5, 6); expected floats"),
@@ -648,15 +648,18 @@ def test_a_lerobot_data_set_that_will_not_do(lerobot, version, videos, harm, wor
     ("videos", "limits", "words"),
     [
         (False, {"MOST_ROWS": 8}, "claims 9 rows"),
-        (False, {"MOST_BYTES": 300}, "expected at most 8388608 and 300"),
-        (True, {"MOST_BYTES": 14_000}, "has pictures of 32 x 32 pixels"),  # 15 kB of them
+        (False, {"MOST_BYTES": 300}, "expected at most 8388608 rows and 300 bytes"),
+        (
+            True,
+            {"MOST_BYTES": 14_000},
+            "frames of 32 x 32 pixels; expected at most 14000 bytes",
+        ),  # 15 kB of them
     ],
 )
 def test_a_lerobot_data_set_that_claims_too_much(lerobot, videos, limits, words, monkeypatch):
     data = lerobot(videos=videos)
-    demonstrations = sys.modules[load_demonstrations.__module__]
     for name, limit in limits.items():
-        monkeypatch.setattr(demonstrations, name, limit)
+        monkeypatch.setattr(demos.lerobot, name, limit)
     with pytest.raises(ValueError, match=words) as error:
         load_demonstrations(data.folder, KETCHUP, 1, chunk=1)
     assert str(data.folder) in str(error.value)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vla_envs import experts
+from vla_envs.demos import recording
 from vla_envs.experts import COVERED, ScriptedExpert
 from vla_envs.tasks import get_task, recorded_init_states
 
@@ -42,9 +43,7 @@ def test_it_succeeds_on_other_suites(make_vec, suite, task_id):
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "task_id"), [(suite, k) for suite, ids in COVERED.items() for k in ids])
 def test_it_succeeds_on_all_recorded_states(make_vec, suite, task_id):
-    envs = make_vec(
-        50, suite=suite, task_id=task_id, max_episode_steps=experts.LIMITS.get(suite, 200), image_size=8
-    )
+    envs = make_vec(50, suite=suite, task_id=task_id, max_episode_steps=experts.LIMITS[suite], image_size=8)
     envs.reset(options={"init_state_id": list(range(50))})
     assert episode(envs, ScriptedExpert(envs.unwrapped)).sum() >= (48 if suite == "LiberoObject" else 45)
 
@@ -118,7 +117,7 @@ def test_it_acts_every_control_step(make_vec):
         ({"episodes": 0}, "episodes is 0; expected a number above 0"),
         ({"noise": float("nan")}, "noise is nan; expected a number of at least 0"),
         ({"image_size": 4}, "image_size is 4; expected an int from 8"),
-        ({"out": Path("/proc/demos")}, "folder '/proc/demos' cannot be made"),
+        ({"out": Path("/proc/demos")}, "folder '/proc/demos' cannot be created"),
     ],
 )
 def test_demonstrations_that_cannot_be_made(given, words, tmp_path):
@@ -145,8 +144,8 @@ def test_what_is_written_is_whole_or_absent(during, error, make_vec, tmp_path, m
     envs = make_vec(1).unwrapped
     one = {"image": np.zeros((3, 16, 16, 3), np.uint8), "state": np.zeros((3, 8)), "seed": np.asarray(5)}
     one |= {name: np.zeros((3, 7)) for name in ("actions", "expert_actions")}
-    monkeypatch.setattr(experts, "LiberoVectorEnv", lambda *args, **kwargs: envs)
-    monkeypatch.setattr(experts, "record", lambda *args: [one])
+    monkeypatch.setattr(recording, "LiberoVectorEnv", lambda *args, **kwargs: envs)
+    monkeypatch.setattr(recording, "record", lambda *args: [one])
     monkeypatch.setattr(envs, "close", lambda: None)
     args = experts.Args(out=tmp_path, task_ids=(4,), episodes=1, videos=True)
     experts.main(args)
@@ -163,7 +162,9 @@ def test_what_is_written_is_whole_or_absent(during, error, make_vec, tmp_path, m
             patch.setattr(h5py.Group, "create_dataset", lambda *args, **kwargs: break_off(tmp_path))
         else:
             patch.setattr(
-                experts.imageio, "mimwrite", lambda path, *args, **kwargs: break_off(path.write_text("half"))
+                recording.imageio,
+                "mimwrite",
+                lambda path, *args, **kwargs: break_off(path.write_text("half")),
             )
         experts.main(args)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -219,7 +220,7 @@ def test_a_demonstration_replays(demos, make_vec):
 
 
 def test_the_script_reads_what_the_expert_writes(demos):
-    from vla_envs.demonstrations import load_demonstrations
+    from vla_envs.demos.demonstrations import load_demonstrations
     from vla_envs.tasks import get_task
 
     read = load_demonstrations(Path(demos.file.filename).parent, get_task("LiberoObject", 4), 2, chunk=8)

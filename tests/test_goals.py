@@ -63,7 +63,7 @@ def test_success_is_liberos_in_the_scene(libero_env, task_id):
     for _ in range(200):
         data.qpos[:] = scene.sample_init_state(rng)
         mujoco.mj_kinematics(scene.model, data)
-        around = rng.uniform(-1.5, 1.5, 3) * scene.goal.figures[0]
+        around = rng.uniform(-1.5, 1.5, 3) * scene.goal.parameters[0]
         data.qpos[start : start + 3] = data.site_xpos[scene.goal.target[0]] + around
         mujoco.mj_kinematics(scene.model, data)
         env.sim.data.qpos[:] = data.qpos
@@ -85,7 +85,7 @@ def simulation():
 
 
 def read(simulation, success=False):
-    return simulation.facts.read(simulation.origin, simulation.control.peak, success)
+    return simulation.facts.read(simulation.origin, simulation.memory.peak, success)
 
 
 def place(simulation, position):
@@ -130,7 +130,7 @@ def test_peak_height_stays_when_the_object_comes_down(simulation):
     basket = simulation.data.site("basket_1_contain_region").xpos.copy()
     place(simulation, basket + np.array([0.3, 0, 0.3]))
     highest = read(simulation)["object_height"]
-    simulation.run(np.tile([0, 0, 0, 0, 0, 0, -1.0], (20, 1)))
+    simulation.execute(np.tile([0, 0, 0, 0, 0, 0, -1.0], (20, 1)))
     facts = read(simulation)
     assert facts["object_height"] < 0.1 < facts["object_peak_height"] <= highest
 
@@ -150,7 +150,7 @@ def test_touching_and_grasped(simulation):
 
 
 def test_the_gripper_opens_and_closes(simulation):
-    simulation.run(np.tile([0, 0, 0, 0, 0, 0, 1.0], (30, 1)))
+    simulation.execute(np.tile([0, 0, 0, 0, 0, 0, 1.0], (30, 1)))
     assert read(simulation)["gripper_opening"] < 0.005
-    simulation.run(np.tile([0, 0, 0, 0, 0, 0, -1.0], (30, 1)))
+    simulation.execute(np.tile([0, 0, 0, 0, 0, 0, -1.0], (30, 1)))
     assert read(simulation)["gripper_opening"] > 0.075

@@ -27,7 +27,7 @@ def test_the_doctor_finds_nothing_to_do():
     lines = {line.split()[1]: line for line in out.splitlines()}
     assert status == 0 and "mend" not in out
     assert list(lines) == [
-        "versions", "opengl", "picture", "speed", "threads", "memory", "gpu", "assets", "cache"
+        "versions", "opengl", "image", "speed", "threads", "memory", "gpu", "assets", "cache"
     ]  # fmt: skip
     assert "mujoco 3.3.2" in lines["versions"] and float(lines["speed"].split()[2]) > 10
 
@@ -65,7 +65,7 @@ def test_the_package_of_the_opengl_that_was_asked_for(tmp_path):
     code = "import vla_envs.__main__ as main\ntry: main.opengl()\nexcept RuntimeError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == (
-        "no OpenGL to draw with; osmesa: its library cannot be loaded; "
+        "there is no OpenGL to draw with; osmesa: its library cannot be loaded; "
         "on Debian or Ubuntu: apt-get install libosmesa6\n"
     ), done.stderr
 
@@ -140,11 +140,11 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
 
     monkeypatch.setattr("gymnasium.make", lambda *args, **kwargs: Env())
     picture = np.zeros((128, 128, 3), np.uint8)
-    state, words = main.picture()
+    state, words = main.image()
     assert state == "mend" and "libosmesa6" in words
     picture = np.arange(128 * 128 * 3, dtype=np.uint8).reshape(128, 128, 3)
-    state, words = main.picture()
-    assert state == "note" and "harmless" in words and main.PICTURE in words
+    state, words = main.image()
+    assert state == "note" and "harmless" in words and main.CHECKSUM in words
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_downloaded_assets_are_found(monkeypatch, tmp_path):
 
 def test_a_folder_of_assets_that_is_none(monkeypatch):
     monkeypatch.setenv("LIBERO_ASSETS", "/nowhere")
-    with pytest.raises(ValueError, match="no folder of LIBERO's assets"):
+    with pytest.raises(ValueError, match="does not name a folder of LIBERO's assets"):
         main.assets()
 
 

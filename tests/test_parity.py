@@ -163,11 +163,11 @@ def test_pictures_of_real_assets_are_liberos(real_env, real_assets, make_vec, ta
             assert difference.mean() < 0.1 and (difference > 16).mean() < 0.001, mine
 
 
-def test_the_figures_are_liberos(real_assets):
-    """``figures.json`` still says what LIBERO's own files say."""
+def test_the_physics_is_liberos(real_assets):
+    """``physics.json`` still says what LIBERO's own files say."""
     import json
     from pathlib import Path
 
-    from vla_envs.assets import FIGURES, read_figures
+    from vla_envs.assets.builtin import PHYSICS, read_physics
 
-    assert json.loads(FIGURES.read_text()) == read_figures(Path(real_assets))
+    assert json.loads(PHYSICS.read_text()) == read_physics(Path(real_assets))

@@ -14,9 +14,9 @@ import pytest
 from skimage.metrics import structural_similarity
 
 import vla_envs.scene
-from vla_envs.assets import write_builtin
-from vla_envs.culling import possible
-from vla_envs.real_assets import check_files, download, resolve_assets
+from vla_envs.assets.builtin import write_builtin
+from vla_envs.assets.libero import download, resolve_assets, verify_files
+from vla_envs.culling import can_cull
 from vla_envs.render import OpenGL, Renderer, _gpu, opengl
 from vla_envs.scene import load_scene
 from vla_envs.simulation import Simulation
@@ -111,7 +111,7 @@ def test_culled_triangles_change_no_pixel(simulation, size):
     next(iter(whole._canvases.values())).culling = None
     faces, counts = model.mesh_face.copy(), model.mesh_facenum.copy()
     for _ in range(6):
-        simulation.run(rng.uniform(-1, 1, (10, 7)))
+        simulation.execute(rng.uniform(-1, 1, (10, 7)))
         mujoco.mj_step1(model, simulation.data)
         for camera in CAMERAS.values():
             picture = culled.draw(simulation.data, camera)
@@ -124,11 +124,11 @@ def test_culled_triangles_change_no_pixel(simulation, size):
 
 def test_mirrors_and_shadows_need_all_triangles(simulation):
     model = simulation(4, 0).scene.model
-    assert possible(model)
+    assert can_cull(model)
     floor = model.geom("floor").matid[0]
     for array, index in ((model.light_castshadow, 0), (model.mat_reflectance, floor)):
         array[index] = 1
-        assert not possible(model)
+        assert not can_cull(model)
         array[index] = 0
 
 
@@ -181,8 +181,8 @@ def test_fast_is_light(simulation):
 def test_fast_has_the_same_physics(simulation):
     exact, fast = simulation(4, 5, "exact"), simulation(4, 5, "fast")
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 7))
-    exact.run(actions)
-    fast.run(actions)
+    exact.execute(actions)
+    fast.execute(actions)
     assert np.abs(exact.data.qpos - fast.data.qpos).max() < 1e-9
 
 
@@ -218,14 +218,14 @@ def real_folder(real_assets, tmp_path):
 @pytest.mark.parametrize("task_id", range(10))
 def test_a_whole_folder(folder, real_assets, task_id):
     bddl_file = get_task("LiberoObject", task_id).bddl_file
-    check_files(folder, bddl_file)
-    check_files(Path(real_assets), bddl_file)
+    verify_files(folder, bddl_file)
+    verify_files(Path(real_assets), bddl_file)
 
 
 @pytest.mark.parametrize("suite", ["LiberoSpatial", "LiberoGoal", "Libero10", "Libero90"])
 def test_a_whole_folder_of_other_suites(real_assets, suite):
     for task_id in range(90 if suite == "Libero90" else 10)[::9]:
-        check_files(Path(real_assets), get_task(suite, task_id).bddl_file)
+        verify_files(Path(real_assets), get_task(suite, task_id).bddl_file)
 
 
 def replace(path, content):
@@ -237,7 +237,7 @@ def replace(path, content):
 
 def faults(folder):
     with pytest.raises(ValueError) as error:
-        check_files(folder, KETCHUP)
+        verify_files(folder, KETCHUP)
     first, *lines = str(error.value).splitlines()
     assert str(folder) in first
     return lines
@@ -247,12 +247,12 @@ def test_faults_are_named_file_by_file(real_folder):
     objects = real_folder / "stable_hope_objects"
     damages = {
         objects / "ketchup/visual/textured_vis.msh": (lambda content: content[:-4], "bytes; expected"),
-        objects / "ketchup/texture_map.png": (lambda content: content[:5000], "cut off"),
+        objects / "ketchup/texture_map.png": (lambda content: content[:5000], "truncated"),
         objects / "bbq_sauce/visual/bbq_sauce_vis.msh": (lambda content: b"", "empty"),
-        objects / "milk/milk.xml": (lambda content: content[:300], "no XML"),
+        objects / "milk/milk.xml": (lambda content: content[:300], "is not XML"),
         objects / "alphabet_soup/alphabet_soup.xml": (lambda content: None, "missing"),
         objects / "salad_dressing/visual/textured_vis.msh": (lambda content: None, "No such file"),
-        real_folder / "textures/light-gray-plaster.png": (lambda content: b"not a picture", "another kind"),
+        real_folder / "textures/light-gray-plaster.png": (lambda content: b"not a picture", "another format"),
     }
     for path, (damage, _) in damages.items():
         replace(path, damage(path.read_bytes()))

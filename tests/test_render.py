@@ -207,7 +207,7 @@ def test_a_burner_glows_while_it_is_on():
 def egl_of(found):
     """MuJoCo's module for EGL, or a skip."""
     if found.backend != "egl":
-        pytest.skip(f"{found.backend} is no EGL")
+        pytest.skip(f"{found.backend} is not EGL")
     return importlib.import_module("mujoco.egl")
 
 
@@ -370,10 +370,13 @@ def first_time(monkeypatch):
         ({"MUJOCO_GL": "elg"}, r"^MUJOCO_GL is 'elg'; expected one of \[.*\]; did you mean 'egl'\?$"),
         (
             {"MUJOCO_EGL_DEVICE_ID": "99"},
-            r"^MUJOCO_EGL_DEVICE_ID is 99; expected a number below \d+: EGL's devices$",
+            r"^MUJOCO_EGL_DEVICE_ID is 99; expected a number below \d+, EGL's devices$",
         ),
-        ({"MUJOCO_EGL_DEVICE_ID": "x"}, r"^MUJOCO_EGL_DEVICE_ID is 'x'; expected a number from 0 up$"),
-        ({"LOCAL_RANK": "-1"}, r"^LOCAL_RANK is '-1'; expected a number from 0 up$"),
+        (
+            {"MUJOCO_EGL_DEVICE_ID": "x"},
+            r"^MUJOCO_EGL_DEVICE_ID is 'x'; expected a whole number of at least 0$",
+        ),
+        ({"LOCAL_RANK": "-1"}, r"^LOCAL_RANK is '-1'; expected a whole number of at least 0$"),
     ],
 )
 def test_a_wrong_setting_is_named(first_time, variables, words):
@@ -386,10 +389,10 @@ def test_a_wrong_setting_is_named(first_time, variables, words):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"MUJOCO_GL": "cgl"}, r"^no OpenGL to draw with; cgl: .+; cgl is macOS's$"),
+        ({"MUJOCO_GL": "cgl"}, r"^there is no OpenGL to draw with; cgl: .+; cgl exists only on macOS$"),
         (
             {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"},
-            r"^no OpenGL to draw with; egl: PYOPENGL_PLATFORM is 'osmesa', expected 'egl' or none$",
+            r"^there is no OpenGL to draw with; egl: PYOPENGL_PLATFORM is 'osmesa'; expected 'egl' or none$",
         ),
     ],
 )
@@ -412,7 +415,8 @@ def test_what_each_backend_says_and_the_package_of_the_first(first_time, monkeyp
     with pytest.raises(RuntimeError) as caught:
         opengl()
     assert str(caught.value) == (
-        "no OpenGL to draw with; egl: its library cannot be loaded; osmesa: no libOSMesa; glfw: KeyError; "
+        "there is no OpenGL to draw with; egl: its library cannot be loaded; osmesa: no libOSMesa; "
+        "glfw: KeyError; "
         "on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri"
     )
 

@@ -14,7 +14,7 @@ from vla_envs.rewards import (
     STAGE_REWARDS,
     STAGES,
     all_stage_names,
-    evaluate_reward,
+    compute_reward,
     multi_stage,
     resolve_reward,
     stage_names,
@@ -94,7 +94,7 @@ CONJUNCTIONS = [
 @pytest.mark.parametrize(("facts", "name", "reward"), JOINT_SITUATIONS + CONJUNCTIONS)
 def test_joints_and_conjunctions(facts, name, reward):
     values, stages = multi_stage(batch(facts))
-    assert (values.tolist(), stage_names(batch(facts)).tolist()) == ([reward], [name])
+    assert (values.tolist(), stage_names(batch(facts), stages).tolist()) == ([reward], [name])
     assert stages[0] // len(STAGES) == min(facts["goals_met"], facts["goals"] - 1)
 
 
@@ -371,12 +371,12 @@ BAD = {
 def test_a_reward_that_is_no_number_per_environment(bad):
     facts = batch(FAR | {"object_height": 0.1}, FAR)
     with pytest.raises(ValueError, match=r"(?s)reward function returned .* expected"):
-        evaluate_reward(BAD[bad], facts)
+        compute_reward(BAD[bad], facts)
 
 
 def test_a_fact_that_there_is_not():
     with pytest.raises(ValueError, match=r"KeyError: 'object_hight'; .*did you mean 'object_height'"):
-        evaluate_reward(lambda facts: facts["object_hight"], batch(FAR))
+        compute_reward(lambda facts: facts["object_hight"], batch(FAR))
 
 
 @pytest.mark.parametrize("env", [gym.make("CartPole-v1"), gym.make_vec("CartPole-v1", 2), 3, None])

@@ -11,7 +11,7 @@ from vla_envs import experts
 from vla_envs.goals import FACTS
 from vla_envs.rewards import __main__, binary, multi_stage
 from vla_envs.rewards.__main__ import Args, main
-from vla_envs.rewards.check import check, check_plot
+from vla_envs.rewards.check import check, validate_plot
 from vla_envs.rewards.episodes import collect
 from vla_envs.rewards.prompt import goal_in_words, prompt
 from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
@@ -233,7 +233,7 @@ def test_the_exit_status(monkeypatch, episodes, capsys):
     for reward, status in (("multi_stage", 0), ("binary", 1)):
         monkeypatch.setattr(sys, "argv", ["rewards", "--check", reward])
         with pytest.raises(SystemExit) as exit_:
-            __main__.run()
+            __main__.program()
         assert exit_.value.code == status
         assert ("FAIL" in capsys.readouterr().out) == bool(status)
 
@@ -241,7 +241,7 @@ def test_the_exit_status(monkeypatch, episodes, capsys):
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        check_plot(tmp_path / "reward.png")
+        validate_plot(tmp_path / "reward.png")
 
 
 @pytest.mark.parametrize(
@@ -251,17 +251,17 @@ def test_without_matplotlib(monkeypatch, tmp_path):
         ({"check": "{bad}:reward"}, "does not run: SyntaxError"),
         ({"check": "multistage"}, "did you mean 'multi_stage'"),
         ({"check": "multi_stage", "plot": "reward.txt"}, "ends in one of"),
-        ({"check": "multi_stage", "plot": "nowhere/reward.png"}, "a folder that exists"),
+        ({"check": "multi_stage", "plot": "nowhere/reward.png"}, "a file in a folder that exists"),
         ({"check": "multi_stage", "episodes": 0}, "episodes is 0"),
-        ({"check": "multi_stage", "demonstrations": "nowhere.hdf5"}, "no demonstration file"),
-        ({"check": "multi_stage", "demonstrations": "{bad}"}, "no whole HDF5 file"),
+        ({"check": "multi_stage", "demonstrations": "nowhere.hdf5"}, "nowhere.hdf5' does not exist"),
+        ({"check": "multi_stage", "demonstrations": "{bad}"}, "is not a whole HDF5 file"),
         ({"check": "multi_stage", "demonstrations": "{recorded}", "task_id": 3}, "expected pick_up_the_bbq"),
         (
             {"check": "multi_stage", "suite": "LiberoGoal", "task_id": 0},
             "expected --demonstrations FILE.hdf5",
         ),
         ({"plot": "reward.png"}, "expected --check"),
-        ({"episodes": 3}, "--episodes belongs to a check; expected --check"),
+        ({"episodes": 3}, "--episodes needs --check"),
         ({"suite": "Libero"}, "suite 'Libero' is unknown"),
         ({"task_id": 10}, "task_id 10 does not exist"),
     ],
@@ -277,7 +277,7 @@ def test_bad_input(args, words, recorded, tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["rewards", *flags])
     with pytest.raises(SystemExit) as exit_:
-        __main__.run()
+        __main__.program()
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1

@@ -16,9 +16,9 @@ import pytest
 from scipy.stats import ks_2samp
 
 import vla_envs.scene
-from vla_envs.assets import write_builtin
+from vla_envs.assets.builtin import write_builtin
 from vla_envs.machine import cache_folder
-from vla_envs.scene import check_versions, load_scene, resolve_assets
+from vla_envs.scene import load_scene, require_mujoco, resolve_assets
 from vla_envs.tasks import recorded_init_states
 
 
@@ -83,7 +83,7 @@ def test_the_folder_of_the_session_is_nobody_elses(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     os.mkdir(tmp_path / "vla_envs-12345")
     if folder.stat().st_uid != 12345:
-        with pytest.raises(PermissionError, match="another user's"):
+        with pytest.raises(PermissionError, match="belongs to another user"):
             cache_folder()
 
 
@@ -208,7 +208,7 @@ def confined(tmp_path):
 def test_a_build_leaves_liberos_configuration_alone(tmp_path, existing, confined):
     """No prompt, no new file in the home folder, and an existing one is neither changed nor believed.
 
-    Nor is anything else written but caches: not robosuite's log, which may be another user's.
+    Nor is anything else written but caches: not robosuite's log, which may be belongs to another user.
     """
     home, config = tmp_path / "home", tmp_path / "home" / ".libero" / "config.yaml"
     home.mkdir()
@@ -263,7 +263,7 @@ def test_a_build_that_fails_says_why(tmp_path, monkeypatch, reload):
 def test_another_mujoco_is_refused(monkeypatch):
     monkeypatch.setattr(mujoco, "__version__", "3.4.0")
     with pytest.raises(ImportError, match=r"mujoco 3\.4\.0 .* expected 3\.3\.2"):
-        check_versions()
+        require_mujoco()
 
 
 @pytest.mark.parametrize(

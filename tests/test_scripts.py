@@ -25,7 +25,7 @@ from conftest import ROOT, words_of, write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sft_vla
-from vla_envs import demonstrations
+from vla_envs.demos import demonstrations
 from vla_envs.policies import SHIPPED, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task

@@ -101,11 +101,11 @@ def shuffle(scene, data, rng):
     mujoco.mj_kinematics(model, data)
     for k in rng.permutation(len(goal.kind)):
         if goal.kind[k] == JOINT:
-            data.qpos[goal.target[k]] = goal.figures[k, 0] + rng.uniform(-0.05, 0.05)
+            data.qpos[goal.target[k]] = goal.parameters[k, 0] + rng.uniform(-0.05, 0.05)
         else:
             on_object = goal.kind[k] == ON_OBJECT
             centre = (data.xpos if on_object else data.site_xpos)[goal.target[k]]
-            size = [0.02, 0.02, 0.05] if on_object else np.minimum(goal.figures[k], 0.08)
+            size = [0.02, 0.02, 0.05] if on_object else np.minimum(goal.parameters[k], 0.08)
             start = model.jnt_qposadr[model.body_jntadr[goal.subject[k]]]
             data.qpos[start : start + 3] = centre + rng.uniform(-1.3, 1.3, 3) * size
             if goal.contact[k].any():

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from vla_envs.threads import Crew, alone
+from vla_envs.threads import Crew, exclusive
 
 
 @pytest.fixture
@@ -56,16 +56,16 @@ def test_the_next_call_waits_for_what_two_interrupts_have_left(crew, interrupt):
     class Environment:
         _crew = crew
 
-        @alone
+        @exclusive
         def look(self):
             order.append("look")
 
     with pytest.raises(KeyboardInterrupt):
         crew.do(work, [0])
-    assert crew.is_left_working() and not order
+    assert crew.outlived_its_call() and not order
     threading.Timer(0.1, left.set).start()
     Environment().look()
-    assert order == ["left", "look"] and not crew.is_left_working()
+    assert order == ["left", "look"] and not crew.outlived_its_call()
 
 
 def test_an_interrupt_while_work_is_handed_out(crew, monkeypatch):
@@ -121,11 +121,11 @@ def test_one_call_at_a_time(crew):
     class Environment:
         _crew = crew
 
-        @alone
+        @exclusive
         def outer(self, call):
             return call()
 
-    environment, words = Environment(), r"in use by a call that has not ended.*; expected one call at a time"
+    environment, words = Environment(), r"busy with a call that has not ended.*; make one call at a time"
     with pytest.raises(RuntimeError, match=words):
         environment.outer(lambda: environment.outer(int))
     assert environment.outer(lambda: 1) == 1  # an exception ends a call too
@@ -143,5 +143,5 @@ def test_a_forked_process_has_no_threads(crew, monkeypatch):
     assert crew.is_ours()
     monkeypatch.setattr(os, "getpid", lambda: 7)
     assert not crew.is_ours()
-    with pytest.raises(RuntimeError, match=r"made by process \d+, of which this one, 7, is a fork; expected"):
-        crew.check()
+    with pytest.raises(RuntimeError, match=r"belongs to process \d+, and this process, 7, is a fork of it"):
+        crew.require_idle()

@@ -625,13 +625,15 @@ def test_a_closed_environment():
     envs.reset(seed=0)
     envs.close()
     for call in (lambda: envs.step(random_actions(1)), lambda: envs.reset(seed=0)):
-        with pytest.raises(RuntimeError, match="the environment is closed; expected a new one"):
+        with pytest.raises(RuntimeError, match="the environment is closed; make a new one"):
             call()
 
 
 # ---- Interrupts, exceptions, threads and forks -------------------------------------------------------
 
-LEFT = "step was called before reset of environments {}, which are new, or were left in the middle of a call"
+LEFT = (
+    "step was called before reset of environments {}, which are new, or which an interrupt or an error left"
+)
 
 
 def plays_on(envs, num_envs=4):
@@ -648,7 +650,7 @@ def plays_on(envs, num_envs=4):
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_an_interrupted_step_wants_a_reset(make_vec, interrupt, monkeypatch, num_threads):
     envs = make_vec(4, num_threads=num_threads)
-    inner, drawn, ended = envs.unwrapped, envs.unwrapped._draw, []
+    inner, drawn, ended = envs.unwrapped, envs.unwrapped._images, []
 
     def draw(i):
         if i == 0:
@@ -658,7 +660,7 @@ def test_an_interrupted_step_wants_a_reset(make_vec, interrupt, monkeypatch, num
         return picture
 
     envs.reset(seed=0)
-    monkeypatch.setattr(inner, "_draw", draw)
+    monkeypatch.setattr(inner, "_images", draw)
     with pytest.raises(KeyboardInterrupt):
         envs.step(random_actions(4))
     before = inner.qpos
@@ -689,9 +691,9 @@ def test_an_interrupted_reset_wants_a_reset(make_vec, interrupt, monkeypatch):
         copied.append(copy(self, *settled))
 
     for place, name, replacement, seed in (
-        (inner, "_draw", lambda i: {} if i else interrupt(), 50),  # while they settle
+        (inner, "_images", lambda i: {} if i else interrupt(), 50),  # while they settle
         (vector.Simulation, "copy_from", copy_one, 0),
-        (vector, "evaluate_reward", stop, 0),
+        (vector, "compute_reward", stop, 0),
     ):
         before = member(inner.qpos, 3)
         with monkeypatch.context() as patch:
@@ -712,10 +714,10 @@ def test_a_step_that_fails_wants_a_reset(make_vec, monkeypatch):
     inner = envs.unwrapped
     envs.reset(seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(inner, "_draw", {}.__getitem__)
+        patch.setattr(inner, "_images", {}.__getitem__)
         with pytest.raises(KeyError):
             envs.step(random_actions(4))
-    with pytest.raises(gym.error.ResetNeeded, match="in the middle of a call by an interrupt or an error"):
+    with pytest.raises(gym.error.ResetNeeded, match="an interrupt or an error left in the middle of a call"):
         envs.step(random_actions(4))
     envs.reset(seed=0)
     inner.set_reward(lambda facts: 1 / 0)
@@ -731,7 +733,7 @@ def test_a_step_that_fails_wants_a_reset(make_vec, monkeypatch):
 
 def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
     envs, twins = make_vec(2, num_threads=2, render_mode="rgb_array"), make_vec(2)
-    inner, drawn = envs.unwrapped, envs.unwrapped._draw
+    inner, drawn = envs.unwrapped, envs.unwrapped._images
     begun, refused = threading.Event(), threading.Event()
 
     def draw(i):
@@ -741,7 +743,7 @@ def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
 
     for each in (envs, twins):
         each.reset(seed=0)
-    monkeypatch.setattr(inner, "_draw", draw)
+    monkeypatch.setattr(inner, "_images", draw)
     with ThreadPoolExecutor(1) as other:
         step = other.submit(envs.step, random_actions(2))
         assert begun.wait(30)
@@ -753,7 +755,7 @@ def test_two_threads_at_once_are_refused(make_vec, monkeypatch):
             lambda: inner.set_reward("binary"),
             lambda: envs.close(),
         ):
-            with pytest.raises(RuntimeError, match="the environment is in use by a call that has not ended"):
+            with pytest.raises(RuntimeError, match="the environment is busy with a call that has not ended"):
                 call()
         refused.set()
         assert all(map(same, step.result(), twins.step(random_actions(2))))
@@ -781,8 +783,8 @@ def test_a_forked_process_is_refused(make_vec):
         words = pipe.read().decode()
     assert os.waitpid(child, 0)[1] == 0
     assert words == (
-        f"the environment was made by process {os.getpid()}, of which this one, {child}, is a fork; expected"
-        " one that this process has made"
+        f"the environment belongs to process {os.getpid()}, and this process, {child}, is a fork of it;"
+        " make an environment in this process"
     )
     assert plays_on(envs, 2)
 

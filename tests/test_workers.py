@@ -228,7 +228,7 @@ def test_two_threads_at_once_are_refused(shared, monkeypatch):
             lambda: envs.set_reward("multi_stage"),
             lambda: envs.close(),
         ):
-            with pytest.raises(RuntimeError, match="the environment is in use by a call that has not ended"):
+            with pytest.raises(RuntimeError, match="the environment is busy with a call that has not ended"):
                 call()
         refused.set()
         assert step.result()[1].tolist() == [0.0] * 3
@@ -252,7 +252,7 @@ def test_a_forked_process_is_refused(shared):
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        assert f"this one, {child}, is a fork" in pipe.read().decode()
+        assert f"this process, {child}, is a fork" in pipe.read().decode()
     assert os.waitpid(child, 0)[1] == 0
     shared.step(np.zeros((3, 7)))
     assert shared.steps.tolist() == [1] * 3
@@ -277,7 +277,7 @@ def test_recorded_states_with_a_reward_to_learn_from_give_a_warning(shared):
     ("settings", "words"),
     [
         ({"workers": 0}, "workers is 0; expected an int of at least 1"),
-        ({"workers": 4}, "num_envs is 3; expected at least one for each of 4 workers"),
+        ({"workers": 4}, "num_envs is 3; expected at least one environment per worker, 4"),
         ({"workers": 2, "task_id": [4, 4]}, "task_id has 2 entries; expected one per environment, 3"),
         ({"workers": 2, "task_id": 10}, "task_id"),
         ({"workers": 2, "num_envs": "3"}, "num_envs is '3'; expected an int"),
@@ -310,7 +310,7 @@ def test_an_interrupt_while_workers_start_ends_them(monkeypatch):
 
 def test_an_argument_that_does_not_exist():
     for workers in (1, 2):
-        with pytest.raises(TypeError, match=r"there is no argument 'taskid'; .*did you mean 'task_id'"):
+        with pytest.raises(TypeError, match=r"argument 'taskid' is unknown; .*did you mean 'task_id'"):
             make(workers, taskid=4)
 
 
@@ -356,7 +356,7 @@ def test_a_worker_that_dies_is_named():
     os.kill(envs._processes[1].pid, signal.SIGKILL)
     start = time.perf_counter()
     with pytest.raises(
-        RuntimeError, match=r"worker 1 \(environments 2 to 2, process \d+\) was ended by SIGKILL"
+        RuntimeError, match=r"worker 1 \(environments 2 to 2, process \d+\) was killed by SIGKILL"
     ):
         envs.step(np.zeros((3, 7)))
     assert time.perf_counter() - start < 20

@@ -1,6 +1,6 @@
 """LIBERO as fast Gymnasium vector environments, and policies to fine-tune on them.
 
-Importing this package registers an id for each suite with Gymnasium, ``vla_envs/LiberoObject-v0`` for one.
+Importing this package registers one id per suite with Gymnasium, for instance ``vla_envs/LiberoObject-v0``.
 """
 
 import os
@@ -14,8 +14,8 @@ prepare_libraries()
 try:
     import mujoco
 except Exception:
-    # MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails where that is not there;
-    # vla_envs/render.py does it later, and says what is missing.
+    # MuJoCo loads the backend that MUJOCO_GL names when it is imported, and fails if it cannot;
+    # vla_envs/render.py loads it later, and says what is missing.
     _backend = os.environ.pop("MUJOCO_GL", None)
     import mujoco  # noqa: F401
 

@@ -1,10 +1,10 @@
-"""What works here, and what to do where something does not.
+"""Find out what works on this machine, and what to do about the rest.
 
 The commands:
 
-    python -m vla_envs doctor        # one line a check; exit status 1 when something is to be mended
-    python -m vla_envs cache show    # compiled scenes on disk
-    python -m vla_envs cache clear   # remove them: they are built anew when they are needed
+    python -m vla_envs doctor        # one line per check; the exit status is 1 if something must be mended
+    python -m vla_envs cache show    # show the compiled scenes on disk
+    python -m vla_envs cache clear   # remove them; they are built again when they are needed
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from packaging.specifiers import SpecifierSet
 from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.machine import available_cores, torchvision_misfit
 
-PICTURE = "d40038936ef9"  # of the ketchup task's init state 0, drawn by Mesa's llvmpipe
-#: GiB, from the sizes of weights, adapters and caches, not measured: to act in 8 environments, and to train
-#: with LoRA; in bfloat16 on a GPU, in float32 on the processor.
+CHECKSUM = "d40038936ef9"  # of the image of the ketchup task's init state 0, drawn by Mesa's llvmpipe
+#: GiB to act in 8 environments, and GiB to train with LoRA, in bfloat16 on a GPU and in float32 on the
+#: processor. They are estimated from the sizes of weights, adapters and caches.
 NEEDS = {"nano": (0.5, 1.0), "flow": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0)}
 NEEDS_ON_CPU = {"nano": (1.0, 2.0), "flow": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
 INSTALL = "pip install -e . in the repository"
@@ -36,17 +36,17 @@ OK, NOTE, MEND = "ok", "note", "mend"
 
 
 def versions() -> tuple[str, str]:
-    """Python and every package against the versions that are known to work (``pyproject.toml``)."""
+    """Compare Python and every package with the versions that are known to work (``pyproject.toml``)."""
     try:
         known = importlib.metadata.metadata("vla_envs")
     except importlib.metadata.PackageNotFoundError:
-        return MEND, f"vla_envs is not installed, so which versions it needs is unknown: {INSTALL}"
+        return MEND, f"vla_envs is not installed, so the versions that it needs are unknown: {INSTALL}"
     python, wrong, found = platform.python_version(), [], {}
     if not SpecifierSet(known["Requires-Python"] or "").contains(python, prereleases=True):
         wrong.append(f"Python {python} instead of {known['Requires-Python']}")
     for requirement in map(Requirement, known.get_all("Requires-Dist") or []):
         if requirement.marker is not None:
-            continue  # of an extra
+            continue  # it belongs to an extra
         try:
             version = found[requirement.name] = importlib.metadata.version(requirement.name)
             if not requirement.specifier.contains(version, prereleases=True):
@@ -58,24 +58,24 @@ def versions() -> tuple[str, str]:
     shown = ("mujoco", "robosuite", "hf-libero", "torch", "gymnasium", "numpy", "numba")
     words = ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
     if misfit := torchvision_misfit():
-        why = "transformers and peft fail to load in a program that has not imported vla_envs.policies before"
-        return NOTE, f"{words}; {misfit}: {why}; install both from one index, as the README has it"
+        why = "transformers and peft fail to load in a program that has not imported vla_envs.policies first"
+        return NOTE, f"{words}; {misfit}: {why}; install both from one index, as the README says"
     return OK, words
 
 
 def opengl() -> tuple[str, str]:
-    """What draws."""
+    """Find out what draws."""
     from vla_envs.render import opengl
 
     found = opengl()
     device = f"{found.backend}, {found.device}"
     if found.software and Path("/dev/nvidiactl").exists():
-        return NOTE, f"{device}, though there is a GPU: its driver's EGL (libnvidia-gl) would draw faster"
+        return NOTE, f"{device}, although there is a GPU: its driver's EGL (libnvidia-gl) would draw faster"
     return OK, device
 
 
-def picture(cache: bool = True) -> tuple[str, str]:
-    """A picture's checksum."""
+def image(cache: bool = True) -> tuple[str, str]:
+    """Compare the checksum of an image with the known one."""
     import gymnasium as gym
 
     from vla_envs.render import NEEDS, opengl
@@ -87,13 +87,13 @@ def picture(cache: bool = True) -> tuple[str, str]:
         other = "egl" if opengl().backend == "osmesa" else "osmesa"
         return MEND, f"OpenGL draws nothing: try another driver, or MUJOCO_GL={other}; {NEEDS[other]}"
     checksum = hashlib.sha256(obs["image"].tobytes()).hexdigest()[:12]
-    if checksum == PICTURE:
-        return OK, f"{checksum}, as known"
-    return (NOTE, f"{checksum} instead of llvmpipe's {PICTURE}: differs on other renderers, harmless")
+    if checksum == CHECKSUM:
+        return OK, f"{checksum}, as expected"
+    return NOTE, f"{checksum} instead of llvmpipe's {CHECKSUM}: other renderers differ, which is harmless"
 
 
 def speed(cache: bool = True) -> tuple[str, str]:
-    """Environment steps a second, for two seconds."""
+    """Measure environment steps per second, for two seconds."""
     import gymnasium as gym
 
     envs: Any = gym.make_vec(
@@ -108,11 +108,11 @@ def speed(cache: bool = True) -> tuple[str, str]:
         steps += 8
     rate = steps / (time.perf_counter() - start)
     envs.close()
-    return OK, f"{rate:.0f} env-steps/s, 8 environments, an image every step"
+    return OK, f"{rate:.0f} env-steps/s with 8 environments and an image per step"
 
 
 def threads() -> tuple[str, str]:
-    """Cores, and what limits their use."""
+    """Count the cores, and show what limits their use."""
     cores = available_cores()
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     limits = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
@@ -122,12 +122,12 @@ def threads() -> tuple[str, str]:
     if limits:
         words += f"; PyTorch has {', '.join(limits)}"
     if "OMP_NUM_THREADS" not in os.environ:
-        words += "; beside other programs that compute, OMP_NUM_THREADS=1 is faster"
+        words += "; OMP_NUM_THREADS=1 is faster beside other programs that compute"
     return OK, words
 
 
 def memory() -> tuple[str, str]:
-    """The machine's memory against what the policies need on the processor."""
+    """Compare the machine's memory with what the policies need on the processor."""
     free, total = _memory()
     words = f"{free:.0f} of {total:.0f} GiB free; without a GPU: {_fits(free, NEEDS_ON_CPU)}"
     if free < NEEDS_ON_CPU["nano"][0]:
@@ -136,7 +136,7 @@ def memory() -> tuple[str, str]:
 
 
 def _memory() -> tuple[float, float]:
-    """GiB free and in all, of the machine or of the container that it is."""
+    """GiB that are free and GiB in total, in the machine or the container."""
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     table = Path("/proc/meminfo")
     if table.exists():
@@ -150,16 +150,16 @@ def _memory() -> tuple[float, float]:
 
 
 def gpu() -> tuple[str, str]:
-    """The GPU's memory against what the policies need."""
+    """Compare the GPU's memory with what the policies need."""
     import torch
 
     if not torch.cuda.is_available():
         if Path("/dev/nvidiactl").exists():
             return (
                 NOTE,
-                f"PyTorch {torch.__version__} cannot use the one that is here: install its CUDA build",
+                f"PyTorch {torch.__version__} cannot use the GPU of this machine: install its CUDA build",
             )
-        return NOTE, "none that PyTorch can use: nano runs on the CPU, OpenVLA-7B wants a GPU"
+        return NOTE, "there is none that PyTorch can use: nano runs on the CPU, OpenVLA-7B needs a GPU"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     return OK, f"{torch.cuda.get_device_name()}, {free:.0f} of {total:.0f} GiB free: {_fits(free, NEEDS)}"
 
@@ -173,8 +173,8 @@ def _fits(free: float, needs: dict[str, tuple[float, float]]) -> str:
 
 
 def assets() -> tuple[str, str]:
-    """Where LIBERO's own meshes and textures would come from."""
-    from vla_envs.real_assets import download_folder, resolve_assets
+    """Find out where LIBERO's own meshes and textures would come from."""
+    from vla_envs.assets.libero import download_folder, resolve_assets
 
     named, downloaded = os.environ.get("LIBERO_ASSETS"), download_folder()
     if named or (downloaded / ".complete").exists():
@@ -187,7 +187,7 @@ def assets() -> tuple[str, str]:
 
 
 def cache() -> tuple[str, str]:
-    """The compiled scenes on disk, and checkpoints that were downloaded."""
+    """Show the compiled scenes on disk, and the downloaded checkpoints."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from vla_envs.machine import cache_folder, user_folder
@@ -200,7 +200,7 @@ def cache() -> tuple[str, str]:
     if checkpoints:
         words += f"; {len(checkpoints)} checkpoints in {hub} ({_size(*checkpoints)})"
     if folder != usual:
-        return NOTE, f"{words}; {usual} cannot be written: to keep them, name a folder in XDG_CACHE_HOME"
+        return NOTE, f"{words}; {usual} cannot be written: name a folder in XDG_CACHE_HOME to keep them"
     return OK, words
 
 
@@ -212,10 +212,10 @@ def _size(*folders: Path) -> str:
 
 @dataclass
 class Doctor:
-    """Check what a newcomer needs: versions, OpenGL, a picture, speed, memory, GPU, assets, cache."""
+    """Check what a newcomer needs: versions, OpenGL, an image, speed, memory, GPU, assets, cache."""
 
     cache: bool = True
-    """Take the scene from the cache; --no-cache builds it anew and leaves the cache alone"""
+    """Take the scene from the cache; --no-cache builds it again and leaves the cache alone"""
 
 
 @dataclass
@@ -227,22 +227,22 @@ class Cache:
 
 
 def doctor(use_cache: bool = True) -> int:
-    """Print one line a check; 1 when something is to be mended, else 0."""
+    """Print one line per check; return 1 if something must be mended, else 0."""
     checks: dict[str, Callable[[], tuple[str, str]]] = {
-        "versions": versions, "opengl": opengl, "picture": lambda: picture(use_cache),
+        "versions": versions, "opengl": opengl, "image": lambda: image(use_cache),
         "speed": lambda: speed(use_cache), "threads": threads, "memory": memory, "gpu": gpu,
         "assets": assets, "cache": cache,
     }  # fmt: skip
     worst = 0
     for name, check in checks.items():
         try:
-            state, words = check()
-        except Exception as error:  # whatever it is, the other checks still run
-            state, words = MEND, " ".join(str(error).split()) or type(error).__name__
+            verdict, words = check()
+        except Exception as error:  # whatever it is, the other checks run
+            verdict, words = MEND, " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ModuleNotFoundError):
                 words += f": {INSTALL}"
-        worst = max(worst, int(state == MEND))
-        print(f"{state:4}  {name:8}  {words}", flush=True)
+        worst = max(worst, int(verdict == MEND))
+        print(f"{verdict:4}  {name:8}  {words}", flush=True)
     return worst
 
 

@@ -1,7 +1,7 @@
 """Building a scene with LIBERO's own code, in a process of its own: ``python -m vla_envs.build_scene``.
 
-There it may import what it likes and find its own configuration, so that the user's process is never
-prompted and an existing LIBERO configuration is never touched.
+In that process LIBERO may import what it likes and finds a configuration of its own, so that it never asks
+the user a question and never touches an existing configuration.
 """
 
 import json
@@ -15,17 +15,19 @@ from unittest import mock
 import mujoco
 import numpy as np
 
-from vla_envs.assets import simple_robot, write_builtin
-from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, turn
-from vla_envs.real_assets import simplify
+from vla_envs.assets.builtin import simple_robot, write_builtin
+from vla_envs.assets.simplify import simplify
+from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, order
 from vla_envs.scene import Placement, digest
 from vla_envs.tasks import Task, get_task, libero_folder, recorded_init_states
 
-ARENA_BYTES = 16 * 2**20  # contact memory of one environment (virtual: only what is used is resident)
+ARENA_BYTES = (
+    16 * 2**20
+)  # contact memory per environment; it is virtual, and only what is used becomes resident
 
 
 def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> None:
-    """Build and compile the scene with LIBERO's code (in the child process); write ``base``.mjb and .json."""
+    """Build the scene with LIBERO's code and compile it; write ``base``.mjb and ``base``.json."""
     write_libero_config(scratch)
     import_robosuite()
     import libero.libero
@@ -38,9 +40,9 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     env = ControlEnv(str(task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
     xml = env.model.get_xml()
     spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)
-    # The same motion in less time: sparse algebra and no sensors. robosuite solves every substep's contacts
-    # three times (two calls of mj_forward before mj_step), each from the last solution; we solve them once,
-    # to the tolerance that it ends at.
+    # Sparse algebra and no sensors give the same motion in less time. robosuite solves a substep's contacts
+    # three times (it calls mj_forward twice before mj_step), each time from the last solution; we solve them
+    # once, to the tolerance that robosuite reaches.
     spec.memory, spec.njmax, spec.nconmax = ARENA_BYTES, -1, -1
     spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
     spec.option.tolerance = 1e-12
@@ -48,24 +50,26 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     for fixture in env.fixtures:
         spec.body(fixture.root_body).mocap = True
     if assets == "builtin" or quality == "fast":
-        look = spec.visual.quality
-        look.offsamples = look.shadowsize = 0  # no shadow is drawn; a map of them takes 64 MB a renderer
-        look.numslices, look.numstacks, look.numquads = 12, 6, 1
+        rendering = spec.visual.quality
+        rendering.offsamples = rendering.shadowsize = (
+            0  # no shadow is rendered; a map of them takes 64 MB per renderer
+        )
+        rendering.numslices, rendering.numstacks, rendering.numquads = 12, 6, 1
     if assets == "builtin":
-        spec.geom("floor").size[2] = 0.5  # m, spacing of the grid that the plane is drawn with
+        spec.geom("floor").size[2] = 0.5  # m; spacing of the grid that renders the plane
     elif quality == "fast":
         simplify(spec, env.sim.model._model, env.sim.data.qpos, scratch)
     model = spec.compile()
-    env.visualize({name: False for name in env._visualizations})  # hides sites, as LIBERO's reset does
+    env.visualize({name: False for name in env._visualizations})  # hides sites, like LIBERO's reset
     model.site_rgba[:] = env.sim.model.site_rgba
 
     blob = np.empty(mujoco.mj_sizeModel(model), np.uint8)
     mujoco.mj_saveModel(model, None, blob)
-    facts = {
+    description = {
         "arm_qpos": [float(q) for q in env.robots[0].init_qpos],
         "goal": [
             _predicate(env, model, *words)
-            for words in sorted(env.parsed_problem["goal_state"], key=lambda words: turn(words[0]))
+            for words in sorted(env.parsed_problem["goal_state"], key=lambda words: order(words[0]))
         ],
         "placements": _placements(env, model),
         "joint_ranges": _joint_ranges(env, model),
@@ -76,9 +80,9 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
         ],
         "recorded": recorded_init_states(task)[:, 1 : 1 + model.nq].tolist(),
     }
-    facts["sha256"] = digest(blob.tobytes(), facts)
-    # Whole files only: written beside their place, then renamed; the digest ties the two together.
-    for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(facts).encode())):
+    description["sha256"] = digest(blob.tobytes(), description)
+    # Files are written beside their place and then renamed, so that they are whole; the digest joins the two.
+    for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(description).encode())):
         partial = Path(f"{base}{suffix}.partial")
         partial.write_bytes(content)
         os.replace(partial, f"{base}{suffix}")
@@ -91,7 +95,7 @@ def _address(model: mujoco.MjModel, joints: list[str]) -> int:
 
 
 def _turned_on(env: Any, name: str) -> list[float]:
-    """Threshold and direction of a stove's ``turn_on``, which holds at the threshold itself too."""
+    """Threshold and direction of a stove's ``turn_on``, which also holds at the threshold itself."""
     ranges = env.get_object(name).object_properties["articulation"]["default_turnon_ranges"]
     return [float(np.nextafter(min(ranges), -np.inf)), 1.0, 0.0]
 
@@ -99,7 +103,7 @@ def _turned_on(env: Any, name: str) -> list[float]:
 def _predicate(
     env: Any, model: mujoco.MjModel, predicate: str, subject: str, target: str = ""
 ) -> dict[str, Any]:
-    """One predicate of LIBERO's goal as the figures of `Goal`."""
+    """One predicate of LIBERO's goal in the terms of `Goal`."""
     thing = env.get_object(subject)
     contact: list[list[int]] = [[], []]
 
@@ -111,15 +115,15 @@ def _predicate(
         part = env.get_object(thing.parent_name) if region else thing
         ranges = part.object_properties["articulation"].get(f"default_{predicate}_ranges")
         if predicate == "turnon":
-            figures = _turned_on(env, subject)
+            parameters = _turned_on(env, subject)
         elif predicate == "turnoff":
-            figures = [float(max(ranges)), -1.0, 0.0]
-        else:  # some joints open upwards, others downwards: ask
+            parameters = [float(max(ranges)), -1.0, 0.0]
+        else:  # some joints open upwards and others downwards, so ask LIBERO
             holds = getattr(part, f"is_{predicate}")
-            figures = [float(min(ranges)), 1.0, 0.0] if holds(10.0) else [float(max(ranges)), -1.0, 0.0]
+            parameters = [float(min(ranges)), 1.0, 0.0] if holds(10.0) else [float(max(ranges)), -1.0, 0.0]
         body = int(model.jnt_bodyid[model.joint(thing.joints[0]).id])
         return {
-            "kind": JOINT, "subject": body, "target": _address(model, thing.joints), "figures": figures,
+            "kind": JOINT, "subject": body, "target": _address(model, thing.joints), "parameters": parameters,
             "contact": contact,
         }  # fmt: skip
     body = model.body(thing.root_body).id
@@ -128,17 +132,21 @@ def _predicate(
         kind = {"in": IN_REGION, "on": ON_REGION}[predicate]
         if kind == ON_REGION and region.parent_name is not None:
             contact = [geoms(env.get_object(region.parent_name)), geoms(thing)]
-        figures, target_id = [float(x) for x in region.size], model.site(target).id
+        parameters, target_id = [float(x) for x in region.size], model.site(target).id
     elif predicate == "on":
-        kind, figures, target_id = ON_OBJECT, [0.0, 0.0, 0.0], model.body(env.get_object(target).root_body).id
+        kind, parameters, target_id = (
+            ON_OBJECT,
+            [0.0, 0.0, 0.0],
+            model.body(env.get_object(target).root_body).id,
+        )
         contact = [geoms(env.get_object(target)), geoms(thing)]
     else:
         raise ValueError(f"the goal predicate {predicate} {subject} {target} is unknown")
-    return {"kind": kind, "subject": body, "target": target_id, "figures": figures, "contact": contact}
+    return {"kind": kind, "subject": body, "target": target_id, "parameters": parameters, "contact": contact}
 
 
 def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
-    """The figures of LIBERO's placement samplers, in the order in which they place."""
+    """What LIBERO's placement samplers are told, in the order in which they place."""
     from libero.libero.envs.regions.base_region_sampler import InSiteRegionRandomSampler
 
     placements: list[Placement] = []
@@ -160,7 +168,9 @@ def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
             names = [placement.name for placement in placements]
             reference, inside = arguments.get("reference"), sampler.ensure_object_boundary_in_range
             origin = np.zeros(3) if reference else np.asarray(sampler.reference_pos, float)
-            if isinstance(sampler, InSiteRegionRandomSampler):  # in a drawer: neither a margin nor on its top
+            if isinstance(
+                sampler, InSiteRegionRandomSampler
+            ):  # in a drawer: there is no margin, and objects lie below its top
                 inside, origin[2] = False, -placements[names.index(str(reference))].top
             placements.append(
                 Placement(
@@ -187,7 +197,7 @@ def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
 
 
 def _joint_ranges(env: Any, model: mujoco.MjModel) -> list[tuple[int, float, float]]:
-    """How far LIBERO opens each drawer, door and knob at a reset: address in qpos, low, high."""
+    """How far LIBERO opens each drawer, door and knob at a reset, as (address in qpos, low, high)."""
     return [
         (_address(model, env.get_object(sampler.name).joints), float(low), float(high))
         for sampler in env.object_property_initializers
@@ -196,7 +206,7 @@ def _joint_ranges(env: Any, model: mujoco.MjModel) -> list[tuple[int, float, flo
 
 
 def write_libero_config(folder: Path) -> None:
-    """Write LIBERO's ``config.yaml`` into ``folder``, so that its import finds one and asks nothing."""
+    """Write LIBERO's ``config.yaml`` into ``folder``, so that its import finds one and asks no question."""
     root = libero_folder()
     entries = {
         "benchmark_root": root,
@@ -211,7 +221,7 @@ def write_libero_config(folder: Path) -> None:
 
 
 def import_robosuite() -> None:
-    """Import robosuite without its log file, which may be another user's."""
+    """Import robosuite without its log file, which may belong to another user."""
     with mock.patch("logging.FileHandler", lambda path: logging.NullHandler()):
         import robosuite  # noqa: F401
 

@@ -3,7 +3,10 @@
 The arithmetic is that of ``robosuite/controllers/osc.py`` 1.4.0 (Khatib 1987), rearranged so that a
 substep costs little more than MuJoCo's own ``mj_step``: the Jacobian and the arm's mass matrix are read
 from what ``mj_step1`` has just computed, and every inverse is a Cholesky solve of at most 7 x 7.
-The compiled code holds no Python lock, so that threads step different environments at the same time.
+The compiled code does not hold Python's lock, so that threads step different environments at the same time.
+
+All code that is compiled into ``execute_chunk`` is in this file, the test of the goal and its constants too:
+numba compiles a cached function anew only when the file that defines it has changed.
 """
 
 from pathlib import Path
@@ -16,19 +19,18 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from vla_envs.goals import in_place
-
+IN_REGION, ON_REGION, ON_OBJECT, JOINT = range(4)  # kinds of predicates
 ARM_DOF = 7
 SUBSTEPS = 25  # 20 Hz control over 500 Hz physics
 POSITION_SCALE = 0.05  # m for an action of 1, robosuite/controllers/config/osc_pose.json
 ROTATION_SCALE = 0.5  # rad for an action of 1, the same file
-KP = 150.0  # the same file; critically damped
+KP = 150.0  # the same file; damping is critical
 KD = 2.0 * np.sqrt(KP)
 NULL_KP = 10.0  # robosuite/utils/control_utils.py, nullspace_torques
 NULL_KD = 2.0 * np.sqrt(NULL_KP)
-GRIPPER_SPEED = 0.01  # a substep, robosuite/models/grippers/panda_gripper.py
+GRIPPER_SPEED = 0.01  # per substep, robosuite/models/grippers/panda_gripper.py
 
-# MuJoCo's C functions, found by name, so that the compiled code can be cached on disk.
+# MuJoCo's C functions are found by name, so that the compiled code can be cached on disk.
 _library = next(iter(sorted(Path(mujoco.__file__).parent.glob("libmujoco.*"))), None)
 if _library is None:  # Windows keeps it elsewhere
     _library = next(iter(sorted(Path(mujoco.__file__).parent.glob("*mujoco*.dll"))))
@@ -37,17 +39,17 @@ _mj_step1 = types.ExternalFunction("mj_step1", types.void(types.intp, types.intp
 _mj_step2 = types.ExternalFunction("mj_step2", types.void(types.intp, types.intp))
 
 
-def check_compiled() -> None:
-    """Raise a RuntimeError when numba has compiled nothing: Python calls none of MuJoCo's C functions.
+def require_compiled() -> None:
+    """Raise a RuntimeError when numba compiles nothing.
 
-    They would do nothing then, and the robot stand still.
+    Python would then call none of MuJoCo's C functions, and the robot would stand still.
     """
-    if not isinstance(run_chunk, numba.core.dispatcher.Dispatcher):
+    if not isinstance(execute_chunk, numba.core.dispatcher.Dispatcher):
         raise RuntimeError("NUMBA_DISABLE_JIT is set; expected it unset: the simulator needs compiled code")
 
 
 class Views(NamedTuple):
-    """Arrays of one ``MjData`` that the controller reads and writes (no copies)."""
+    """Arrays of one ``MjData`` that the controller reads and writes, without copies."""
 
     qpos: NDArray[np.float64]  # (nq,)
     qvel: NDArray[np.float64]  # (nv,)
@@ -62,16 +64,16 @@ class Views(NamedTuple):
 
     @classmethod
     def of(cls, data: mujoco.MjData) -> "Views":
-        """Views of ``data``; valid as long as it lives."""
+        """Views of ``data``, which are valid as long as it lives."""
         return cls(*(getattr(data, name) for name in cls._fields))
 
 
 class Arm(NamedTuple):
-    """What the controller needs to know of a model, and of the pose it was initialised in.
+    """What the controller needs to know about a model, and about the pose in which it was initialised.
 
-    LIBERO restores a recorded state behind its controller's back: until the first substep after a reset
-    is over, the controller works with the Jacobian, mass matrix and end-effector pose of the pose that
-    the reset left the arm in. ``reset_*`` hold these.
+    LIBERO restores a recorded state behind its controller's back: during the first substep after a reset,
+    the controller works with the Jacobian, mass matrix and end-effector pose that the reset left the arm in.
+    These are in ``reset_*``.
     """
 
     site: int  # gripper0_grip_site
@@ -87,7 +89,7 @@ class Arm(NamedTuple):
 
     @classmethod
     def of(cls, model: mujoco.MjModel, reset_qpos: NDArray[np.float64]) -> "Arm":
-        """Read from ``model`` with the arm at ``reset_qpos`` (7,) (rad) and all else at its default."""
+        """Read ``model`` with the arm at ``reset_qpos`` (7,) (rad) and everything else at its default."""
         data = mujoco.MjData(model)
         data.qpos[:ARM_DOF] = reset_qpos
         mujoco.mj_forward(model, data)
@@ -112,28 +114,47 @@ class Arm(NamedTuple):
         )
 
 
-class ControlState(NamedTuple):
-    """The controller's memory of one environment, changed in place."""
+class ControllerMemory(NamedTuple):
+    """What the controller remembers about one environment, changed in place."""
 
     goal_rotation: NDArray[np.float64]  # (3, 3), kept while the rotation command is zero
-    gripper: NDArray[np.float64]  # (2,) in [-1, 1], one a finger
-    peak: NDArray[np.float64]  # (n,) greatest heights of the goal's n subjects since the reset (m)
+    gripper: NDArray[np.float64]  # (2,) in [-1, 1], one per finger
+    peak: NDArray[np.float64]  # (n,) m; greatest heights of the goal's n subjects since the reset
 
     @classmethod
-    def new(cls, subjects: int = 1) -> "ControlState":
+    def new(cls, subjects: int = 1) -> "ControllerMemory":
         return cls(np.empty((3, 3)), np.zeros(2), np.zeros(subjects))
 
-    def assign(self, other: "ControlState") -> None:
+    def assign(self, other: "ControllerMemory") -> None:
         for mine, theirs in zip(self, other, strict=True):
             mine[...] = theirs
 
-    def copy(self) -> "ControlState":
-        return ControlState(*(array.copy() for array in self))
+    def copy(self) -> "ControllerMemory":
+        return ControllerMemory(*(array.copy() for array in self))
+
+
+class Goal(NamedTuple):
+    """LIBERO's goal of a task: n predicates that must all hold, in the order in which to meet them.
+
+    Sources: LIBERO's ``envs/object_states/base_object_states.py``, ``envs/objects/site_object.py`` and
+    ``envs/objects/articulated_objects.py``.
+    """
+
+    kind: NDArray[np.int64]  # (n,) IN_REGION, ON_REGION, ON_OBJECT or JOINT (Open, Close, TurnOn, TurnOff)
+    subject: NDArray[np.int64]  # (n,) body of the object to place, or of the part to open or turn
+    target: NDArray[
+        np.int64
+    ]  # (n,) site of the region, body of the object that it goes on, or address in qpos
+    # (n, 3) half sizes of the region in its own frame (m), or for JOINT: threshold (m or rad), and +1 where
+    # the joint must be above it, -1 below
+    parameters: NDArray[np.float64]
+    # (n, 2, ngeom) the two sets of geoms that must touch; empty where the predicate asks for no contact
+    contact: NDArray[np.bool_]
 
 
 @numba.njit(cache=True, nogil=True)
 def _jacobian(views, site, root, out):  # type: ignore[no-untyped-def]
-    """``out`` (6, 7) = the site's position and rotation Jacobian, as ``mj_jacSite`` has it."""
+    """``out`` (6, 7) = the site's position and rotation Jacobian, as ``mj_jacSite`` computes it."""
     px = views.site_xpos[site, 0] - views.subtree_com[root, 0]
     py = views.site_xpos[site, 1] - views.subtree_com[root, 1]
     pz = views.site_xpos[site, 2] - views.subtree_com[root, 2]
@@ -155,11 +176,11 @@ def _mass_matrix(views, dof_madr, out):  # type: ignore[no-untyped-def]
             out[i, i - k] = out[i - k, i] = views.qM[dof_madr[i] + k]
 
 
-# Dividing by zero gives inf here, not Python's exception: a simulation that has diverged may pass through a
-# pose whose matrices are singular, and says so by itself afterwards (``Simulation.divergence``).
+# Dividing by zero gives inf here, not Python's exception: a simulation that diverges may pass through a pose
+# whose matrices are singular, and ``Simulation.divergence`` reports it afterwards.
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _cholesky(a, n):  # type: ignore[no-untyped-def]
-    """The lower factor of the first ``n`` rows and columns of ``a``, in place."""
+    """Replace the first ``n`` rows and columns of ``a`` by their lower Cholesky factor."""
     for i in range(n):
         for j in range(i + 1):
             s = a[i, j]
@@ -199,7 +220,7 @@ def _torques(position, rotation, jac, mass, q, qd, home, goal_position, goal_rot
             angular += jac[i + 3, j] * qd[j]
         a, b = (i + 1) % 3, (i + 2) % 3
         error = 0.0
-        for k in range(3):  # half the sum of the cross products of the axes
+        for k in range(3):  # this is half the sum of the axes' cross products
             error += rotation[a, k] * goal_rotation[b, k] - rotation[b, k] * goal_rotation[a, k]
         force[i] = KP * (goal_position[i] - position[i]) - KD * linear
         force[i + 3] = KP * 0.5 * error - KD * angular
@@ -249,9 +270,9 @@ def _torques(position, rotation, jac, mass, q, qd, home, goal_position, goal_rot
 
 @numba.njit(cache=True, nogil=True)
 def _rotate(command, rotation, out):  # type: ignore[no-untyped-def]
-    """``out`` = the rotation by the axis-angle ``command`` (3,) (rad), after ``rotation``.
+    """``out`` = ``rotation`` followed by the axis-angle ``command`` (3,) (rad).
 
-    By way of a quaternion in single precision, as robosuite does (``transform_utils.quat2mat``).
+    It goes through a quaternion in single precision, as robosuite does (``transform_utils.quat2mat``).
     """
     angle = np.sqrt(command[0] ** 2 + command[1] ** 2 + command[2] ** 2)
     if angle == 0.0:  # the squares of the tiniest commands are zero
@@ -283,21 +304,64 @@ def _rotate(command, rotation, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def run_chunk(model, data, views, arm, state, goal, actions, just_restored):  # type: ignore[no-untyped-def]
-    """Execute ``actions`` (C, 7), one control step (25 substeps, 0.05 s) each, until all is in its place.
+def in_place(goal, qpos, xpos, site_xpos, site_xmat):  # type: ignore[no-untyped-def]
+    """Whether every predicate holds as far as positions tell, leaving contacts aside."""
+    for k in range(len(goal.kind)):
+        if not predicate_in_place(goal, k, qpos, xpos, site_xpos, site_xmat):
+            return False
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def predicate_in_place(goal, k, qpos, xpos, site_xpos, site_xmat):  # type: ignore[no-untyped-def]
+    """Whether predicate ``k`` holds as far as positions tell, leaving contacts aside."""
+    kind, target, parameters = goal.kind[k], goal.target[k], goal.parameters[k]
+    if kind == JOINT:
+        return parameters[1] * (qpos[target] - parameters[0]) > 0.0
+    position = xpos[goal.subject[k]]
+    if kind == IN_REGION:  # SiteObject.in_box: the region's turned box, made axis-aligned, and 1 cm deeper
+        for i in range(3):
+            half = 0.0
+            for j in range(3):
+                half += site_xmat[target, 3 * i + j] * parameters[j]
+            half = abs(half)
+            centre = site_xpos[target, i]
+            deeper = 0.01 if i == 2 else 0.0
+            if not (centre - half - deeper < position[i] < centre + half):
+                return False
+        return True
+    if kind == ON_REGION:  # SiteObject.under: at most 10 cm above the region
+        for i in range(3):
+            away = 0.0
+            for j in range(3):
+                away += site_xmat[target, 3 * i + j] * (position[j] - site_xpos[target, j])
+            if i < 2 and not abs(away) < parameters[i]:
+                return False
+            if i == 2 and not parameters[2] - 0.005 < away < parameters[2] + 0.1:
+                return False
+        return True
+    support = xpos[target]  # ON_OBJECT, ObjectState.check_ontop
+    away = np.sqrt((position[0] - support[0]) ** 2 + (position[1] - support[1]) ** 2)
+    return support[2] <= position[2] and away < 0.03
+
+
+@numba.njit(cache=True, nogil=True)
+def execute_chunk(model, data, views, arm, memory, goal, actions, just_restored):  # type: ignore[no-untyped-def]
+    """Execute ``actions`` (C, 7), one control step (25 substeps, 0.05 s) each, until the goal is in place.
 
     Args:
-        model, data: Addresses of the ``MjModel`` and the ``MjData``.
+        model: Address of the ``MjModel``.
+        data: Address of the ``MjData``.
         views: ``Views`` of the data.
         arm: ``Arm`` of the model.
-        state: ``ControlState``, changed in place.
+        memory: ``ControllerMemory``, changed in place.
         goal: ``Goal`` of the task.
         actions: Delta position, delta axis-angle and gripper in [-1, 1]; values outside are clipped.
         just_restored: Whether this is the first control step after LIBERO's ``set_init_state``.
 
     Returns:
         The number of control steps executed, and whether the goal's predicates hold after the last one as
-        far as positions tell (``goals.in_place``).
+        far as positions tell (``in_place``).
     """
     jac, mass = np.empty((6, ARM_DOF)), np.empty((ARM_DOF, ARM_DOF))
     rotation, goal_position, command, torque = np.empty((3, 3)), np.empty(3), np.empty(3), np.empty(ARM_DOF)
@@ -322,29 +386,33 @@ def run_chunk(model, data, views, arm, state, goal, actions, just_restored):  # 
                     command[i] = ROTATION_SCALE * min(1.0, max(-1.0, actions[step, i + 3]))
                     turning = turning or command[i] != 0.0
                 if turning:
-                    _rotate(command, rotation, state.goal_rotation)
+                    _rotate(command, rotation, memory.goal_rotation)
             if stale:
                 _torques(
                     position, rotation, arm.reset_jacobian, arm.reset_mass, arm.reset_qpos, still,
-                    arm.reset_qpos, goal_position, state.goal_rotation, views.qfrc_bias, work, torque,
+                    arm.reset_qpos, goal_position, memory.goal_rotation, views.qfrc_bias, work, torque,
                 )  # fmt: skip
             else:
                 _jacobian(views, arm.site, arm.root, jac)
                 _mass_matrix(views, arm.dof_madr, mass)
                 _torques(
                     position, rotation, jac, mass, views.qpos, views.qvel,
-                    arm.reset_qpos, goal_position, state.goal_rotation, views.qfrc_bias, work, torque,
+                    arm.reset_qpos, goal_position, memory.goal_rotation, views.qfrc_bias, work, torque,
                 )  # fmt: skip
             for i in range(ARM_DOF):
                 views.ctrl[i] = min(arm.ctrl_high[i], max(arm.ctrl_low[i], torque[i]))
             for finger in range(2):
                 direction = np.sign(actions[step, 6]) * (2 * finger - 1)
-                state.gripper[finger] = min(1.0, max(-1.0, state.gripper[finger] + GRIPPER_SPEED * direction))
+                memory.gripper[finger] = min(
+                    1.0, max(-1.0, memory.gripper[finger] + GRIPPER_SPEED * direction)
+                )
                 low, high = arm.ctrl_low[ARM_DOF + finger], arm.ctrl_high[ARM_DOF + finger]
-                views.ctrl[ARM_DOF + finger] = 0.5 * (high + low) + 0.5 * (high - low) * state.gripper[finger]
+                views.ctrl[ARM_DOF + finger] = (
+                    0.5 * (high + low) + 0.5 * (high - low) * memory.gripper[finger]
+                )
             _mj_step2(model, data)
         for k in range(len(goal.subject)):
-            state.peak[k] = max(state.peak[k], views.xpos[goal.subject[k], 2])
+            memory.peak[k] = max(memory.peak[k], views.xpos[goal.subject[k], 2])
         if in_place(goal, views.qpos, views.xpos, views.site_xpos, views.site_xmat):
             return step + 1, True
     return actions.shape[0], False

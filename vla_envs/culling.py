@@ -1,9 +1,9 @@
-"""Fewer triangles for software OpenGL, pixel for pixel the same picture.
+"""Fewer triangles for software OpenGL, with an image that is the same pixel for pixel.
 
-LIBERO's meshes have a hundred triangles to the pixel, and a software renderer pays for each. A triangle that
-faces away, lies outside the picture or covers none of the points at which pixels are sampled changes nothing:
-all but about one in twenty. `Culling` finds the others before each picture and hands only those to OpenGL.
-Mirrors and shadows show triangles that the camera does not: `possible` tells where there are any.
+LIBERO's meshes have a hundred triangles per pixel, and a software renderer pays for each. A triangle changes
+nothing if it faces away, lies outside the image or covers none of the points at which pixels are sampled:
+only about one in twenty matters. `Culling` finds those before each image and gives only them to OpenGL.
+Mirrors and shadows show triangles that the camera does not see: `can_cull` tells where there are none.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-MARGIN = 1 / 128  # pixels; OpenGL rounds corners to 1/256
+MARGIN = 1 / 128  # pixels; OpenGL rounds corners to 1/256 of a pixel
 
 
-def possible(model: mujoco.MjModel) -> bool:
-    """Whether the camera alone decides which triangles matter: no shadows, no mirrors."""
+def can_cull(model: mujoco.MjModel) -> bool:
+    """Whether only the camera decides which triangles matter, as there are no shadows and no mirrors."""
     shadows = (model.light_castshadow != 0) & (model.light_active != 0)
     flat = np.isin(model.geom_type, (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX))
     materials = model.geom_matid[flat & (model.geom_group > 0) & (model.geom_matid >= 0)]
@@ -25,19 +25,19 @@ def possible(model: mujoco.MjModel) -> bool:
 
 
 class Culling:
-    """The triangles of one model's visual meshes that a picture of ``size`` pixels needs.
+    """The triangles of one model's visual meshes that an image of ``size`` pixels needs.
 
     Args:
-        model: The model; its arrays of faces are rewritten during `upload` only.
-        size: Height and width of the picture in pixels.
-        samples: ``(n, 2)`` float32, where each pixel is sampled, from its lower left corner, in pixels.
+        model: The model; its arrays of faces change only during `upload`.
+        size: Height and width of the image in pixels.
+        samples: Where each pixel is sampled ``(n, 2)`` float32, in pixels from its lower left corner.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, samples: NDArray[np.float32]) -> None:
         self.model, self.size, self.samples = model, size, samples
-        drawn = (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) & (model.geom_group > 0)
-        self.geoms = np.flatnonzero(drawn)
-        self.meshes = np.unique(model.geom_dataid[drawn])
+        visible = (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) & (model.geom_group > 0)
+        self.geoms = np.flatnonzero(visible)
+        self.meshes = np.unique(model.geom_dataid[visible])
         self.faces = (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord)
         self.whole = tuple(array.copy() for array in self.faces)
         self.facenum = model.mesh_facenum.copy()
@@ -50,7 +50,7 @@ class Culling:
         self.planes = np.c_[normal, -(normal * a).sum(1)].astype(np.float32)
 
     def mark(self, data: mujoco.MjData, camera: int) -> None:
-        """Find the triangles that the picture of ``data`` by ``camera`` needs."""
+        """Find the triangles that ``camera``'s image of ``data`` needs."""
         model = self.model
         self.keep[:] = False
         for geom in self.geoms:
@@ -72,7 +72,7 @@ class Culling:
             )
 
     def upload(self, context: mujoco.MjrContext) -> None:
-        """Give OpenGL the triangles found by `mark`; changes the model's arrays of faces, and back."""
+        """Give OpenGL the triangles that `mark` found; the model's arrays of faces change meanwhile."""
         model = self.model
         _compact(
             self.keep,
@@ -102,12 +102,12 @@ def _mark(
     size: int,
     samples: Any,
 ) -> None:
-    """Set ``keep`` (n,) where a triangle may cover a sample; ``turn``, ``shift``: from mesh to camera."""
+    """Set ``keep`` (n,) where a triangle may cover a sample; ``turn``, ``shift`` go from mesh to camera."""
     depth = -shift[2]
     bound = radius * np.sqrt(1 + 1 / focal**2)
     if depth + radius < near or max(abs(shift[0]), abs(shift[1])) - depth / focal > bound:
         return
-    scale = 0.5 * size * focal  # pixels a metre at 1 m
+    scale = 0.5 * size * focal  # pixels per metre at a distance of 1 m
     eye = -(turn.T @ shift)
     ex, ey, ez = np.float32(eye[0]), np.float32(eye[1]), np.float32(eye[2])
     facing = np.float32(
@@ -142,7 +142,7 @@ def _mark(
 def _covers(
     ax: float, ay: float, bx: float, by: float, cx: float, cy: float, size: int, samples: Any
 ) -> bool:
-    """Whether a triangle in pixels, widened by MARGIN, holds a sample of the picture."""
+    """Whether a triangle in pixels, widened by MARGIN, contains a sample of the image."""
     x0, x1 = max(min(ax, bx, cx) - MARGIN, 0.0), min(max(ax, bx, cx) + MARGIN, float(size))
     y0, y1 = max(min(ay, by, cy) - MARGIN, 0.0), min(max(ay, by, cy) + MARGIN, float(size))
     if x0 > x1 or y0 > y1:
@@ -168,7 +168,7 @@ def _covers(
 
 @njit(cache=True, nogil=True)
 def _compact(keep: Any, meshes: Any, start: Any, count: Any, faces: Any, whole: Any, facenum: Any) -> None:
-    """Move the kept faces of each mesh to its front, and count them."""
+    """Move the kept faces of each mesh to its front and count them."""
     for mesh in meshes:
         n = 0
         for f in range(start[mesh], start[mesh] + count[mesh]):

@@ -1,4 +1,4 @@
-"""``LiberoEnv``: one LIBERO environment, the single face of the vector environment."""
+"""``LiberoEnv``: one LIBERO environment, which is a vector environment of one."""
 
 import os
 import sys
@@ -21,9 +21,9 @@ def _first(info: dict[str, Any]) -> dict[str, Any]:
 class LiberoEnv(FromArguments, gym.Env):
     """One LIBERO task as a Gymnasium environment.
 
-    Arguments, observation, action, ``reset`` and ``info`` are those of ``LiberoVectorEnv``, without the
-    leading axis: an action is ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C;
-    ``options={"init_state_id": 3}`` starts from LIBERO's recorded state 3.
+    Arguments, observation, action, ``reset`` and ``info`` are those of ``LiberoVectorEnv`` without the first
+    axis: an action has shape ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C, and
+    ``options={"init_state_id": 3}`` starts from LIBERO's recorded init state 3.
 
     Example:
         >>> import gymnasium as gym, vla_envs
@@ -62,7 +62,7 @@ class LiberoEnv(FromArguments, gym.Env):
 
     @property
     def instructions(self) -> list[str]:
-        """The instruction, in a list as the vector environment has it."""
+        """The instruction in a list, as in the vector environment."""
         return self._envs.instructions
 
     @property
@@ -71,18 +71,18 @@ class LiberoEnv(FromArguments, gym.Env):
         return self._envs.qpos[0]
 
     def set_reward(self, reward: str | Reward) -> None:
-        """Pay ``reward`` from the next step on."""
+        """Pay another ``reward`` from the next step on."""
         self._envs.set_reward(reward)
         self._arguments["reward"] = reward
 
     @property
     def frozen(self) -> bool:
-        """Whether the episode has ended, and the environment waits for a reset."""
+        """Whether the episode has ended and the environment waits for a reset."""
         return bool(self._envs.frozen[0])
 
     @property
     def np_random(self) -> np.random.Generator:
-        """The random generator that draws placements."""
+        """The random generator of placements."""
         return self._envs.np_random[0]
 
     @np_random.setter
@@ -91,7 +91,7 @@ class LiberoEnv(FromArguments, gym.Env):
 
     @property
     def np_random_seed(self) -> int:
-        """The seed of ``np_random``; -1 for a generator that was set."""
+        """The seed of ``np_random``; -1 stands for a generator that was set."""
         return self._envs.np_random_seed[0]
 
     def reset(
@@ -112,27 +112,27 @@ class LiberoEnv(FromArguments, gym.Env):
         return observation, float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
 
     def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
-        """A ``(256, 256, 3)`` picture, or None without ``render_mode="rgb_array"``."""
+        """A ``(256, 256, 3)`` image, or None without ``render_mode="rgb_array"``."""
         frames = self._envs.render()
         return None if frames is None else frames[0]
 
     def close(self) -> None:
-        """Free threads and pictures."""
+        """Free the threads and the images' memory."""
         self._envs.close()
 
 
 def make(**arguments: Any) -> LiberoEnv:
-    """The environment of ``gym.make``, with the ``max_episode_steps`` that it was given.
+    """Make the environment of ``gym.make``, with the ``max_episode_steps`` that ``gym.make`` was given.
 
-    ``gym.make`` hands that argument to its ``TimeLimit`` alone, which counts decisions. It is read from
-    ``gym.make``'s variables, so that control steps count, as everywhere else; ``TimeLimit`` is never first.
+    ``gym.make`` passes that argument only to its ``TimeLimit``, which counts decisions. It is read from
+    ``gym.make``'s variables, so that control steps count as everywhere else; ``TimeLimit`` never acts first.
     """
     caller = sys._getframe(1).f_locals
     limit = caller.get("max_episode_steps")
     if limit is None:
         limit = getattr(caller.get("env_spec"), "max_episode_steps", None)
     if limit is not None:
-        arguments["max_episode_steps"] = sys.maxsize if limit == -1 else limit  # -1: no TimeLimit
+        arguments["max_episode_steps"] = sys.maxsize if limit == -1 else limit  # -1 asks for no TimeLimit
     return LiberoEnv(**arguments)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` at the end; after an error or Ctrl-C nothing is left of it.
+    """A path to write to, which becomes ``path`` at the end; an error or Ctrl-C leaves nothing behind.
 
-    It has the suffix of ``path``, by which libraries choose a format.
+    It has the suffix of ``path``, because libraries choose a format by it.
     """
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
@@ -22,34 +22,34 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have some kB
+MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have a few kB
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        ValueError: When it holds none, or is larger than any that is written here; names the file.
+        ValueError: When the file has no object, or is larger than any that we write; names the file.
     """
     try:
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"it has {path.stat().st_size} bytes; expected at most {MOST_JSON}")
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}; expected an object with names")
+            raise ValueError(f"it has a {type(content).__name__}; expected an object with names")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from None
     return content
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON to a file, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Give ``partial`` the name ``folder``; what was there stays, as ``*.previous``, until that is done."""
+    """Rename ``partial`` to ``folder``; what was there stays as ``*.previous`` until that is done."""
     previous = folder.with_name(folder.name + ".previous")
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)

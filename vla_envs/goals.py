@@ -1,84 +1,24 @@
 """LIBERO's goal predicates, and the facts that rewards read."""
 
-from typing import NamedTuple
-
 import mujoco
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-IN_REGION, ON_REGION, ON_OBJECT, JOINT = range(4)
+from vla_envs.control import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, in_place, predicate_in_place
+
+__all__ = [
+    "FACTS", "IN_REGION", "JOINT", "ON_OBJECT", "ON_REGION", "FactReader", "Goal", "in_place", "order",
+    "predicates_met", "touch",
+]  # fmt: skip
 
 
-def turn(predicate: str) -> int:
-    """When a predicate is best met: a drawer is opened first and closed last. LIBERO's files say no order."""
+def order(predicate: str) -> int:
+    """When a predicate is met: a drawer is opened first and closed last. LIBERO's files give no order."""
     return {"open": 0, "close": 2}.get(predicate.lower(), 1)
 
 
-class Goal(NamedTuple):
-    """LIBERO's goal of a task: n predicates that must all hold, in the order in which to meet them (`turn`).
-
-    Sources: LIBERO's ``envs/object_states/base_object_states.py``, ``envs/objects/site_object.py`` and
-    ``envs/objects/articulated_objects.py``.
-    """
-
-    kind: NDArray[np.int64]  # (n,) IN_REGION, ON_REGION, ON_OBJECT or JOINT (Open, Close, TurnOn, TurnOff)
-    subject: NDArray[np.int64]  # (n,) body of the object to place, or of the part to open or turn
-    target: NDArray[np.int64]  # (n,) site of the region, body of the object below, or address in qpos
-    # (n, 3) half sizes of the region in its own frame (m), or for JOINT: threshold (m or rad), and +1 where
-    # the joint must be above it, -1 below
-    figures: NDArray[np.float64]
-    # (n, 2, ngeom) the geoms that must touch the others; none where the predicate asks for no contact
-    contact: NDArray[np.bool_]
-
-
-@numba.njit(cache=True, nogil=True)
-def in_place(goal, qpos, xpos, site_xpos, site_xmat):  # type: ignore[no-untyped-def]
-    """Whether every predicate holds as far as positions tell, contacts aside.
-
-    Compiled into ``control.run_chunk``, whose cache sees no edit here: delete ``__pycache__`` after one.
-    """
-    for k in range(len(goal.kind)):
-        if not predicate_in_place(goal, k, qpos, xpos, site_xpos, site_xmat):
-            return False
-    return True
-
-
-@numba.njit(cache=True, nogil=True)
-def predicate_in_place(goal, k, qpos, xpos, site_xpos, site_xmat):  # type: ignore[no-untyped-def]
-    """Whether predicate ``k`` holds as far as positions tell."""
-    kind, target, figures = goal.kind[k], goal.target[k], goal.figures[k]
-    if kind == JOINT:
-        return figures[1] * (qpos[target] - figures[0]) > 0.0
-    position = xpos[goal.subject[k]]
-    if kind == IN_REGION:  # SiteObject.in_box: the region's box, turned, taken axis-aligned, 1 cm deeper
-        for i in range(3):
-            half = 0.0
-            for j in range(3):
-                half += site_xmat[target, 3 * i + j] * figures[j]
-            half = abs(half)
-            centre = site_xpos[target, i]
-            below = 0.01 if i == 2 else 0.0
-            if not (centre - half - below < position[i] < centre + half):
-                return False
-        return True
-    if kind == ON_REGION:  # SiteObject.under: over the region, at most 10 cm
-        for i in range(3):
-            away = 0.0
-            for j in range(3):
-                away += site_xmat[target, 3 * i + j] * (position[j] - site_xpos[target, j])
-            if i < 2 and not abs(away) < figures[i]:
-                return False
-            if i == 2 and not figures[2] - 0.005 < away < figures[2] + 0.1:
-                return False
-        return True
-    below_it = xpos[target]  # ON_OBJECT, ObjectState.check_ontop
-    away = np.sqrt((position[0] - below_it[0]) ** 2 + (position[1] - below_it[1]) ** 2)
-    return below_it[2] <= position[2] and away < 0.03
-
-
 def predicates_met(goal: Goal, data: mujoco.MjData) -> NDArray[np.bool_]:
-    """Which of the goal's predicates hold ``(n,)``, contacts included."""
+    """Which of the goal's predicates hold ``(n,)``, including their contacts."""
     met = np.zeros(len(goal.kind), bool)
     pairs = data.contact.geom  # (ncon, 2)
     for k in range(len(met)):
@@ -89,14 +29,14 @@ def predicates_met(goal: Goal, data: mujoco.MjData) -> NDArray[np.bool_]:
 
 
 def touch(ones: NDArray[np.bool_], others: NDArray[np.bool_], pairs: NDArray[np.int32]) -> bool:
-    """Whether one of the contacts ``pairs`` (ncon, 2) is between geoms of two sets, each (ngeom,) bool."""
+    """Whether one of the contacts ``pairs`` (ncon, 2) joins two sets of geoms, each (ngeom,) bool."""
     a, b = pairs.T
     return bool(np.any((ones[a] & others[b]) | (ones[b] & others[a])))
 
 
-#: Every fact with its unit; each is a float, and an array over the environments in a vector environment.
-#: "The object" is that of the first predicate of the goal that does not hold yet (of the last when all do):
-#: what is to be placed, or the drawer, door or knob that is to be moved.
+#: Every fact with its unit. Each is a float, and in a vector environment an array over the environments.
+#: "The object" belongs to the goal's first predicate that does not hold yet, or to the last when all hold: it
+#: is what has to be placed, or the drawer, door or knob that has to be moved.
 FACTS = {
     "gripper_to_object": "m, from the point between the fingertips to the object's centre of mass, or to the "
     "nearest part of a drawer, door or knob",
@@ -117,10 +57,15 @@ FACTS = {
 
 
 class FactReader:
-    """Reads the facts of one environment from its ``MjData``."""
+    """Reads the facts of one environment from its ``MjData``.
+
+    Attributes:
+        met: Which of the goal's predicates held (n,) at the last ``read``.
+    """
 
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData, goal: Goal) -> None:
         self.data, self.goal = data, goal
+        self.met = np.zeros(len(goal.kind), bool)
         self.site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, "gripper0_grip_site")
         self.body_geoms = model.geom_bodyid[None] == goal.subject[:, None]  # (n, ngeom)
         self.solid = self.body_geoms & (model.geom_contype | model.geom_conaffinity).astype(bool)
@@ -131,22 +76,22 @@ class FactReader:
         ]
 
     def origin(self) -> NDArray[np.float64]:
-        """What progress is measured from ``(n,)``: heights of the objects (m), positions of the joints."""
+        """Where progress is measured from ``(n,)``: the objects' heights (m) and the joints' positions."""
         goal, joint = self.goal, self.goal.kind == JOINT
         return np.where(
             joint, self.data.qpos[np.where(joint, goal.target, 0)], self.data.xpos[goal.subject, 2]
         )
 
     def read(self, origin: NDArray[np.float64], peak: NDArray[np.float64], success: bool) -> dict[str, float]:
-        """The facts now.
+        """Read the facts of this moment, and note in ``met`` which predicates hold.
 
         Args:
-            origin: ``origin()`` after the reset (n,).
-            peak: The subjects' greatest heights since the reset (n,), m.
+            origin: What ``origin()`` returned after the reset (n,).
+            peak: The subjects' greatest heights since the reset (n,), in m.
             success: Whether the goal is met.
         """
         data, goal = self.data, self.goal
-        met = predicates_met(goal, data)
+        met = self.met = predicates_met(goal, data)
         unmet = np.flatnonzero(~met)
         k = int(unmet[0]) if len(unmet) else len(met) - 1
         joint, target = goal.kind[k] == JOINT, goal.target[k]
@@ -155,7 +100,7 @@ class FactReader:
             parts = data.geom_xpos[self.solid[k]] - hand
             to_object = parts[np.argmin(np.linalg.norm(parts, axis=1))]
             to_goal, rise, peak_rise = np.zeros(3), 0.0, 0.0
-            progress = (data.qpos[target] - origin[k]) / ((goal.figures[k, 0] - origin[k]) or 1.0)
+            progress = (data.qpos[target] - origin[k]) / ((goal.parameters[k, 0] - origin[k]) or 1.0)
         else:
             to_object = data.xipos[goal.subject[k]] - hand
             to_goal = (data.xpos if goal.kind[k] == ON_OBJECT else data.site_xpos)[target] - position

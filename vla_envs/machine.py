@@ -1,4 +1,4 @@
-"""What the machine and the installation offer: places that can be written, libraries that fit each other."""
+"""What the machine and the installation offer: writable folders, cores, libraries that fit each other."""
 
 import getpass
 import importlib.metadata
@@ -10,41 +10,45 @@ import numba
 import platformdirs
 from packaging.requirements import Requirement
 
-SPINS = "2000"  # some microseconds, longer than most waits; none at all makes training a quarter slower
+SPINS = "2000"  # some microseconds, longer than most waits; with none, training is a quarter slower
 
 
 def writable(folder: Path) -> bool:
-    """Whether something can be put into ``folder``, which need not exist yet."""
+    """Whether files can be written to ``folder``, which need not exist yet."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def session_folder() -> Path:
-    """A folder of this user's in the temporary one: for caches whose own place cannot be written.
+    """This user's folder in the temporary folder, for caches whose usual place cannot be written.
 
-    That is so where the home folder is read-only, or nobody's (``docker run --user``).
+    That happens when the home folder is read-only or missing (``docker run --user``).
 
     Raises:
-        PermissionError: When somebody else has made that folder.
+        PermissionError: When the folder belongs to another user.
     """
     user = os.getuid() if hasattr(os, "getuid") else None
     folder = Path(tempfile.gettempdir()) / f"vla_envs-{user}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if user is not None and folder.lstat().st_uid != user:  # anybody may write there
-        raise PermissionError(f"{folder} is another user's; expected XDG_CACHE_HOME with a folder of yours")
+    if user is not None and folder.lstat().st_uid != user:  # everybody may write to the temporary folder
+        raise PermissionError(f"{folder} belongs to another user; set XDG_CACHE_HOME to a folder of yours")
     return folder
 
 
 def user_folder(name: str) -> Path:
-    """The user's own cache of a program ``name``; a relative path where the user has no home."""
+    """The user's cache of the program ``name``; it is a relative path for a user without a home."""
     try:
         return Path(platformdirs.user_cache_dir(name))
-    except RuntimeError:  # of newer versions; older ones leave the "~" in
+    except RuntimeError:  # newer versions raise it; older ones leave the "~" in
         return Path("~", ".cache", name)
 
 
 def cache_folder() -> Path:
-    """Where compiled scenes are kept; raises as `session_folder`."""
+    """Where compiled scenes are kept.
+
+    Raises:
+        PermissionError: As `session_folder`.
+    """
     folder = user_folder("vla_envs")
     if not writable(folder):
         return session_folder()
@@ -53,12 +57,12 @@ def cache_folder() -> Path:
 
 
 def prepare_libraries() -> None:
-    """Tell libraries what they take from the environment, in this process and its children.
+    """Set environment variables that libraries read, for this process and its children.
 
-    numba takes it for an error to find no place for compiled code (robosuite, in the child that builds a
-    scene, has some too); PyTorch before 2.13, that the user has no name. PyTorch's threads would wait for
-    each other at full speed, also for one whose core another program has: they sleep sooner if this is set
-    when PyTorch is imported.
+    numba fails when it finds no place for compiled code; robosuite uses it too, in the child process that
+    builds a scene. PyTorch before 2.13 fails when the user has no name. PyTorch's threads wait for each other
+    at full speed, even for one whose core another program uses: they sleep sooner if this is set before
+    PyTorch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -69,14 +73,14 @@ def prepare_libraries() -> None:
     named = os.environ.get("NUMBA_CACHE_DIR")
     if not writable(Path(named).absolute() if named else user_folder("numba")):
         folder = os.environ["NUMBA_CACHE_DIR"] = str(session_folder() / "numba")
-        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]  # it may have been imported before
+        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]  # numba may have read the variable already
 
 
 def torchvision_misfit() -> str | None:
-    """What is wrong where torchvision cannot be loaded beside the installed PyTorch; imports neither.
+    """Why torchvision cannot be loaded beside the installed PyTorch, or None; imports neither.
 
-    LIBERO's dependencies bring PyPI's torchvision. Beside PyTorch's CPU build, or a version that it was not
-    made for, it fails, and transformers, and peft with it, fail to load anything at all.
+    LIBERO's dependencies bring PyPI's torchvision. It fails beside PyTorch's CPU build, and beside a version
+    that it was not built for; transformers and peft then fail to load anything at all.
     """
     try:
         torch, torchvision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
@@ -90,5 +94,5 @@ def torchvision_misfit() -> str | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

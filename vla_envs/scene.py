@@ -1,6 +1,6 @@
 """A task and its assets, compiled to one MuJoCo model and cached on disk.
 
-LIBERO's own code builds the scene and parses the goal, once per scene (``vla_envs.build_scene``).
+LIBERO's own code builds the scene and parses the goal once (``vla_envs.build_scene``).
 """
 
 import contextlib
@@ -22,45 +22,48 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs.assets.libero import QUALITIES, resolve_assets, verify_files
 from vla_envs.control import Arm
 from vla_envs.goals import Goal
 from vla_envs.inputs import nearest
 from vla_envs.machine import cache_folder
-from vla_envs.real_assets import QUALITIES, check_files, resolve_assets
 from vla_envs.tasks import Task, get_task
 
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
-ARM_NOISE = 0.02  # rad, standard deviation of the arm's joints in LIBERO's recorded init states
+ARM_NOISE = 0.02  # rad; standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
-BUILD_FILES = ("build_scene.py", "goals.py", "assets.py", "real_assets.py", "looks.py", "figures.json")
+BUILD_FILES = (
+    "build_scene.py", "control.py", "goals.py", "assets/appearance.py", "assets/builtin.py",
+    "assets/physics.json", "assets/simplify.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where LIBERO may place one object or fixture: figures of its samplers (``envs/regions``)."""
+    """Where LIBERO may place one object or fixture, as its samplers say (``envs/regions``)."""
 
     name: str
     body: int  # body in the model
-    reference: int  # the placement that it is put on or in; -1 for none
-    site: int  # the region of the reference that it is put on or in; -1 for none
+    reference: int  # the placement that it goes on or in; -1 for none
+    site: int  # the region of the reference that it goes on or in; -1 for none
     x_ranges: list[list[float]]  # m
     y_ranges: list[list[float]]  # m
-    margin: float  # m, taken off both ends of a range
+    margin: float  # m that are taken off both ends of a range
     rotation: list[tuple[str, float, float]]  # axis, low and high (rad), applied in this order
-    z: float  # m, height of the reference plane, LIBERO's z offset included
-    apart: bool  # whether it must keep clear of what was placed before
+    z: float  # m; height of the reference plane, including LIBERO's z offset
+    apart: bool  # whether it must not touch what was placed before
     radius: float  # m
-    bottom: float  # m, from the object's origin
-    top: float  # m
+    bottom: float  # m from the object's origin
+    top: float  # m from the object's origin
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One compiled task; shared by all environments that play it.
+    """One compiled task, which all environments that play it share.
 
-    A state of a scene is an array ``(nq + 7 * nmocap,)``: LIBERO's joint positions, then the pose of each
-    fixture (position, m; unit quaternion, w first). Fixtures are MuJoCo's mocap bodies, so that
+    An init state is an array ``(nq + 7 * nmocap,)``: LIBERO's joint positions, then the pose of each fixture
+    (position in m, then unit quaternion with w first). Fixtures are MuJoCo's mocap bodies, so that
     environments with fixtures in different places share one model.
     """
 
@@ -69,15 +72,17 @@ class Scene:
     arm: Arm
     goal: Goal
     placements: tuple[Placement, ...]
-    joint_ranges: tuple[tuple[int, float, float], ...]  # address in qpos, low, high: drawers, doors, knobs
-    burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of the knob, and where it turns on
-    recorded: NDArray[np.float64]  # (50, nq), joint positions of LIBERO's recorded init states
+    joint_ranges: tuple[
+        tuple[int, float, float], ...
+    ]  # address in qpos, low, high of drawers, doors and knobs
+    burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of its knob, where it turns on
+    recorded: NDArray[np.float64]  # (50, nq) joint positions of LIBERO's recorded init states
 
     def sample_init_state(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """A state drawn as LIBERO draws them: everything in its BDDL regions, a noisy arm; not yet settled.
+        """Sample an init state as LIBERO does, unsettled: everything in its BDDL region, and a noisy arm.
 
         The distribution is that of the recorded init states (LIBERO's ``_reset_internal`` and robosuite's
-        gaussian ``initialization_noise``).
+        Gaussian ``initialization_noise``).
         """
         qpos = self.model.qpos0.copy()
         qpos[:7] = self.arm.reset_qpos + ARM_NOISE * rng.standard_normal(7)
@@ -87,14 +92,14 @@ class Scene:
         return self._place(qpos, rng)
 
     def recorded_init_state(self, state_id: int) -> NDArray[np.float64]:
-        """LIBERO's recorded state ``state_id``, with the fixtures in the middle of their regions.
+        """LIBERO's recorded init state ``state_id``, with the fixtures in the middle of their regions.
 
-        LIBERO's files hold joint positions alone: where the fixtures stood is not recorded.
+        LIBERO's files have only joint positions: they do not record where the fixtures stood.
         """
         return np.append(self.recorded[state_id], self._place(self.model.qpos0.copy(), None)[self.model.nq :])
 
     def _place(self, qpos: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.float64]:
-        """The state with everything placed at random, or without ``rng`` in the middle of its region."""
+        """The init state with everything at random or, without ``rng``, in the middle of its region."""
         model = self.model
         sites = self._region_positions(qpos)
         fixtures = np.concatenate([model.body_pos, model.body_quat], axis=1)[model.body_mocapid >= 0]
@@ -102,8 +107,8 @@ class Scene:
         for item in self.placements:
             base = np.array([0.0, 0.0, item.z])
             if item.reference >= 0:
-                position, quat, below = placed[item.reference]
-                base = base + position + [0.0, 0.0, below.top]
+                position, quat, support = placed[item.reference]
+                base = base + position + [0.0, 0.0, support.top]
                 if item.site >= 0:
                     offset = np.empty(3)
                     mujoco.mju_rotVecQuat(offset, sites[item.site], quat / np.linalg.norm(quat))
@@ -111,7 +116,7 @@ class Scene:
             base[2] -= item.bottom
             for _ in range(5000):
                 k = rng.integers(len(item.x_ranges)) if rng else 0
-                # LIBERO keeps the object's radius inside the region, also where that turns the range round.
+                # LIBERO keeps the object's radius inside the region, even where that reverses the range.
                 low = np.array([item.x_ranges[k][0], item.y_ranges[k][0]]) + item.margin
                 high = np.array([item.x_ranges[k][1], item.y_ranges[k][1]]) - item.margin
                 position = base.copy()
@@ -120,17 +125,17 @@ class Scene:
                     not rng
                     or not item.apart
                     or not any(
-                        np.hypot(*(position - other)[:2]) <= item.radius + figures.radius
-                        and position[2] - other[2] <= figures.top - item.bottom
-                        for other, _, figures in placed
+                        np.hypot(*(position - place)[:2]) <= item.radius + other.radius
+                        and position[2] - place[2] <= other.top - item.bottom
+                        for place, _, other in placed
                     )
                 ):
                     break
             else:
-                raise RuntimeError(f"no free place for {item.name} of {self.task.name} after 5000 tries")
+                raise RuntimeError(f"{item.name} of {self.task.name} found no free place in 5000 tries")
             quat = _sample_quat(item.rotation, rng)
             if model.body_mocapid[item.body] >= 0:
-                quat = np.roll(quat, 1)  # LIBERO's samplers turn fixtures rightly, wxyz
+                quat = np.roll(quat, 1)  # LIBERO's samplers give fixtures wxyz
                 fixtures[model.body_mocapid[item.body]] = np.append(position, quat)
             else:
                 start = model.jnt_qposadr[model.body_jntadr[item.body]]
@@ -139,7 +144,7 @@ class Scene:
         return np.append(qpos, fixtures)
 
     def _region_positions(self, qpos: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Where the sites are ``(nsite, 3)``, fixtures at the origin and drawers as in ``qpos``."""
+        """Where the sites are ``(nsite, 3)``, with fixtures at the origin and drawers as in ``qpos``."""
         if all(item.site < 0 for item in self.placements):
             return np.empty((0, 3))
         data = mujoco.MjData(self.model)
@@ -151,7 +156,7 @@ class Scene:
 def _sample_quat(
     rotation: list[tuple[str, float, float]], rng: np.random.Generator | None
 ) -> NDArray[np.float64]:
-    """LIBERO's ``TableRegionSampler._sample_quat``: products of xyzw quaternions, stored as they are."""
+    """LIBERO's ``TableRegionSampler._sample_quat``: a product of xyzw quaternions, stored as they are."""
     x0, y0, z0, w0 = 0.0, 0.0, 0.0, 1.0
     for axis, low, high in rotation:
         angle = low + (high - low) * (rng.random() if rng else 0.5)
@@ -166,16 +171,16 @@ def _sample_quat(
     return np.array([x0, y0, z0, w0])
 
 
-def check_versions() -> None:
-    """Refuse a MuJoCo that changes what a policy sees.
+def require_mujoco() -> None:
+    """Refuse a version of MuJoCo that changes what a policy sees.
 
     Raises:
         ImportError: When the installed version is not the pinned one.
     """
     if mujoco.__version__ != MUJOCO_VERSION:
         raise ImportError(
-            f"mujoco {mujoco.__version__} is installed; expected {MUJOCO_VERSION}, because others change "
-            f"pictures and physics of LIBERO: pip install mujoco=={MUJOCO_VERSION}"
+            f"mujoco {mujoco.__version__} is installed; expected {MUJOCO_VERSION}, because other versions "
+            f"change LIBERO's images and physics: pip install mujoco=={MUJOCO_VERSION}"
         )
 
 
@@ -198,22 +203,22 @@ def _key(task: Task, assets: str, quality: str) -> str:
 def load_scene(
     suite: str, task_id: int, assets: str = "builtin", quality: str = "exact", cache: bool = True
 ) -> Scene:
-    """The compiled scene of a task: the one in use, from the cache on disk, or built now.
+    """The compiled scene of a task, which is in use already, read from the cache on disk, or built now.
 
     Args:
         suite: Suite of the task.
         task_id: Task in the suite, from 0.
         assets: ``"builtin"``, ``"libero"`` or a folder of LIBERO's assets.
-        quality: Of LIBERO's assets, ``"exact"`` (its own pixels) or ``"fast"`` (simplified meshes, no
-            multisampling). The built-in assets have one quality; there it changes nothing.
-        cache: Whether to read and write the cache on disk; if not, a scene that is not in use is built now.
+        quality: How LIBERO's assets are rendered: ``"exact"`` (its own pixels) or ``"fast"`` (simplified
+            meshes, no multisampling). The built-in assets have only one quality.
+        cache: Whether to read and write the cache on disk; without it, a scene that is not in use is built.
 
     Raises:
-        ValueError: When the task, the assets or the quality do not exist, or files of the assets are
-            missing or damaged.
+        ValueError: When the task, the assets or the quality do not exist, or files of the assets are missing
+            or damaged.
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
-    check_versions()
+    require_mujoco()
     if not isinstance(quality, str) or quality not in QUALITIES:
         expected = " or ".join(map(repr, QUALITIES))
         raise ValueError(
@@ -223,11 +228,11 @@ def load_scene(
     return _load(task, assets, "exact" if assets == "builtin" else quality, cache)
 
 
-#: Every scene that somebody holds: two environments of a task share one, however many scenes are open.
+#: Every scene in use: two environments of a task share one, however many scenes are open.
 _in_use: WeakValueDictionary[tuple[Any, ...], Scene] = WeakValueDictionary()
 
 
-@lru_cache(maxsize=8)  # to open the last ones again costs nothing; LIBERO's own assets take 20 to 230 MB each
+@lru_cache(maxsize=8)  # the last ones open at no cost; LIBERO's own assets take 20 to 230 MB each
 def _load(task: Task, assets: str, quality: str, cache: bool) -> Scene:
     key = (task, assets, quality, cache)
     scene = _in_use.get(key)
@@ -250,53 +255,53 @@ def _read_or_build(task: Task, assets: str, quality: str, cache: bool) -> Scene:
             cached = _read(base)
     if cached is None:
         raise RuntimeError(f"the compiled scene at {base}.mjb cannot be read back")
-    model, facts = cached
+    model, description = cached
     return Scene(
         task=task,
         model=model,
-        arm=Arm.of(model, np.array(facts["arm_qpos"])),
-        goal=_goal(model, facts["goal"]),
-        placements=tuple(Placement(**item) for item in facts["placements"]),
-        joint_ranges=tuple(tuple(item) for item in facts["joint_ranges"]),
-        burners=tuple(tuple(item) for item in facts["burners"]),
-        recorded=np.array(facts["recorded"]),
+        arm=Arm.of(model, np.array(description["arm_qpos"])),
+        goal=_goal(model, description["goal"]),
+        placements=tuple(Placement(**item) for item in description["placements"]),
+        joint_ranges=tuple(tuple(item) for item in description["joint_ranges"]),
+        burners=tuple(tuple(item) for item in description["burners"]),
+        recorded=np.array(description["recorded"]),
     )
 
 
 def _goal(model: mujoco.MjModel, predicates: list[dict[str, Any]]) -> Goal:
-    """The goal behind the cached figures of its predicates."""
+    """The goal from its cached predicates."""
     contact = np.zeros((len(predicates), 2, model.ngeom), bool)
     for k, predicate in enumerate(predicates):
         for side, geoms in enumerate(predicate["contact"]):
             contact[k, side, geoms] = True
-    kind, subject, target, figures = (
+    kind, subject, target, parameters = (
         np.array([predicate[name] for predicate in predicates]) for name in Goal._fields[:4]
     )
-    return Goal(kind, subject, target, figures, contact)
+    return Goal(kind, subject, target, parameters, contact)
 
 
 def _read(base: Path) -> tuple[mujoco.MjModel, dict[str, Any]] | None:
-    """Model and facts from the cache, or nothing when they are absent, incomplete or damaged."""
+    """Model and description from the cache, or None when they are missing, incomplete or damaged."""
     try:
-        facts = json.loads(Path(f"{base}.json").read_text())
+        description = json.loads(Path(f"{base}.json").read_text())
         blob = Path(f"{base}.mjb").read_bytes()
-        if facts.pop("sha256") != digest(blob, facts):
+        if description.pop("sha256") != digest(blob, description):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return mujoco.MjModel.from_binary_path("scene.mjb", {"scene.mjb": blob}), facts
+    return mujoco.MjModel.from_binary_path("scene.mjb", {"scene.mjb": blob}), description
 
 
-def digest(blob: bytes, facts: dict[str, Any]) -> str:
-    """Of a compiled model and of all that is stored beside it."""
-    return hashlib.sha256(blob + json.dumps(facts).encode()).hexdigest()
+def digest(blob: bytes, description: dict[str, Any]) -> str:
+    """The digest of a compiled model and of the description stored with it."""
+    return hashlib.sha256(blob + json.dumps(description).encode()).hexdigest()
 
 
 def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
     if assets != "builtin":
-        check_files(Path(assets), task.bddl_file)
+        verify_files(Path(assets), task.bddl_file)
     print(
-        f"Building the scene of {task.suite} task {task.task_id}; once, about 10 s.",
+        f"Building the scene of {task.suite} task {task.task_id}; this happens once and takes about 10 s.",
         file=sys.stderr,
         flush=True,
     )
@@ -327,5 +332,5 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"LIBERO did not build {task.name} within {BUILD_TIMEOUT_S} s") from None
     if result.returncode:
-        words = result.stderr.strip().splitlines() or ["no message"]
+        words = result.stderr.strip().splitlines() or ["it said nothing"]
         raise RuntimeError(f"LIBERO could not build {task.name}: {words[-1]}")

@@ -1,4 +1,4 @@
-"""One environment: restored, settled, run, and watched for divergence."""
+"""One environment: it is restored, settled, executes actions, and is watched for divergence."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,19 +7,17 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.control import ControlState, Views, run_chunk
+from vla_envs.control import ControllerMemory, Views, execute_chunk
 from vla_envs.goals import FactReader, predicates_met
 from vla_envs.scene import Scene
 
-#: Joint velocities (m/s, rad/s) above this are of a simulation that has diverged: 20 m or 20 rad in a substep
-#: of 2 ms. What falls or is hit in LIBERO's scenes stays below 100; MuJoCo itself gives up at 1e10.
+#: Joint velocities (m/s, rad/s) above this mean that a simulation has diverged: 20 m or 20 rad per substep of
+#: 2 ms. Objects that fall or are hit in LIBERO's scenes stay below 100; MuJoCo itself gives up at 1e10.
 MAX_VELOCITY = 1e4
-
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
-
-# Where MuJoCo notes that it met numbers of no use, and went back to the model's own pose without a word.
+# Where MuJoCo notes that it met unusable numbers, and silently went back to the model's own pose.
 _RESTARTED = {
     mujoco.mjtWarning.mjWARN_BADQPOS: "position",
     mujoco.mjtWarning.mjWARN_BADQVEL: "velocity",
@@ -29,22 +27,22 @@ _RESTARTED = {
 
 @dataclass
 class Settled:
-    """An init state after the settling steps: all that a reset copies."""
+    """An init state after the settling steps: everything that a reset copies."""
 
     physics: NDArray[np.float64]
-    control: ControlState
+    memory: ControllerMemory
     images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
-    reason: str = ""  # why it could not be settled, and is the init state itself
+    reason: str = ""  # why it could not be settled; it is then the init state itself
 
 
 class Simulation:
-    """One environment: a scene's shared model with data of its own."""
+    """One environment: a scene's shared model, and data of its own."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.data = mujoco.MjData(scene.model)
         self.views = Views.of(self.data)
-        self.control = ControlState.new(len(scene.goal.kind))
+        self.memory = ControllerMemory.new(len(scene.goal.kind))
         self.just_restored = False
         self.facts = FactReader(scene.model, self.data, scene.goal)
         self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
@@ -53,41 +51,41 @@ class Simulation:
         self._addresses = (scene.model._address, self.data._address)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Simulation cannot be copied, as it holds addresses; expected its environment")
+        raise TypeError("a Simulation cannot be copied, because it holds addresses; copy its environment")
 
-    def restore(self, state: NDArray[np.float64]) -> None:
-        """Put joints and fixtures as in ``state`` (``Scene``), everything at rest: ``set_init_state``."""
+    def restore(self, init_state: NDArray[np.float64]) -> None:
+        """Put joints and fixtures as in an init state (``Scene``), at rest, like ``set_init_state``."""
         mujoco.mj_resetData(self.scene.model, self.data)
-        self.data.qpos[:], fixtures = np.split(state, [self.scene.model.nq])
+        self.data.qpos[:], fixtures = np.split(init_state, [self.scene.model.nq])
         self.data.mocap_pos[:], self.data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
-        self.control.goal_rotation[...] = self.scene.arm.reset_rotation
-        self.control.gripper[:] = 0.0
+        self.memory.goal_rotation[...] = self.scene.arm.reset_rotation
+        self.memory.gripper[:] = 0.0
         self.just_restored = True
 
-    def run(self, actions: NDArray[np.float64]) -> tuple[int, bool]:
-        """Execute ``actions`` (C, 7); the number of control steps done, and whether the goal is met."""
+    def execute(self, actions: NDArray[np.float64]) -> tuple[int, bool]:
+        """Execute ``actions`` (C, 7); return how many were done, and whether the goal is met."""
         done, met = 0, False
         while done < len(actions) and not met:
-            steps, met = run_chunk(
+            steps, met = execute_chunk(
                 *self._addresses,
                 self.views,
                 self.scene.arm,
-                self.control,
+                self.memory,
                 self.scene.goal,
                 actions[done:],
                 self.just_restored,
             )
             done += steps
             self.just_restored = False
-            met = met and bool(predicates_met(self.scene.goal, self.data).all())  # contacts too
+            met = met and bool(predicates_met(self.scene.goal, self.data).all())  # with contacts
         return done, met
 
     def divergence(self) -> str:
-        """``"diverged: ..."`` where the simulation has diverged since it was last restored, else ``""``."""
+        """``"diverged: ..."`` when the simulation has diverged since it was last restored, else ``""``."""
         model, data = self.scene.model, self.data
         warned = data.warning.number
         for kind, name in _RESTARTED.items():
-            if warned[kind]:  # what MuJoCo found is gone
+            if warned[kind]:  # the number that MuJoCo found is gone
                 index = int(data.warning[kind].lastinfo)
                 if name == "position":
                     joint = int(np.searchsorted(model.jnt_qposadr, index, side="right")) - 1
@@ -95,7 +93,7 @@ class Simulation:
                     joint = int(model.dof_jntid[index])
                 return f"diverged: {name} of joint {model.joint(joint).name} is not finite, or above 1e10"
         speed = np.abs(data.qvel)
-        if speed.max() <= MAX_VELOCITY and np.isfinite(data.qpos).all():  # NaN is not <=
+        if speed.max() <= MAX_VELOCITY and np.isfinite(data.qpos).all():  # comparing NaN gives False
             return ""
         if not speed.max() <= MAX_VELOCITY:
             dof = int(np.argmax(np.where(np.isnan(speed), np.inf, speed)))
@@ -111,37 +109,37 @@ class Simulation:
         return f"diverged: position of joint {model.joint(joint).name} is {data.qpos[index]:.2g}"
 
     def keep(self) -> None:
-        """Remember this state as the last that can be believed."""
+        """Remember this moment as the last one that can be trusted."""
         mujoco.mj_getState(self.scene.model, self.data, self.last_good, _PHYSICS)
 
     def go_back(self) -> None:
-        """Go to the state of the last ``keep``, with nothing left of what came after it."""
-        mujoco.mj_resetData(self.scene.model, self.data)  # its warnings too
+        """Return to the moment of the last ``keep``, and forget everything that came after it."""
+        mujoco.mj_resetData(self.scene.model, self.data)  # clears warnings as well
         mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
-        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+        mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
 
-    def settle(self, state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
-        """Restore ``state`` and do nothing for ``steps`` control steps but command ``gripper``."""
-        self.restore(state)
-        while steps:  # a run ends where the goal is met
-            steps -= self.run(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
+    def settle(self, init_state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
+        """Restore an init state, then hold still for ``steps`` control steps and command ``gripper``."""
+        self.restore(init_state)
+        while steps:  # executing actions stops when the goal is met
+            steps -= self.execute(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
         reason = self.divergence()
         if reason:
-            self.restore(state)
+            self.restore(init_state)
         self.keep()
-        return Settled(self.last_good.copy(), self.control.copy(), reason=reason)
+        return Settled(self.last_good.copy(), self.memory.copy(), reason=reason)
 
     def copy_from(self, settled: Settled, just_restored: bool) -> None:
-        """Go to a settled state."""
+        """Start from a settled init state."""
         mujoco.mj_setState(self.scene.model, self.data, settled.physics, _PHYSICS)
-        mujoco.mj_step1(self.scene.model, self.data)  # poses and contacts; changes no state
+        mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
         self.last_good[:] = settled.physics
-        self.control.assign(settled.control)
+        self.memory.assign(settled.memory)
         self.just_restored = just_restored
         self.origin = self.facts.origin()
-        self.control.peak[:] = self.data.xpos[self.scene.goal.subject, 2]
+        self.memory.peak[:] = self.data.xpos[self.scene.goal.subject, 2]
 
-    def state(self) -> NDArray[np.float32]:
+    def robot_state(self) -> NDArray[np.float32]:
         """End-effector position (3, m), axis-angle (3, rad), gripper joints (2, m), as OpenVLA reads them."""
         w, *xyz = self.data.xquat[self.hand]
         w = min(1.0, max(-1.0, w))

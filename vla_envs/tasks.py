@@ -1,7 +1,7 @@
 """LIBERO's suites and tasks: names, instructions, BDDL files and recorded init states.
 
-Read from the installed ``hf-libero`` package without importing it: its import asks a question on the
-terminal when no configuration file exists.
+They are read from the installed ``hf-libero`` package without importing it, because its import asks a
+question on the terminal when no configuration file exists.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ SUITES = {
     "Libero10": "libero_10",
     "Libero90": "libero_90",
 }
-MOST_BYTES = 2**20  # of a file of init states; LIBERO's have up to 59 kB
+MOST_BYTES = 2**20  # per file of init states; LIBERO's have up to 59 kB
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Task:
     """One LIBERO task.
 
     Attributes:
-        suite: Name of the suite as in the Gymnasium id, for instance ``"LiberoObject"``.
+        suite: The suite's name as in the Gymnasium id, for instance ``"LiberoObject"``.
         task_id: Position in the suite, from 0, in LIBERO's order (``libero_suite_task_map.py``).
         name: LIBERO's name of the task.
-        instruction: The sentence that a policy is given; like LIBERO's, made from the file name.
+        instruction: The sentence that a policy is given; as in LIBERO, it is made from the file name.
         bddl_file: LIBERO's description of the scene and the goal.
         init_states_file: The recorded init states, LIBERO's ``*.pruned_init``.
     """
@@ -48,10 +48,10 @@ class Task:
 
 
 def libero_folder() -> Path:
-    """Folder of the installed ``libero.libero`` package."""
+    """The folder of the installed ``libero.libero`` package."""
     spec = importlib.util.find_spec("libero")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("LIBERO is not installed; expected: pip install hf-libero==0.1.4")
+        raise ModuleNotFoundError("LIBERO is not installed: pip install hf-libero==0.1.4")
     return Path(next(iter(spec.submodule_search_locations))) / "libero"
 
 
@@ -66,7 +66,11 @@ def _task_map() -> dict[str, list[str]]:
 
 
 def num_tasks(suite: str) -> int:
-    """Number of tasks in a suite."""
+    """The number of tasks in a suite.
+
+    Raises:
+        ValueError: When the suite does not exist.
+    """
     if not isinstance(suite, str) or suite not in SUITES:
         papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
         hint = nearest(papers_name, list(SUITES))
@@ -92,12 +96,12 @@ def get_task(suite: str, task_id: int) -> Task:
     name = _task_map()[folder][task_id]
     # LIBERO-90 and LIBERO-10 names begin with the scene: KITCHEN_SCENE3_turn_on_the_stove.
     words = name.split("_")
-    scene = next((i for i, word in enumerate(words) if word.startswith("SCENE")), -1)
+    prefix = next((i for i, word in enumerate(words) if word.startswith("SCENE")), -1)
     return Task(
         suite=suite,
         task_id=int(task_id),
         name=name,
-        instruction=" ".join(words[scene + 1 :]),
+        instruction=" ".join(words[prefix + 1 :]),
         bddl_file=libero_folder() / "bddl_files" / folder / f"{name}.bddl",
         init_states_file=libero_folder() / "init_files" / folder / f"{name}.pruned_init",
     )
@@ -106,12 +110,12 @@ def get_task(suite: str, task_id: int) -> Task:
 def recorded_init_states(task: Task) -> NDArray[np.float64]:
     """LIBERO's recorded init states, ``(50, 1 + nq + nv)``: time (s), joint positions, velocities.
 
-    Every published evaluation uses these; training draws its own placements. The files are pickles, so
-    they are read by a restricted reader that builds arrays and nothing else, and once: when a scene is
-    built, which holds them from then on (``Scene.recorded``).
+    Every published evaluation uses these; training samples placements of its own. The files are pickles, so
+    a restricted reader reads them, which builds arrays and nothing else. It reads them once, when a scene is
+    built, and the scene keeps them (``Scene.recorded``).
 
     Raises:
-        ValueError: When the file is missing, damaged, or holds anything else.
+        ValueError: When the file is missing or damaged, or has anything else.
     """
     import torch
     from numpy._core.multiarray import _reconstruct
@@ -125,12 +129,12 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
     file = task.init_states_file
     try:
         if file.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes; expected at most {MOST_BYTES}")
+            raise ValueError(f"it has {file.stat().st_size} bytes; expected at most {MOST_BYTES}")
         with torch.serialization.safe_globals(allowed):
             states = np.asarray(torch.load(file, weights_only=True), dtype=np.float64)
         if states.ndim != 2 or not np.isfinite(states).all():
-            raise ValueError(f"shape {states.shape}; expected rows of finite numbers")
-    except Exception as error:  # torch, pickle and zip files each fail in their own way
+            raise ValueError(f"it has shape {states.shape}; expected rows of finite numbers")
+    except Exception as error:  # torch, pickle and zip files raise different ones
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the recorded init states {str(file)!r} cannot be read: {reason}") from error
     return states

@@ -1,4 +1,4 @@
-"""The threads that do an environment's work: what they begin they end, whatever ends the call that asked."""
+"""The threads that do an environment's work; they finish what they begin, even if the call is interrupted."""
 
 import functools
 import os
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Crew:
     """An environment's threads, which do the work of one call at a time.
 
-    Ctrl-C is raised in the main thread alone, at any instruction, and so is what other signals raise. These
-    threads are never interrupted: what must not be torn is done by them.
+    Ctrl-C and other signals raise exceptions only in the main thread, at any instruction. These threads are
+    never interrupted, so they do the work that must not stop halfway.
 
     Args:
         size: Number of threads.
@@ -29,16 +29,16 @@ class Crew:
         self._todo: list[int] = []
 
     def do(self, work: Callable[[int], T], indices: Iterable[int]) -> list[T]:
-        """What ``work`` returns for each of ``indices``.
+        """Do ``work`` for each of ``indices``, and return the results.
 
-        When one of them raises an exception, or the calling thread is interrupted, what has not begun is
-        not begun, and what has begun is waited for.
+        When one raises an exception, or the calling thread is interrupted, no further work begins, and this
+        method waits for the work that has begun.
         """
         given, results = list(indices), {}
         todo = self._todo = given.copy()
-        rest = iter(todo)  # shared by the threads; over when the list is cleared
+        rest = iter(todo)  # the threads share it; it ends when the list is cleared
 
-        def share(working: threading.Lock) -> None:
+        def work_on(working: threading.Lock) -> None:
             try:
                 with working:
                     for i in rest:
@@ -48,7 +48,7 @@ class Crew:
                 raise
 
         try:
-            futures = [self._pool.submit(share, working) for working in self._working[: len(given)]]
+            futures = [self._pool.submit(work_on, working) for working in self._working[: len(given)]]
             for future in futures:
                 future.result()
         finally:
@@ -56,31 +56,31 @@ class Crew:
         return [results[i] for i in given]
 
     def stop(self) -> None:
-        """Begin nothing more, and wait for what has begun."""
+        """Begin no further work, and wait for the work that has begun."""
         self._todo.clear()
         for working in self._working:
             with working:
                 pass
 
     def is_ours(self) -> bool:
-        """Whether this process made the threads; one that is forked from it has none of them."""
+        """Whether this process made the threads; a process forked from it has none of them."""
         return os.getpid() == self._process
 
-    def is_left_working(self) -> bool:
-        """Whether a thread still does what a call began that has ended: it was interrupted twice."""
+    def outlived_its_call(self) -> bool:
+        """Whether a thread still works for a call that has ended, because it was interrupted twice."""
         return not self.in_use.locked() and any(working.locked() for working in self._working)
 
-    def check(self) -> None:
-        """Raise a RuntimeError when a call must not begin now."""
+    def require_idle(self) -> None:
+        """Raise a RuntimeError when no call may begin now."""
         if not self.is_ours():
             raise RuntimeError(
-                f"the environment was made by process {self._process}, of which this one, {os.getpid()}, is a"
-                " fork; expected one that this process has made"
+                f"the environment belongs to process {self._process}, and this process, {os.getpid()}, is a"
+                " fork of it; make an environment in this process"
             )
         if self.in_use.locked():
             raise RuntimeError(
-                "the environment is in use by a call that has not ended, in another thread or in this one;"
-                " expected one call at a time"
+                "the environment is busy with a call that has not ended, in this thread or another one;"
+                " make one call at a time"
             )
 
     def close(self) -> None:
@@ -88,17 +88,17 @@ class Crew:
         self._pool.shutdown()
 
 
-def alone(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """Let a method of an environment with a ``_crew`` run when no other does, nor what one has left behind.
+def exclusive(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Decorate a method of an environment with a ``_crew``, so that only one such method works at a time.
 
     Raises:
-        RuntimeError: From the method, when another call has not ended, or in a forked process.
+        RuntimeError: The method raises it when another call has not ended, and in a forked process.
     """
 
     @functools.wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
         crew: Crew = self._crew
-        crew.check()
+        crew.require_idle()
         with crew.in_use:
             crew.stop()
             return method(self, *args, **kwargs)

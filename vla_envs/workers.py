@@ -1,4 +1,4 @@
-"""``LiberoVectorEnv`` split over processes, for more cores than one Python process can keep busy."""
+"""``LiberoVectorEnv`` split over processes, for more cores than one Python process can use."""
 
 import contextlib
 import ctypes
@@ -18,58 +18,58 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from vla_envs.arguments import (
+    require_open,
+    spaces,
+    validate_actions,
+    validate_generators,
+    validate_int,
+    validate_reset,
+    validate_tasks,
+    warn_when_all_are_frozen,
+)
 from vla_envs.inputs import nearest
 from vla_envs.machine import available_cores
 from vla_envs.rewards import Reward
-from vla_envs.threads import Crew, alone
-from vla_envs.vector import (
-    FromArguments,
-    LiberoVectorEnv,
-    check_actions,
-    check_generators,
-    check_int,
-    check_open,
-    check_reset,
-    check_tasks,
-    spaces,
-    warn_when_all_wait,
-)
+from vla_envs.threads import Crew, exclusive
+from vla_envs.vector import FromArguments, LiberoVectorEnv
 
 
 def make(num_envs: int = 1, workers: int = 1, **arguments: Any) -> "LiberoVectorEnv | LiberoWorkersEnv":
-    """A ``LiberoVectorEnv``, split over ``workers`` processes where there are several; the same results.
+    """Make a ``LiberoVectorEnv``, split over ``workers`` processes; the results are the same.
 
     ``gym.make_vec("vla_envs/LiberoObject-v0", num_envs=64, workers=4)``
 
     Args:
         num_envs: Number of environments.
-        workers: Processes. Threads of one process share Python's interpreter, and two of them draw at a time.
-        arguments: Those of ``LiberoVectorEnv``; ``num_threads`` is for each process, by default its share of
-            the cores.
+        workers: Number of processes. Threads of one process share Python's interpreter, and only two of them
+            draw at a time.
+        arguments: Those of ``LiberoVectorEnv``. ``num_threads`` is per process, by default its share of the
+            cores.
 
     Raises:
-        TypeError: For an argument that does not exist.
-        ValueError: For one that does not fit; says what was expected.
+        TypeError: When an argument does not exist.
+        ValueError: When an argument does not fit; says what was expected.
     """
     known = [*inspect.signature(LiberoVectorEnv).parameters, "workers"]
     for name in arguments:
         if name not in known:
-            raise TypeError(f"there is no argument {name!r}; expected some of {known}{nearest(name, known)}")
-    check_int("workers", workers, 1)
+            raise TypeError(f"argument {name!r} is unknown; expected some of {known}{nearest(name, known)}")
+    validate_int("workers", workers, 1)
     if workers == 1:
         return LiberoVectorEnv(num_envs, **arguments)
     return LiberoWorkersEnv(num_envs, int(workers), **arguments)
 
 
 class LiberoWorkersEnv(FromArguments, VectorEnv):
-    """The interface of ``LiberoVectorEnv``; consecutive environments are those of one process.
+    """The interface of ``LiberoVectorEnv``, with consecutive environments in one process.
 
-    Observations come through shared memory, actions and infos through pipes. Processes are started by
-    ``spawn``: the script needs its ``if __name__ == "__main__":``.
+    Observations come through shared memory, actions and infos through pipes. Processes start with ``spawn``,
+    so a script needs its ``if __name__ == "__main__":``.
 
     Raises:
         ValueError: As ``LiberoVectorEnv``, and when a reward cannot be sent to another process.
-        RuntimeError: From any method, when a worker has died; names it and how it ended.
+        RuntimeError: From any method, when a worker has died; says which one, and how it ended.
     """
 
     def __init__(
@@ -87,11 +87,13 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         **arguments: Any,
     ) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "arguments")} | arguments
-        check_int("num_envs", num_envs, 1)
+        validate_int("num_envs", num_envs, 1)
         if num_envs < workers:
-            raise ValueError(f"num_envs is {num_envs}; expected at least one for each of {workers} workers")
-        task_ids = check_tasks(suite, task_id, num_envs)
-        _check_sent(reward)
+            raise ValueError(
+                f"num_envs is {num_envs}; expected at least one environment per worker, {workers}"
+            )
+        task_ids = validate_tasks(suite, task_id, num_envs)
+        _require_picklable(reward)
         if num_threads is None:
             num_threads = max(1, available_cores() // workers)
         self.num_envs = num_envs
@@ -111,11 +113,11 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self._obs = _arrays(memory, self.observation_space)
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
-        self._crew = Crew(workers)  # a thread for each pipe: nothing stays in one, nor half of it
+        self._crew = Crew(workers)  # one thread per pipe, so that no pipe keeps an answer, or half of one
 
         def start(_: int) -> None:
-            if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C reaches no worker
-                resource_tracker.ensure_running()  # which lets it through again
+            if hasattr(signal, "pthread_sigmask"):  # workers inherit it, so that Ctrl-C reaches none
+                resource_tracker.ensure_running()  # it lets the signal through again
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for part in self._slices:
                 ours, theirs = context.Pipe()
@@ -137,7 +139,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
             self._crew.do(start, [0])
             facts = [self._receive(k) for k in range(workers)]
         except BaseException:
-            self._kill()  # those that still start would be waited for
+            self._kill()  # otherwise we would wait for those that still start
             self.close()
             raise
         self.metadata = facts[0]["metadata"]
@@ -147,20 +149,20 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self.instructions = [task.instruction for task in self.tasks]
         self._recorded = [count for each in facts for count in each["recorded"]]
         self._learning = reward != "binary"
-        #: Seconds spent so far, by kind of work, in the mean of the workers.
+        #: Seconds spent so far by kind of work, averaged over the workers.
         self.seconds = {"physics": 0.0, "render": 0.0}
-        #: Calls of ``step`` so far, one for each environment that was stepped, by the stage it then was in.
+        #: How often ``step`` left an environment in each of ``multi_stage``'s stages so far.
         self.stages: Counter[str] = Counter()
         for each in facts:
             self.stages.update(each["stages"])
         self._steps = np.zeros(num_envs, np.int64)
         self._frozen, self._ready = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
-        self.warned = False  # of a step that does nothing
+        self.warned = False  # about a step that does nothing
 
     # ---- Talking to the workers ------------------------------------------------------------------
 
     def _receive(self, k: int) -> Any:
-        """What worker ``k`` says of itself when it has started; its exceptions are raised here."""
+        """What worker ``k`` says about itself when it has started; its exceptions are raised here."""
         try:
             answer = self._pipes[k].recv()
         except (EOFError, ConnectionResetError):
@@ -169,23 +171,23 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
 
     @staticmethod
     def _ask(pipe: Connection, method: str, values: Sequence[Any]) -> Any:
-        """The answer of a worker, an exception, or ``_GONE``; on one of our threads."""
+        """A worker's answer, an exception, or ``_GONE``; runs on one of our threads."""
         try:
             pipe.send((method, values))
             return pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return _GONE
-        except Exception as error:  # of pickling what is sent, or of making what has come
+        except Exception as error:  # from pickling what we send or unpickling the answer
             return error
 
     def _checked(self, answers: list[Any]) -> list[Any]:
-        """``answers``, one per worker, unless one is an exception or has not come, which is raised here."""
+        """``answers``, one per worker; if one is an exception or is missing, that is raised here."""
         for k, answer in enumerate(answers):
             if answer is _GONE:
                 process, part = self._processes[k], self._slices[k]
                 process.join(5)
                 code = process.exitcode
-                how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else None
+                how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else None
                 words = how or f"ended with status {code}"
                 self._end()
                 self.closed = True
@@ -197,8 +199,8 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         return answers
 
     def _call(self, method: str, *parts: Sequence[Any]) -> list[Any]:
-        """Call a method of every worker, with its share of each argument; the answers."""
-        check_open(self)
+        """Call a method of every worker with its share of each argument, and return the answers."""
+        require_open(self)
 
         def ask(k: int) -> Any:
             return self._ask(self._pipes[k], method, [part[k] for part in parts])
@@ -228,25 +230,25 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
 
     @property
     def steps(self) -> NDArray[np.int64]:
-        """Control steps ``(N,)`` of the episodes so far."""
+        """Control steps ``(N,)`` of each episode so far."""
         return self._steps.copy()
 
     @property
-    @alone
+    @exclusive
     def qpos(self) -> NDArray[np.float64]:
-        """Joint positions ``(N, nq)`` as ``LiberoVectorEnv.qpos``."""
+        """Joint positions ``(N, nq)``; see ``LiberoVectorEnv.qpos``."""
         parts = self._call("qpos")
         width = max(part.shape[1] for part in parts)
         pads = [((0, 0), (0, width - part.shape[1])) for part in parts]
         return np.concatenate([np.pad(*each, constant_values=np.nan) for each in zip(parts, pads)])
 
-    @alone
+    @exclusive
     def set_reward(self, reward: str | Reward) -> None:
-        """Pay ``reward``, as the constructor takes it, from the next step on."""
-        check_open(self)
-        _check_sent(reward)
+        """Pay another ``reward`` from the next step on; it is what the constructor takes."""
+        require_open(self)
+        _require_picklable(reward)
 
-        def change(_: int) -> list[Any]:  # one piece of work: an interrupt leaves no two rewards
+        def change(_: int) -> list[Any]:  # one piece of work, so that an interrupt never leaves two rewards
             return [self._ask(pipe, "set_reward", [reward]) for pipe in self._pipes]
 
         self._checked(self._crew.do(change, [0])[0])
@@ -255,62 +257,62 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
 
     @property  # type: ignore[override]
     def np_random(self) -> tuple[np.random.Generator, ...]:
-        """Copies of the workers' random generators ``(N,)``; what is set goes to the workers."""
+        """Copies of the workers' random generators ``(N,)``; generators that are set go to the workers."""
         return tuple(rng for part in self._call("np_random") for rng in part)
 
     @np_random.setter
     def np_random(self, value: Any) -> None:
-        self._call("set_np_random", self._split(check_generators(value, self.num_envs)))
+        self._call("set_np_random", self._split(validate_generators(value, self.num_envs)))
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The seeds ``(N,)`` of ``np_random``; -1 for a generator that was set."""
+        """The seeds ``(N,)`` of ``np_random``; -1 stands for a generator that was set."""
         return tuple(seed for part in self._call("np_random_seed") for seed in part)
 
-    @alone
+    @exclusive
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
-        mask, ids, seeds = check_reset(seed, options, self._recorded, self._learning)
-        self._ready &= ~mask  # until all is done
+        mask, ids, seeds = validate_reset(seed, options, self._recorded, self._learning)
+        self._ready &= ~mask  # until everything is done
         answers = self._call("reset", self._split(mask), self._split(ids), self._split(seeds))
         observation, info = self._observe(answers)
         self._ready |= mask
         return observation, info
 
-    @alone
+    @exclusive
     def step(
         self, actions: ArrayLike
     ) -> tuple[
         dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
     ]:
         """Execute ``actions``, ``(N, 7)`` or ``(N, C, 7)``; see ``LiberoVectorEnv.step``."""
-        checked = check_actions(actions, self.action_space.shape, self._ready)  # type: ignore[arg-type]
-        warn_when_all_wait(self)
-        self._ready[:] = False  # until all is done
+        checked = validate_actions(actions, self.action_space.shape, self._ready)  # type: ignore[arg-type]
+        warn_when_all_are_frozen(self)
+        self._ready[:] = False  # until everything is done
         answers = self._call("step", self._split(checked))
         results = [np.concatenate(parts) for parts in zip(*(answer["results"] for answer in answers))]
         observation, info = self._observe(answers)
         self._ready[:] = True
         return observation, results[0], results[1], results[2], info
 
-    @alone
+    @exclusive
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
-        """A ``(256, 256, 3)`` picture of every environment, or None without ``render_mode="rgb_array"``."""
+        """A ``(256, 256, 3)`` image per environment, or None without ``render_mode="rgb_array"``."""
         if self.render_mode is None:
             return None
-        return tuple(picture for pictures in self._call("render") for picture in pictures)
+        return tuple(image for images in self._call("render") for image in images)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End the workers; they are another process's in a forked one."""
+        """End the workers, unless this is a forked process, which does not own them."""
         if not self._crew.is_ours():
             return
-        if self._crew.is_left_working():  # nobody waits for the answer any more
+        if self._crew.outlived_its_call():  # nobody waits for the answer any more
             self._kill()
         self._close()
 
-    @alone
+    @exclusive
     def _close(self) -> None:
         self._end()
 
@@ -320,7 +322,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
 
     def _end(self) -> None:
         for pipe in self._pipes:
-            pipe.close()  # a worker that finds its pipe closed ends
+            pipe.close()  # a worker ends when its pipe closes
         for process in self._processes:
             process.join(10)
             if process.is_alive():
@@ -329,7 +331,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self._crew.close()
 
 
-_GONE = object()  # in place of an answer: the worker has ended
+_GONE = object()  # in place of the answer of a worker that has ended
 
 
 def _arrays(memory: dict[str, Any], space: Any) -> dict[str, NDArray[Any]]:
@@ -341,7 +343,7 @@ def _arrays(memory: dict[str, Any], space: Any) -> dict[str, NDArray[Any]]:
 
 
 def _join(infos: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
-    """One info of those of several environments; what one of them lacks is zero or None there."""
+    """Join the infos of several environments; what one of them lacks is zero or None there."""
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for info in infos for name in info):
         values = [info.get(name) for info in infos]
@@ -359,19 +361,19 @@ def _join(infos: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
     return joined
 
 
-def _check_sent(reward: str | Reward) -> None:
-    """Raise a ValueError unless another process can be given ``reward``."""
+def _require_picklable(reward: str | Reward) -> None:
+    """Raise a ValueError unless ``reward`` can be sent to another process."""
     try:
         pickle.dumps(reward)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"reward {reward!r} cannot be sent to a worker ({error}); expected a function of a module, or"
+            f"reward {reward!r} cannot be sent to a worker ({error}); expected a module's function or"
             " 'path/to/file.py:function'"
         ) from None
 
 
 def _sendable(error: Exception) -> Exception:
-    """``error``, or in its place one that another process can be given (OpenGL's hold pointers)."""
+    """``error``, or one that can be sent to another process in its place (OpenGL's have pointers)."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
@@ -379,13 +381,13 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **arguments: Any) -> None:
-    """A worker: makes its environments, then answers until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+    """Be a worker: make environments, then answer until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     shared = {name: array[part] for name, array in _arrays(memory, space).items()}
     try:
         envs = LiberoVectorEnv(**arguments)
     except Exception as error:
-        with contextlib.suppress(BrokenPipeError):  # another worker's was told first
+        with contextlib.suppress(BrokenPipeError):  # another worker's error came first
             pipe.send(_sendable(error))
         return
     facts = {

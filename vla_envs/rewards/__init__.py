@@ -1,6 +1,6 @@
 """Rewards: binary, the multi-stage reward of TGRPO's Algorithm 2, and functions written by users.
 
-A reward is a function of the facts (``vla_envs.goals.FACTS``): it takes a dict of arrays, one entry per
+A reward is a function of the facts (``vla_envs.goals.FACTS``). It takes a dict of arrays with one entry per
 environment, and returns an array of rewards, or rewards and stage numbers.
 """
 
@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -22,36 +22,37 @@ from vla_envs.inputs import as_numbers, in_short, nearest
 Facts = dict[str, Any]
 Reward = Callable[[Facts], Any]
 
-#: The stages of pick-and-place, with the reward that each pays every step (TGRPO, Algorithm 2).
+#: The stages of pick-and-place, and the reward per step that each pays (TGRPO, Algorithm 2).
 STAGES = ("far", "approaching", "ready to grasp", "lifted", "over the goal", "placed", "dropped")
 STAGE_REWARDS = np.array([-2.0, 2.0, 4.0, 8.0, 10.0, 16.0, -4.0])
 
-#: The stages of a drawer, door or knob, which pay what those above them pay.
+#: The stages of a drawer, door or knob; they pay the same rewards, in the same order.
 JOINT_STAGES = ("far", "approaching", "holding", "turning", "half way", "done", "let go")
 
-#: What parts the stages, in metres but for the last two; the paper gives none, these are ours.
+#: What separates the stages, in metres except for the last two. The paper gives no numbers; these are ours.
 THRESHOLDS = {
-    "approach": 0.15,  # nearer than this to the object: approaching
-    "ready": 0.04,  # fingertips this near to the object's centre, or touching it: ready to grasp, holding
-    "lift": 0.03,  # the object this much higher than it lay: lifted
-    "near_goal": 0.08,  # horizontal distance to the goal's centre: over the goal
-    "turning": 0.1,  # share of the joint's way
-    "half_way": 0.5,  # share of the joint's way
+    "approach": 0.15,  # "approaching" is nearer than this to the object
+    "ready": 0.04,  # "ready to grasp" and "holding" are nearer to its centre, or touch it
+    "lift": 0.03,  # "lifted" is this much higher than it lay
+    "near_goal": 0.08,  # "over the goal" is horizontally nearer to the goal's centre
+    "turning": 0.1,  # share of the way that the joint has to go
+    "half_way": 0.5,  # share of the way that the joint has to go
 }
 
 
 def binary(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """1 at success, else 0; the stages are those of ``multi_stage``."""
+    """Pay 1 for success and 0 otherwise; the stages are those of ``multi_stage``."""
     return np.asarray(facts["success"], dtype=np.float64), multi_stage(facts)[1]
 
 
 def multi_stage(facts: Facts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The paper's pick-and-place reward, made from any of LIBERO's goals; constant within a stage.
+    """The paper's pick-and-place reward, extended to all of LIBERO's goals; it is constant within a stage.
 
-    A goal of one ``In`` or ``On`` is the paper's Algorithm 2: -2 to 16 every step. ``Open``, ``Close``,
-    ``TurnOn`` and ``TurnOff`` pay the same for reaching, holding and moving the joint. A conjunction of n
-    predicates pays (16 m + r) / n with m of them met and r the reward of the next one's stage; its stages
-    are numbered 7 m + stage. The last, "placed" or "done" with n - 1 others met, is LIBERO's success.
+    For a goal of one ``In`` or ``On`` it is the paper's Algorithm 2, which pays -2 to 16 per step. ``Open``,
+    ``Close``, ``TurnOn`` and ``TurnOff`` pay the same for reaching, holding and moving the joint. A
+    conjunction of n predicates, of which m are met, pays (16 m + r) / n, where r is the reward of the next
+    one's stage; its stages are numbered 7 m + stage. The last one, "placed" or "done" with n - 1 others met,
+    is LIBERO's success.
     """
     f = {name: np.asarray(value) for name, value in facts.items()}
     stage = np.where(f["is_joint"] > 0, _joint_stage(f), _place_stage(f))
@@ -89,9 +90,9 @@ def _joint_stage(f: Facts) -> NDArray[np.int64]:
     return np.select(conditions, numbers, default=JOINT_STAGES.index("far"))
 
 
-def stage_names(facts: Facts) -> NDArray[np.str_]:
-    """The names of ``multi_stage``'s stages: "lifted", or "1 of 2 met, lifted" for a conjunction."""
-    stages = zip(facts["is_joint"], facts["goals"], multi_stage(facts)[1], strict=True)
+def stage_names(facts: Facts, stage: NDArray[np.int64]) -> NDArray[np.str_]:
+    """Name ``multi_stage``'s stages: "lifted", or "1 of 2 met, lifted" for a conjunction."""
+    stages = zip(facts["is_joint"], facts["goals"], stage, strict=True)
     return np.array([_stage_name(*its) for its in stages])
 
 
@@ -102,7 +103,7 @@ def _stage_name(joint: float, goals: float, stage: int) -> str:
 
 
 def all_stage_names(joint: Sequence[bool]) -> list[str]:
-    """The names of all stages in order; ``joint``: which of the goal's predicates move one."""
+    """The names of all stages in order; ``joint`` says which of the goal's predicates move a joint."""
     stages = range(len(STAGES) * len(joint))
     names = [_stage_name(each, len(joint), stage) for stage in stages for each in sorted(set(joint))]
     return list(dict.fromkeys(names))
@@ -111,10 +112,10 @@ def all_stage_names(joint: Sequence[bool]) -> list[str]:
 def resolve_reward(reward: str | Reward) -> Reward:
     """The reward function behind ``"binary"``, ``"multi_stage"``, a callable or ``path/to/file.py:function``.
 
-    A file is Python code of the user's own and is run as such; it may import the files beside it.
+    The file is the user's own Python code and is executed; it may import the files beside it.
 
     Raises:
-        ValueError: When there is no such reward, file or function, or the file does not run.
+        ValueError: When the reward, the file or the function does not exist, or the file raises an error.
     """
     if callable(reward):
         return reward
@@ -127,12 +128,12 @@ def resolve_reward(reward: str | Reward) -> Reward:
             f"reward {in_short(reward)} is unknown; expected 'binary', 'multi_stage', a callable or "
             f"'path/to/file.py:function'{nearest(str(reward), list(named))}"
         )
-    if not os.path.isfile(path):  # of names that cannot be, False too
+    if not os.path.isfile(path):  # False for impossible names too
         raise ValueError(f"reward file {in_short(path)} does not exist; expected 'path/to/file.py:function'")
     spec = importlib.util.spec_from_file_location("user_reward", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     folder = os.path.dirname(os.path.abspath(path))
     sys.path.insert(0, folder)  # it may import what lies beside it
     try:
@@ -145,26 +146,39 @@ def resolve_reward(reward: str | Reward) -> Reward:
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"reward file {path!r} has no function {function!r}; expected one that it has,"
+            f"reward file {path!r} has no function {function!r}; expected one of"
             f" {in_short(names)}{nearest(function, names)}"
         )
     return getattr(module, function)
 
 
-def evaluate_reward(
-    reward: Reward, facts: Facts
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.str_]]:
-    """Rewards of ``facts``, stages and their names.
+class Paid(NamedTuple):
+    """What a reward pays N environments, and the stages that they are in."""
 
-    A function that returns rewards alone gets ``multi_stage``'s stages; those that a function returns itself
+    reward: NDArray[np.float64]  # (N,)
+    stage: NDArray[np.int64]  # (N,) the reward's own stages, or multi_stage's where it returns none
+    stage_name: NDArray[np.str_]  # (N,)
+    multi_stage_name: NDArray[np.str_]  # (N,) names of multi_stage's stages, whatever the reward
+
+
+def compute_reward(reward: Reward, facts: Facts) -> Paid:
+    """Compute rewards and stages from ``facts``.
+
+    A function that returns only rewards gets ``multi_stage``'s stages. Stages that a function returns itself
     are named by their numbers, "stage 3".
 
     Raises:
-        ValueError: When the function raises anything, or its rewards are not finite numbers and its stages
-            not integers, one per environment.
+        ValueError: When the function raises anything, or does not return one finite reward and one integer
+            stage per environment.
     """
+    built_in, stages = multi_stage(facts)
+    names = stage_names(facts, stages)
+    if reward is multi_stage:
+        return Paid(built_in, stages, names, names)
+    if reward is binary:
+        return Paid(np.asarray(facts["success"], dtype=np.float64), stages, names, names)
     expected = np.shape(facts["success"])
-    copies = {name: np.array(values) for name, values in facts.items()}  # to do with as it likes
+    copies = {name: np.array(values) for name, values in facts.items()}  # the function may change them
     try:
         result = reward(copies)
     except Exception as error:
@@ -175,9 +189,9 @@ def evaluate_reward(
         ) from error
     if isinstance(result, tuple) and len(result) != 2:
         raise ValueError(
-            f"the reward function returned {len(result)} things; expected rewards, or rewards and stages"
+            f"the reward function returned {len(result)} values; expected rewards, or rewards and stages"
         )
-    values, stage = result if isinstance(result, tuple) else (result, multi_stage(facts)[1])
+    values, stage = result if isinstance(result, tuple) else (result, stages)
     name, numbers = "the reward function returned", f"finite numbers of shape {expected}"
     values, stage = as_numbers(values, name, numbers), as_numbers(stage, name, numbers)
     if values.shape != expected or stage.shape != expected or not np.isfinite([values, stage]).all():
@@ -185,39 +199,38 @@ def evaluate_reward(
     if (stage != np.round(np.clip(stage, -(2.0**53), 2.0**53))).any():
         raise ValueError(f"{name} the stages {in_short(stage)}; expected integers of shape {expected}")
     stage = stage.astype(np.int64)
-    if isinstance(result, tuple) and reward not in (binary, multi_stage):
-        return values, stage, np.array([f"stage {k}" for k in stage])
-    return values, stage, stage_names(facts)
+    own = [f"stage {k}" for k in stage] if isinstance(result, tuple) else names
+    return Paid(values, stage, np.array(own), names)
 
 
 def warn_of_recorded_states(stacklevel: int) -> None:
-    """Warn of a reset to recorded init states with a reward to learn from."""
+    """Warn about a reset to recorded init states with a reward that is for learning."""
     warnings.warn(
         "init_state_id names the states that every published evaluation uses, and a reward other "
-        "than 'binary' is one to learn from: train on seeds, evaluate with reward='binary'",
+        "than 'binary' is for learning: train on seeds, and evaluate with reward='binary'",
         stacklevel=stacklevel,
     )
 
 
-def _check_ours(env: Any) -> None:
-    """Raise a ValueError unless ``env`` is an environment of this package, wrapped or not."""
+def _require_ours(env: Any) -> None:
+    """Raise a ValueError unless ``env`` is an environment of this package, which may be wrapped."""
     if not hasattr(getattr(env, "unwrapped", None), "set_reward"):
         raise ValueError(f"env is {in_short(env)}; expected an environment of vla_envs")
 
 
 class FactsReward(gym.Wrapper, RecordConstructorArgs):
-    """Pays ``reward`` for a LIBERO environment, single or vector, in place of the environment's own.
+    """Pay ``reward`` in place of the own reward of a LIBERO environment, single or vector.
 
-    ``info["stage"]`` and ``info["stage_name"]`` are the reward's too. A vector environment gets the same as a
-    ``VectorFactsReward``.
+    ``info["stage"]`` and ``info["stage_name"]`` are those of ``reward`` too. A vector environment gets a
+    ``VectorFactsReward``, which does the same.
 
     Args:
         env: An environment of this package.
-        reward: As the environments' own ``reward`` argument.
+        reward: What the environments' own ``reward`` argument takes.
 
     Raises:
-        ValueError: When it is another environment, or there is no such reward; from ``reset`` and ``step``
-            when a reward function fails.
+        ValueError: When the environment is not of this package, or the reward does not exist. ``reset`` and
+            ``step`` raise it when a reward function fails.
 
     Example:
         >>> import gymnasium as gym, vla_envs
@@ -226,23 +239,25 @@ class FactsReward(gym.Wrapper, RecordConstructorArgs):
     """
 
     def __new__(cls, env: gym.Env | VectorEnv, reward: str | Reward) -> Any:
-        """A wrapper of the kind that ``env`` is."""
+        """A wrapper of the same kind as ``env``."""
         return VectorFactsReward(env, reward) if isinstance(env, VectorEnv) else super().__new__(cls)
 
     def __init__(self, env: gym.Env, reward: str | Reward) -> None:
-        _check_ours(env)
+        _require_ours(env)
         self.reward, self._reward = reward, resolve_reward(reward)
         RecordConstructorArgs.__init__(self, reward=reward, _disable_deepcopy=True)
         gym.Wrapper.__init__(self, env)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.env, self.reward)  # a file's function is not found by its name elsewhere
+        return type(self), (self.env, self.reward)  # other processes cannot import a file's function
 
     def _paid(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-        """The reward, and ``info`` with its stage."""
+        """The reward, and ``info`` with the reward's stage."""
         facts = {name: np.array([value]) for name, value in info["facts"].items()}
-        reward, stage, name = evaluate_reward(self._reward, facts)
-        return float(reward[0]), info | {"stage": int(stage[0]), "stage_name": str(name[0])}
+        paid = compute_reward(self._reward, facts)
+        return float(paid.reward[0]), info | {
+            "stage": int(paid.stage[0]), "stage_name": str(paid.stage_name[0])
+        }  # fmt: skip
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -255,17 +270,17 @@ class FactsReward(gym.Wrapper, RecordConstructorArgs):
 
     def step(self, action: ArrayLike) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute ``action``; see ``LiberoEnv.step``."""
-        waited = self.unwrapped.frozen  # type: ignore[attr-defined]
+        frozen = self.unwrapped.frozen  # type: ignore[attr-defined]
         obs, _, terminated, truncated, info = self.env.step(action)
         reward, info = self._paid(info)
-        return obs, 0.0 if waited or info["diverged"] else reward, terminated, truncated, info
+        return obs, 0.0 if frozen or info["diverged"] else reward, terminated, truncated, info
 
 
 class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
-    """``FactsReward`` of a vector environment."""
+    """``FactsReward`` for a vector environment."""
 
     def __init__(self, env: VectorEnv, reward: str | Reward) -> None:
-        _check_ours(env)
+        _require_ours(env)
         self.reward, self._reward = reward, resolve_reward(reward)
         RecordConstructorArgs.__init__(self, reward=reward, _disable_deepcopy=True)
         super().__init__(env)
@@ -273,7 +288,7 @@ class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
         self._stage_name = np.full(env.num_envs, "", object)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.env, self.reward)  # a file's function is not found by its name elsewhere
+        return type(self), (self.env, self.reward)  # other processes cannot import a file's function
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
@@ -281,10 +296,10 @@ class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
         return self.metadata["autoreset_mode"]
 
     def _pay(self, facts: Facts, which: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Note the stages of the environments ``which`` (N,), whose rewards these are."""
-        given = {name: values[which] for name, values in facts.items()}
-        reward, self._stage[which], self._stage_name[which] = evaluate_reward(self._reward, given)
-        return reward
+        """Rewards of the environments ``which`` (N,) bool, whose stages are noted."""
+        paid = compute_reward(self._reward, {name: values[which] for name, values in facts.items()})
+        self._stage[which], self._stage_name[which] = paid.stage, paid.stage_name
+        return paid.reward
 
     def _stages(self) -> dict[str, NDArray[Any]]:
         return {"stage": self._stage.copy(), "stage_name": self._stage_name.astype(str)}
@@ -295,7 +310,7 @@ class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
         if self._reward is not binary and (options or {}).get("init_state_id") is not None:
             warn_of_recorded_states(stacklevel=3)
         ready = self.unwrapped._ready  # type: ignore[attr-defined]
-        if ready.any():  # the others have never been reset
+        if ready.any():  # some have never been reset
             self._pay(info["facts"], ready)
         return obs, info | self._stages()
 
@@ -303,16 +318,16 @@ class VectorFactsReward(VectorWrapper, RecordConstructorArgs):
         self, actions: ArrayLike
     ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Execute ``actions``; see ``LiberoVectorEnv.step``."""
-        waited = self.unwrapped.frozen  # type: ignore[attr-defined]
+        frozen = self.unwrapped.frozen  # type: ignore[attr-defined]
         obs, _, terminated, truncated, info = self.env.step(actions)
         facts, diverged = info["facts"], info["diverged"]
-        over = info.get("_final_info", np.zeros(self.num_envs, bool))  # have begun anew in this step
-        if over.any():
+        restarted = info.get("_final_info", np.zeros(self.num_envs, bool))  # began a new episode in this step
+        if restarted.any():
             final = info["final_info"]
-            facts = {name: np.where(over, final["facts"][name], facts[name]) for name in facts}
-            diverged = np.where(over, final["diverged"], diverged)
-        reward = np.where(waited | diverged, 0.0, self._pay(facts, np.ones(self.num_envs, bool)))
-        if over.any():
+            facts = {name: np.where(restarted, final["facts"][name], facts[name]) for name in facts}
+            diverged = np.where(restarted, final["diverged"], diverged)
+        reward = np.where(frozen | diverged, 0.0, self._pay(facts, np.ones(self.num_envs, bool)))
+        if restarted.any():
             info = info | {"final_info": final | self._stages()}
-            self._pay(info["facts"], over)
+            self._pay(info["facts"], restarted)
         return obs, reward, terminated, truncated, info | self._stages()

@@ -1,4 +1,4 @@
-"""Rewards written by a language model: the prompt that asks for one, and a check of what comes back.
+"""Rewards written by a language model: print the prompt that asks for one, and check the answer.
 
 The prompt for a task, and the check of an answer:
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.rewards import resolve_reward
-from vla_envs.rewards.check import as_text, check, check_plot, draw
+from vla_envs.rewards.check import as_text, check, plot, validate_plot
 from vla_envs.rewards.episodes import collect
 from vla_envs.rewards.prompt import prompt
 from vla_envs.tasks import get_task
@@ -21,49 +21,49 @@ from vla_envs.tasks import get_task
 class Args:
     """Print the prompt that asks a language model for a task's reward function, or check such a function.
 
-    The check plays demonstrations, drops and random episodes, and says of every rule whether the function
-    keeps it; the exit status is 0 if it keeps all, else 1.
+    The check plays demonstrations, drops and random episodes, and says for each rule whether the function
+    keeps it. The exit status is 0 if it keeps all of them, else 1.
     """
 
     suite: str = "LiberoObject"
     """LIBERO suite"""
     task_id: int = 4
-    """Task of the suite, from 0"""
+    """Task in the suite, from 0"""
     check: str | None = None
     """Reward to check instead of printing the prompt: FILE.py:FUNCTION, binary or multi_stage"""
     demonstrations: Path | None = None
-    """HDF5 file of demonstrations, LIBERO's or vla_envs.experts'; by default the expert plays some"""
+    """HDF5 file of demonstrations from LIBERO or vla_envs.experts; by default the expert plays some"""
     episodes: int = 8
-    """Episodes of each kind"""
+    """Episodes per kind"""
     seed: int = 0
-    """Seed of the first placement; the others follow it"""
+    """Seed of the first placement; the next ones count up from it"""
     plot: Path | None = None
-    """Picture to write of reward against time, for instance reward.png"""
+    """File for a figure of reward against time, for instance reward.png"""
 
 
 def main(args: Args) -> bool:
-    """Do what ``args`` says; whether all rules are kept."""
+    """Do what ``args`` says, and return whether all rules are kept."""
     task = get_task(args.suite, args.task_id)
     if args.check is None:
         for name in ("plot", "demonstrations", "episodes", "seed"):
             if getattr(args, name) != getattr(Args, name):
-                raise ValueError(f"--{name} belongs to a check; expected --check FILE.py:FUNCTION")
+                raise ValueError(f"--{name} needs --check FILE.py:FUNCTION")
         print(prompt(task), end="")
         return True
     check_numbers(args, "episodes", above=True)
     check_numbers(args, "seed", above=False)
     reward = resolve_reward(args.check)
     if args.plot:
-        check_plot(args.plot)
+        validate_plot(args.plot)
     rules, seen = check(reward, collect(task, args.episodes, args.seed, args.demonstrations))
     print(f"{args.check} on {task.suite} task {task.task_id}: {task.instruction}\n{as_text(rules, seen)}")
     if args.plot and seen:
-        draw(seen, args.plot, f"{args.check}: {task.instruction}")
+        plot(seen, args.plot, f"{args.check}: {task.instruction}")
     return all(rule.kept is not False for rule in rules)
 
 
-def run() -> None:
-    """The program: exit status 0 where all rules are kept, 1 where not, 2 for a mistake in the command."""
+def program() -> None:
+    """Exit with status 0 if all rules are kept, 1 if not, and 2 after a mistake in the command."""
     arguments = parse_args(Args)
     with one_line_errors():
         kept = main(arguments)
@@ -71,4 +71,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    program()

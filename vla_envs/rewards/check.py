@@ -1,4 +1,4 @@
-"""The rules of a multi-stage reward, held against a function one by one, and a plot of what it pays."""
+"""Checking a reward function against the rules of a multi-stage reward, and plotting what it pays."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.files import whole
-from vla_envs.rewards import STAGES, Facts, Reward, evaluate_reward, multi_stage, stage_names
+from vla_envs.rewards import STAGES, Facts, Reward, compute_reward, multi_stage, stage_names
 
-EPS = 1e-9  # rewards nearer than this are the same
-RATE = 20  # control steps a second
-HORIZON = 200  # control steps over which finishing and dawdling are compared, those of an episode
+EPS = 1e-9  # rewards that differ by less are the same
+RATE = 20  # control steps per second
+HORIZON = 200  # control steps per episode, over which finishing and dawdling are compared
 
 
 class Rule(NamedTuple):
-    """One rule: whether it is kept (None where nothing was seen that tells), its name, and the evidence."""
+    """One rule: whether it is kept (None if no episode tells), its name, and the evidence."""
 
     kept: bool | None
     name: str
@@ -25,36 +25,36 @@ class Rule(NamedTuple):
 
 
 @dataclass
-class Seen:
-    """What a function paid at the M control steps of all episodes, those after the resets included."""
+class Payments:
+    """What a function paid at the M control steps of all episodes, and right after their resets."""
 
     facts: Facts  # (M,) each
     kind: NDArray[np.str_]  # (M,) "demonstrations", "drops" or "random episodes"
     episode: NDArray[np.int64]  # (M,) number of the episode within its kind, from 0
     step: NDArray[np.int64]  # (M,) control steps since the reset
-    where: list[str]  # these three in words
+    where: list[str]  # (M,) these three in words
     reward: NDArray[np.float64]  # (M,)
     stage: NDArray[np.int64]  # (M,) numbered by progress
     stage_name: NDArray[np.str_]  # (M,)
     own: bool  # whether the stages are the function's own
 
     def paid(self) -> dict[str, NDArray[np.float64]]:
-        """The rewards in every stage seen, in the order of progress."""
+        """The rewards in every stage that occurred, in the order of progress."""
         return {
             str(self.stage_name[self.stage == k][0]): self.reward[self.stage == k]
             for k in np.unique(self.stage)
         }
 
 
-def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule], Seen | None]:
-    """Hold a reward function against the rules; what it paid is None where that cannot be told.
+def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule], Payments | None]:
+    """Check a reward function against the rules; what it paid is None when the function fails.
 
-    Stages are those that the function returns beside its rewards, numbered by progress, -1 for a drop; for a
-    function that returns rewards alone, ``multi_stage``'s, "dropped" counted below "far".
+    Stages are those that the function returns with its rewards, numbered by progress and -1 for a drop. A
+    function that returns only rewards has ``multi_stage``'s stages, with "dropped" below "far".
 
     Args:
         reward: The function.
-        episodes: Facts (T + 1,) of episodes by kind, as ``vla_envs.rewards.episodes.collect`` makes them.
+        episodes: Facts (T + 1,) of episodes by kind, from ``vla_envs.rewards.episodes.collect``.
     """
     flat = [(kind, k, facts) for kind, those in episodes.items() for k, facts in enumerate(those)]
     lengths = [len(facts["success"]) for _, _, facts in flat]
@@ -74,11 +74,11 @@ def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule],
 
     name = "finite numbers, one per environment"
     try:
-        values, stages, _ = evaluate_reward(watched, facts)
-        again = evaluate_reward(watched, facts)
-        backwards = evaluate_reward(watched, {name: fact[::-1] for name, fact in facts.items()})
-        alone = evaluate_reward(watched, {name: fact[:1] for name, fact in facts.items()})
-    except Exception as error:  # whatever the user's function raises
+        values, stages, *_ = compute_reward(watched, facts)
+        again = compute_reward(watched, facts)
+        backwards = compute_reward(watched, {name: fact[::-1] for name, fact in facts.items()})
+        alone = compute_reward(watched, {name: fact[:1] for name, fact in facts.items()})
+    except Exception as error:  # the user's function may raise anything
         words = " ".join(f"{type(error).__name__}: {error}".split())
         return [Rule(False, name, words if len(words) < 200 else f"{words[:95]} ... {words[-95:]}")], None
     same = all(
@@ -94,7 +94,7 @@ def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule],
     theirs = multi_stage(facts)[1]
     own = not np.array_equal(stages, theirs)
     n = len(STAGES)
-    seen = Seen(
+    seen = Payments(
         facts=facts,
         kind=np.repeat([kind for kind, _, _ in flat], lengths),
         episode=np.repeat([k for _, k, _ in flat], lengths),
@@ -102,13 +102,13 @@ def check(reward: Reward, episodes: dict[str, list[Facts]]) -> tuple[list[Rule],
         where=where,
         reward=values,
         stage=stages if own else theirs // n * n + (theirs + 1) % n,  # "dropped", the last, comes first
-        stage_name=np.array([f"stage {k}" for k in stages]) if own else stage_names(facts),
+        stage_name=np.array([f"stage {k}" for k in stages]) if own else stage_names(facts, theirs),
         own=own,
     )
     return rules + [rule(seen) for rule in (_constant, _rising, _success, _finishing, _drop, _better)], seen
 
 
-def _constant(seen: Seen) -> Rule:
+def _constant(seen: Payments) -> Rule:
     name = "constant within a stage"
     distinct = len(np.unique(seen.reward.round(9)))
     for stage, paid in seen.paid().items():
@@ -121,7 +121,7 @@ def _constant(seen: Seen) -> Rule:
     return Rule(True, name, f"{distinct} values in {len(seen.paid())} stages")
 
 
-def _rising(seen: Seen) -> Rule:
+def _rising(seen: Payments) -> Rule:
     name = "rises with the stages"
     means = {stage: paid.mean() for stage, paid in seen.paid().items()}
     sparse = np.ptp(seen.reward[seen.facts["success"] == 0]) <= EPS
@@ -140,7 +140,7 @@ def _rising(seen: Seen) -> Rule:
     return Rule(True, name, " < ".join(f"{value:.4g}" for value in paid))
 
 
-def _success(seen: Seen) -> Rule:
+def _success(seen: Payments) -> Rule:
     success = seen.facts["success"] > 0
     least, best = seen.reward[success].min(), seen.reward[~success].max()
     far = seen.reward[seen.step == 0].min()
@@ -154,11 +154,11 @@ def _success(seen: Seen) -> Rule:
     )
 
 
-def _finishing(seen: Seen) -> Rule:
-    """Whether a demonstration that ends in success pays more than the same one that stops on its way.
+def _finishing(seen: Payments) -> Rule:
+    """Whether a demonstration that succeeds pays more than the same one that stops on its way.
 
-    Both over ``HORIZON`` control steps, through which the one that has finished and the one that stands still
-    keep their last reward: the total reward that TGRPO compares the members of a group by.
+    Both last ``HORIZON`` control steps, and keep their last reward once they have finished or stand still.
+    TGRPO compares the members of a group by this total reward.
     """
     name, least = "finishing pays more than dawdling", (np.inf, "no demonstration succeeds")
     for episode in np.unique(seen.episode[seen.kind == "demonstrations"]):
@@ -178,8 +178,8 @@ def _finishing(seen: Seen) -> Rule:
     return Rule(None if least[0] == np.inf else bool(least[0] > EPS), name, least[1])
 
 
-def _drop(seen: Seen) -> Rule:
-    """At the end of episodes in which the object was up, lies low again, and is not held."""
+def _drop(seen: Payments) -> Rule:
+    """Whether a drop pays less than "far", at the end of episodes that leave the object low and free."""
     name, facts = "a drop below far", seen.facts
     peak = facts["object_peak_height"]
     last = np.append(seen.step[1:] == 0, True)
@@ -187,23 +187,23 @@ def _drop(seen: Seen) -> Rule:
     first = np.arange(len(last)) - seen.step
     down &= last & (facts["success"] == 0) & (facts["goals_met"] == facts["goals_met"][first])
     if not down.any():
-        return Rule(None, name, "no drop seen")
+        return Rule(None, name, "no episode has a drop")
     i = np.flatnonzero(down)[np.argmax((seen.reward - seen.reward[first])[down])]
     evidence = f"{seen.reward[i]:.4g} dropped, {seen.reward[first[i]]:.4g} far, at {seen.where[i]}"
     return Rule(bool(seen.reward[i] < seen.reward[first[i]] - EPS), name, evidence)
 
 
-def _better(seen: Seen) -> Rule:
+def _better(seen: Payments) -> Rule:
     demos, others = (seen.reward[seen.kind == kind].mean() for kind in ("demonstrations", "random episodes"))
     return Rule(
         bool(demos > others + EPS),
         "demonstrations above random",
-        f"on average {demos:.4g} a step, random {others:.4g}",
+        f"on average {demos:.4g} per step, random {others:.4g}",
     )
 
 
-def as_text(rules: list[Rule], seen: Seen | None) -> str:
-    """A screen to read: what was paid in which stage, then rule by rule."""
+def as_text(rules: list[Rule], seen: Payments | None) -> str:
+    """A summary to read: what each stage paid, then the verdict on each rule."""
     lines = []
     if seen:
         kinds = [
@@ -220,25 +220,25 @@ def as_text(rules: list[Rule], seen: Seen | None) -> str:
 # ---- The plot ----------------------------------------------------------------------------------------
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is played.
+def validate_plot(path: Path) -> None:
+    """Refuse a figure that cannot be written, before anything is played.
 
     Raises:
-        ValueError: Says what is missing.
+        ValueError: When matplotlib, the format or the folder does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib; expected: pip install matplotlib")
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure
 
     known = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:] not in known:
         raise ValueError(f"--plot is {str(path)!r}; expected a file name that ends in one of {known}")
     if not path.parent.is_dir():
-        raise ValueError(f"--plot is {str(path)!r}; expected a folder that exists")
+        raise ValueError(f"--plot is {str(path)!r}; expected a file in a folder that exists")
 
 
-def draw(seen: Seen, path: Path, title: str) -> None:
-    """Write a picture of reward against time (s), a panel for each kind of episode; dashed: the stages."""
+def plot(seen: Payments, path: Path, title: str) -> None:
+    """Write a figure of reward against time (s), with a panel per kind, and dashed lines for stages."""
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(seen.kind.tolist()))

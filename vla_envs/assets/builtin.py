@@ -1,16 +1,12 @@
-"""Built-in assets: LIBERO's asset folder with LIBERO's physics and our own look, made on the spot.
+"""Built-in assets: LIBERO's asset folder with LIBERO's physics and our own appearance, written on the spot.
 
 LIBERO builds a scene from a folder of meshes, textures and MJCF files that its PyPI package leaves out.
-`write_builtin` writes a folder with the same layout, with everything that the 130 tasks name. What a policy
-can feel is LIBERO's: bodies, joints, masses, collision shapes, frictions and sites come from `figures.json`
-(read from LIBERO's own files by `--write`). What a policy sees is ours: each object is a handful of MuJoCo
-primitives (`LOOKS`), quick to draw in software.
-
-    python -m vla_envs.assets --check path/to/libero_assets   # is figures.json still LIBERO's?
-    python -m vla_envs.assets --write path/to/libero_assets   # read it anew, after adding to LOOKS
+`write_builtin` writes a folder with the same layout and with everything that the 130 tasks name. What a
+policy can feel is LIBERO's: `physics.json`, which was read from LIBERO's own files, holds bodies, joints,
+masses, collision shapes, frictions and sites. What a policy sees is ours: each object is a handful of MuJoCo
+primitives (`APPEARANCES`), which software renders quickly.
 """
 
-import argparse
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -22,32 +18,33 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vla_envs.looks import LOOKS, PANDA, WEAVE, Geom
+from vla_envs.assets.appearance import APPEARANCES, PANDA, WEAVE, Geom
 
-FIGURES = Path(__file__).with_name("figures.json")
+PHYSICS = Path(__file__).with_name("physics.json")
 
 # ---------------------------------------------------------------------------------------------------------
-# The figures: what LIBERO's files say of everything in LOOKS, apart from its look.
+# The physics: what LIBERO's files say about everything in APPEARANCES, apart from how it looks.
 
 CONTACT = ("solimp", "solref", "density", "friction")
 
 
 def _file(name: str) -> str:
-    """The file of a name in `LOOKS`; most have a folder of their own."""
+    """The file of a name in `APPEARANCES`; most names have a folder of their own."""
     folder, short = name.split("/")
     return f"{name}.xml" if folder in ("articulated_objects", "scenes") else f"{name}/{short}.xml"
 
 
-def read_figures(folder: Path) -> dict[str, Any]:
-    """Reads the figures of everything in `LOOKS` from a folder of LIBERO's assets.
+def read_physics(folder: Path) -> dict[str, Any]:
+    """Read the physics of everything in `APPEARANCES` from a folder of LIBERO's assets.
 
     Returns:
-        "contact": the contact parameters that collision boxes share (density in kg/m^3), and "elements": for
-        each name the file's tree as [tag, attributes, child, ...]. A child may also be a string, a collision
-        box ("x y z qw qx qy qz" and half sizes), or null, a geom that LIBERO draws. Lengths in m; numbers and
-        order are the file's, so that the compiled physics is the same to the last bit.
+        A dict of "contact", the contact parameters that collision boxes share (density in kg/m^3), and
+        "elements", which has each file's tree as [tag, attributes, child, ...]. A child can also be a string,
+        which is a collision box ("x y z qw qx qy qz" and half sizes), or null, which is a visual geom of
+        LIBERO's. Lengths are in m. Numbers and order are the file's, so that the compiled physics is the same
+        to the last bit.
     """
-    roots = {name: ET.parse(folder / _file(name)).getroot() for name in sorted(LOOKS)}
+    roots = {name: ET.parse(folder / _file(name)).getroot() for name in sorted(APPEARANCES)}
     geoms = [geom for root in roots.values() for geom in root.iter("geom") if geom.get("group") == "0"]
     contacts = {
         tuple((key, geom.attrib[key]) for key in CONTACT) for geom in geoms if "density" in geom.attrib
@@ -86,7 +83,7 @@ def read_figures(folder: Path) -> dict[str, Any]:
 
 
 def _surfaces(root: ET.Element) -> list[ET.Element]:
-    """The sky, and the textures and materials of walls, floors and tables: the rest goes with its meshes."""
+    """The sky, and the textures and materials of walls, floors and tables; others belong to meshes."""
     used = {geom.get("material") for geom in root.iterfind("worldbody//geom")}
     shared = {
         item.get("name")
@@ -110,8 +107,8 @@ def _surfaces(root: ET.Element) -> list[ET.Element]:
 # ---------------------------------------------------------------------------------------------------------
 # The folder.
 
-# The textures that LIBERO's scenes name or swap in for their style: the nearest of robosuite's, and a colour
-# to mix them with, half and half. The gray floor and the gray plaster are LIBERO's own.
+# The textures that LIBERO's scenes name or swap in for their style: each is the nearest of robosuite's, mixed
+# half and half with a colour. The gray floor and the gray plaster are LIBERO's own.
 TEXTURES: dict[str, tuple[str, str | None]] = {
     "light-gray-floor-tile.png": ("light-gray-floor-tile.png", None),
     "tile_grigia_caldera_porcelain_floor.png": ("light-gray-floor-tile.png", None),
@@ -122,7 +119,7 @@ TEXTURES: dict[str, tuple[str, str | None]] = {
     "seamless_wood_planks_floor.png": ("light-wood.png", "#f6d890"),
     "martin_novak_wood_table.png": ("light-wood.png", "#c4b6aa"),
 }
-TEXTURE_SIZE = 256  # pixels: at 128 x 128 images no one sees more, and textures are most of a compiled model
+TEXTURE_SIZE = 256  # pixels; images of 128 x 128 show no more, and textures make up most of a model
 
 
 def _weave_texture(cells: int = 8, size: int = 64) -> Image.Image:
@@ -133,13 +130,13 @@ def _weave_texture(cells: int = 8, size: int = 64) -> Image.Image:
     return Image.fromarray((shade[..., None] * [186, 130, 72]).astype(np.uint8))
 
 
-def _xml(name: str, contact: dict[str, str], figures: Any) -> str:
-    """One file of the folder: LIBERO's figures and our look."""
-    look = LOOKS[name]
-    looks = look if isinstance(look, dict) else {_drawn_body(figures): look}
-    # robosuite numbers the geoms of an object to name them. Collision shapes get the names that they have in
-    # LIBERO, among its meshes; what we draw beyond those is numbered after them.
-    numbers, beyond = count(), count(_geoms(figures))
+def _xml(name: str, contact: dict[str, str], physics: Any) -> str:
+    """One file of the folder: LIBERO's physics and our appearance."""
+    given = APPEARANCES[name]
+    appearance = given if isinstance(given, dict) else {_first_visual_body(physics): given}
+    # robosuite names an object's geoms by number. Collision shapes keep the names that they have in LIBERO;
+    # our visual geoms take the numbers of LIBERO's meshes, and further ones come after all of them.
+    numbers, further = count(), count(_count_geoms(physics))
 
     def build(node: list[Any]) -> ET.Element:
         tag, attributes, *children = node
@@ -149,8 +146,8 @@ def _xml(name: str, contact: dict[str, str], figures: Any) -> str:
             numbered = {} if name.startswith("scenes/") else {"name": f"g{number}"}
             ET.SubElement(element, "geom", numbered | shape)
 
-        look = looks.get(attributes.get("name", tag), []) if tag.endswith("body") else []
-        drawn = _drawn(look, [child for child in children if isinstance(child, str)])
+        ours = appearance.get(attributes.get("name", tag), []) if tag.endswith("body") else []
+        visual = _visual_geoms(ours, [child for child in children if isinstance(child, str)])
         for child in children:
             if isinstance(child, list) and child[0] != "geom":
                 element.append(build(child))
@@ -160,20 +157,20 @@ def _xml(name: str, contact: dict[str, str], figures: Any) -> str:
                 add(number, {**_box(child), "group": "0", "rgba": "0.8 0.8 0.8 0.3", **contact})
             elif child is not None:
                 add(number, child[1])
-            elif (shape := next(drawn, None)) is not None:
+            elif (shape := next(visual, None)) is not None:
                 add(number, shape)
-        for shape in drawn:
-            add(next(beyond), shape)
+        for shape in visual:
+            add(next(further), shape)
         return element
 
-    root = build(figures)
+    root = build(physics)
     asset = root.find("asset")
     assert asset is not None
     for i, geom in enumerate(root.iter("geom")):
         if "vertex" in geom.attrib:
             shape = {key: geom.attrib.pop(key) for key in ("vertex", "face")}
-            ET.SubElement(asset, "mesh", shape, name=f"look{i}", inertia="shell")
-            geom.set("mesh", f"look{i}")
+            ET.SubElement(asset, "mesh", shape, name=f"mesh{i}", inertia="shell")
+            geom.set("mesh", f"mesh{i}")
     if any(geom.get("material") == WEAVE for geom in root.iter("geom")):
         ET.SubElement(asset, "texture", name=WEAVE, type="cube", file=f"../../textures/{WEAVE}.png")
         ET.SubElement(asset, "material", name=WEAVE, texture=WEAVE)
@@ -181,15 +178,15 @@ def _xml(name: str, contact: dict[str, str], figures: Any) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _box(figures: str) -> Geom:
-    numbers = figures.split()
+def _box(text: str) -> Geom:
+    numbers = text.split()
     pos, quat, size = " ".join(numbers[:3]), " ".join(numbers[3:7]), " ".join(numbers[7:])
     return {"type": "box", "pos": pos, "quat": quat, "size": size}
 
 
-def _drawn(look: list[Geom], boxes: list[str]) -> Iterator[Geom]:
-    """The geoms of a look, `painted` boxes written out."""
-    for geom in look:
+def _visual_geoms(appearance: list[Geom], boxes: list[str]) -> Iterator[Geom]:
+    """The geoms of an appearance, with `painted` boxes written out."""
+    for geom in appearance:
         if "boxes" in geom:
             paint = {key: value for key, value in geom.items() if key != "boxes"}
             first, end = geom["boxes"].split(":")
@@ -200,23 +197,25 @@ def _drawn(look: list[Geom], boxes: list[str]) -> Iterator[Geom]:
             yield {**shape, "group": "1", "contype": "0", "conaffinity": "0"}
 
 
-def _drawn_body(node: list[Any]) -> str:
-    """The name of the first body in which LIBERO draws something, or ""."""
+def _first_visual_body(node: list[Any]) -> str:
+    """The name of the first body that has a visual geom in LIBERO, or ""."""
     _, attributes, *children = node
     if None in children:
         return str(attributes["name"])
-    return next((name for child in children if isinstance(child, list) if (name := _drawn_body(child))), "")
+    return next(
+        (name for child in children if isinstance(child, list) if (name := _first_visual_body(child))), ""
+    )
 
 
-def _geoms(node: Any) -> int:
-    """How many geoms LIBERO has in a tree of figures."""
+def _count_geoms(node: Any) -> int:
+    """How many geoms LIBERO has in a tree of `read_physics`."""
     if not isinstance(node, list) or node[0] == "geom":
         return 1
-    return sum(_geoms(child) for child in node[2:])
+    return sum(_count_geoms(child) for child in node[2:])
 
 
 def _package(name: str) -> Path:
-    """The folder of an installed package, found without importing it (robosuite's import is slow)."""
+    """The folder of an installed package, found without importing it, since robosuite's import is slow."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{name} is not installed")
@@ -224,12 +223,12 @@ def _package(name: str) -> Path:
 
 
 def write_builtin(folder: Path) -> None:
-    """Writes the built-in assets into `folder`, in the layout of LIBERO's asset folder."""
-    table = json.loads(FIGURES.read_text())
-    for name in LOOKS:
+    """Write the built-in assets into `folder`, in the layout of LIBERO's asset folder."""
+    physics = json.loads(PHYSICS.read_text())
+    for name in APPEARANCES:
         path = folder / _file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_xml(name, table["contact"], table["elements"][name]))
+        path.write_text(_xml(name, physics["contact"], physics["elements"][name]))
     textures = folder / "textures"
     textures.mkdir(parents=True, exist_ok=True)
     for texture, (nearest, tint) in TEXTURES.items():
@@ -246,16 +245,13 @@ def write_builtin(folder: Path) -> None:
 
 
 def simple_robot(xml: str) -> str:
-    """Swaps the visual meshes of the Panda and its mount, over 100,000 triangles, for light ones.
+    """The scene ``xml`` with light visual geoms in place of the Panda's and its mount's 100,000 triangles.
 
-    Only the geoms that are drawn change; bodies, joints, masses, sites and collision geoms stay as they are
-    and in their order. Meshes, materials and textures that nothing uses any more are dropped.
+    Only visual geoms change; bodies, joints, masses, sites and collision geoms keep their values and their
+    order. Meshes, materials and textures that nothing uses any more are dropped.
 
     Args:
-        xml: a LIBERO scene with a Panda (`env.model.get_xml()` of a robosuite environment).
-
-    Returns:
-        The lighter scene.
+        xml: A LIBERO scene with a Panda (`env.model.get_xml()` of a robosuite environment).
     """
     root = ET.fromstring(xml)
     for body in root.iter("body"):
@@ -274,7 +270,7 @@ def simple_robot(xml: str) -> str:
 
 
 def _drop_unused(root: ET.Element) -> None:
-    """Removes the assets that no element refers to; materials go first, as they keep textures in use."""
+    """Remove the assets that no element refers to; materials go before textures, which they keep in use."""
     asset = root.find("asset")
     assert asset is not None
     for kind in ("mesh", "material", "texture"):
@@ -282,26 +278,3 @@ def _drop_unused(root: ET.Element) -> None:
         for element in asset.findall(kind):
             if element.get("type") != "skybox" and element.get("name") not in used:
                 asset.remove(element)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare figures.json with LIBERO's own asset folder.")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument(
-        "--check", type=Path, metavar="FOLDER", help="compare, and exit with 1 on a difference"
-    )
-    action.add_argument("--write", type=Path, metavar="FOLDER", help="read the figures anew")
-    args = parser.parse_args()
-    if args.write:
-        FIGURES.write_text(json.dumps(read_figures(args.write), indent=1) + "\n")
-        return
-    ours, theirs = json.loads(FIGURES.read_text()), read_figures(args.check)
-    same = {"contact": ours["contact"] == theirs["contact"]}
-    same |= {name: ours["elements"].get(name) == figures for name, figures in theirs["elements"].items()}
-    for name, equal in same.items():
-        print(f"{'same  ' if equal else 'DIFFER'}  {name}")
-    raise SystemExit(not all(same.values()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
 """What the built-in assets look like: every object, fixture and scene of LIBERO in MuJoCo primitives.
 
-Lengths in metres, in the frame of the object's body; colours as "#rrggbb". Much is drawn *through* an object,
-a little longer than it is thick: one disc or bar then shows on two opposite sides.
+Lengths are in metres, in the frame of the object's body; colours are written "#rrggbb". Many shapes go
+*through* an object and are a little longer than it is thick, so that one disc or bar shows on two opposite
+sides.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 Geom = dict[str, str]  # the attributes of one MJCF <geom>
 Vector = Sequence[float]
 
-WEAVE = "weave"  # a colour of sorts: basket weave, `assets.py` makes it
+WEAVE = "weave"  # stands for a colour: the basket weave that `builtin.py` makes
 
 
 def _text(values: Vector) -> str:
@@ -26,7 +27,7 @@ def _paint(color: str) -> Geom:
 
 
 def box(pos: Vector, half: Vector, color: str, turn: tuple[str, float] = ("z", 0)) -> Geom:
-    """A box with half sizes `half`, turned about its own axis `turn[0]` by `turn[1]` degrees."""
+    """A box with half sizes `half`, turned by `turn[1]` degrees about its own axis `turn[0]`."""
     angle = np.radians(turn[1]) / 2
     quat = [np.cos(angle)] + [np.sin(angle) * (turn[0] == axis) for axis in "xyz"]
     return {"type": "box", "pos": _text(pos), "quat": _text(quat), "size": _text(half), **_paint(color)}
@@ -76,7 +77,7 @@ def lathe(radii: Vector, heights: Vector, color: str, axis: Vector = (0, 0), sid
 
 
 def painted(color: str, first: int = 0, end: int | None = None) -> Geom:
-    """LIBERO's own collision boxes of a body, in `color`: from number `first` up to `end`."""
+    """LIBERO's own collision boxes of a body, from number `first` up to `end`, in `color`."""
     return {"boxes": f"{first}:{'' if end is None else end}", **_paint(color)}
 
 
@@ -86,11 +87,11 @@ BROWN, SAUCE, KETCHUP, RIM = "#4a2313", "#642610", "#e0400f", "#7a4a1e"
 STEEL, IRON, CERAMIC, PAPER = "#63676c", "#2a2c2f", "#dadad6", "#efe9d6"
 OAK, PINE, TEAK, WALNUT, MAHOGANY = "#9a6b3c", "#bd9862", "#b98450", "#4f3626", "#5e2318"
 
-# For each file of LIBERO's what it looks like: the geoms of its one body, or of each of its bodies by name.
+# What each of LIBERO's files looks like: the geoms of its one body, or of each of its bodies by name.
 #
-# Cans, cartons and two of the bottles stand along +y with their front to +z; the rest stands along +z.
-# Sizes: LIBERO's collision boxes, and the outlines of its meshes to a millimetre or so.
-LOOKS: dict[str, list[Geom] | dict[str, list[Geom]]] = {
+# Cans, cartons and two of the bottles stand along +y with their front towards +z; the rest stands along +z.
+# Sizes are those of LIBERO's collision boxes, and of its meshes' outlines to about a millimetre.
+APPEARANCES: dict[str, list[Geom] | dict[str, list[Geom]]] = {
     # Blue can, a band of orange soup, and a yellow letter on each side (T, H, T, H).
     "stable_hope_objects/alphabet_soup": [
         cylinder((0, -0.0416, -0.0025), (0, 0.0416, -0.0025), 0.0318, SILVER),
@@ -415,7 +416,7 @@ LOOKS: dict[str, list[Geom] | dict[str, list[Geom]]] = {
         painted("#4a3323", 5),
     ],
     # Three rings, between which LIBERO's red site `burner` shows, and a black knob with a white mark: its bar
-    # turns. The box below is among the figures: LIBERO's collides, and is drawn.
+    # turns. The box below it is in physics.json: LIBERO's both collides and is visible.
     "articulated_objects/flat_stove": {
         "burner": [cylinder((0, 0, 0), (0, 0, 0.0205), 0.0680, "#3c3f43")],
         "burner_plate": [
@@ -523,16 +524,16 @@ LOOKS: dict[str, list[Geom] | dict[str, list[Geom]]] = {
         box((0, 0.0720, 0.1430), (0.0770, 0.0085, 0.0060), RIM),
     ],
 }
-LOOKS["stable_hope_objects/new_salad_dressing"] = LOOKS["stable_hope_objects/salad_dressing"]
+APPEARANCES["stable_hope_objects/new_salad_dressing"] = APPEARANCES["stable_hope_objects/salad_dressing"]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The robot.
 
 # Source: robosuite models/assets/robots/panda/robot.xml and grippers/panda_gripper.xml. The arm's collision
-# meshes have 200 or 300 triangles each and the outline of the real links, so we draw those, all but link1's
-# with its 12,500: link2 is the same part, turned by a quarter. Dark caps mark the joints. The hand's and
-# fingers' collision meshes are convex and hide what they are, so those are drawn from primitives.
+# meshes have 200 or 300 triangles each and the outline of the real links, so they serve as visual meshes too,
+# except link1's with its 12,500: link2 is the same part after a quarter turn. Dark caps mark the joints. The
+# collision meshes of the hand and fingers are convex and hide what they are, so primitives stand for them.
 ARM, HAND, FINGER, DARK = "#f4f5f6", "#ffffff", "#8a8c90", "#3a3a3c"
 
 

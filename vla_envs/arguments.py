@@ -1,0 +1,168 @@
+"""What environments are given: their arguments, seeds, reset options and actions, validated."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import ArrayLike, NDArray
+
+from vla_envs.inputs import as_array, as_numbers, in_short
+from vla_envs.rewards import warn_of_recorded_states
+from vla_envs.tasks import get_task
+
+LARGEST_IMAGE = 4096  # pixels, of observed images
+
+
+def validate_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise a ValueError unless ``value`` is an int from ``least`` to ``most``."""
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_int or value < least or (most is not None and value > most):
+        expected = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {in_short(value)}; expected an int {expected}")
+
+
+def validate_tasks(suite: str, task_id: Any, num_envs: int) -> list[Any]:
+    """One task id per environment, from the ``task_id`` that ``LiberoVectorEnv`` takes.
+
+    Raises:
+        ValueError: When a task does not exist, or there are not ``num_envs`` of them.
+    """
+    several = isinstance(task_id, Sequence) or (isinstance(task_id, np.ndarray) and task_id.ndim > 0)
+    task_ids = list(task_id) if several else [task_id] * num_envs
+    for each in task_ids:
+        get_task(suite, each)
+    if len(task_ids) != num_envs:
+        raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
+    return task_ids
+
+
+def require_open(envs: VectorEnv) -> None:
+    """Raise a RuntimeError when ``envs`` has been closed."""
+    if envs.closed:
+        raise RuntimeError("the environment is closed; make a new one")
+
+
+def validate_reset(
+    seed: Any, options: Any, recorded: Sequence[int], learning: bool
+) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
+    """What ``reset`` has to do: the mask ``(N,)``, and per environment an init state or None, a seed or None.
+
+    Args:
+        seed: As in ``LiberoVectorEnv.reset``.
+        options: As in ``LiberoVectorEnv.reset``.
+        recorded: How many recorded init states each of the N environments has.
+        learning: Whether the reward is for learning; recorded init states then give a warning.
+
+    Raises:
+        ValueError: When the seeds or the options do not fit.
+    """
+    num_envs = len(recorded)
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"reset options are {in_short(options)}; expected a dict with init_state_id or reset_mask"
+        )
+    unknown = [key for key in options if key not in ("init_state_id", "reset_mask")]
+    if unknown:
+        raise ValueError(
+            f"reset options {in_short(unknown)} are unknown; expected init_state_id or reset_mask"
+        )
+    all_envs = np.ones(num_envs, bool)
+    mask = as_array(
+        options.get("reset_mask", all_envs), "reset_mask is", f"shape ({num_envs},) and dtype bool"
+    )
+    if mask.shape != (num_envs,) or mask.dtype != bool:
+        raise ValueError(
+            f"reset_mask has shape {mask.shape} and dtype {mask.dtype}; expected ({num_envs},) bool"
+        )
+    ids: list[int | None] = [None] * num_envs
+    if options.get("init_state_id") is not None:
+        name, expected = "init_state_id is", f"an int or {num_envs} ints"
+        given = as_array(options["init_state_id"], name, expected)
+        if given.dtype.kind not in "iu" or given.shape not in ((), (num_envs,)):
+            raise ValueError(f"{name} {in_short(options['init_state_id'])}; expected {expected}")
+        ids = [int(k) for k in np.broadcast_to(given, num_envs)]
+        for i in np.flatnonzero(mask).tolist():
+            if not 0 <= int(ids[i] or 0) < recorded[i]:
+                raise ValueError(f"init_state_id {ids[i]} does not exist; expected 0 to {recorded[i] - 1}")
+    several = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+    if several or (isinstance(seed, np.ndarray) and seed.ndim > 0):
+        seeds = list(seed)
+    elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        seeds = [int(seed) + i for i in range(num_envs)] if seed >= 0 else [seed] * num_envs
+    else:
+        seeds = [seed] * num_envs
+    if len(seeds) != num_envs:
+        raise ValueError(f"seed has {len(seeds)} entries; expected one per environment, {num_envs}")
+    for s in seeds:
+        if s is not None and (isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 0):
+            raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
+    if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
+        warn_of_recorded_states(stacklevel=5)
+    return mask, ids, [None if s is None else int(s) for s in seeds]
+
+
+def validate_actions(
+    actions: ArrayLike, shape: tuple[int, ...], ready: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """``actions`` as numbers, clipped to [-1, 1].
+
+    Raises:
+        ValueError: When they do not have ``shape``, or some are NaN.
+        gymnasium.error.ResetNeeded: When some environments are not ``ready`` (N,).
+    """
+    array = as_numbers(actions, "actions are", f"numbers of shape {shape}")
+    if array.shape != shape:
+        raise ValueError(f"actions have shape {array.shape}; expected {shape}")
+    if np.isnan(array).any():
+        where = np.unique(np.argwhere(np.isnan(array))[:, 0]).tolist()
+        raise ValueError(f"actions of environments {where} are NaN; expected numbers in [-1, 1]")
+    if not ready.all():
+        raise gym.error.ResetNeeded(
+            f"step was called before reset of environments {in_short(np.flatnonzero(~ready).tolist())}, which"
+            " are new, or which an interrupt or an error left in the middle of a call"
+        )
+    return np.clip(array, -1.0, 1.0)
+
+
+def validate_generators(value: Any, num_envs: int) -> list[np.random.Generator | None]:
+    """``value`` as a list of one random generator per environment.
+
+    Raises:
+        ValueError: When it is anything else.
+    """
+    several = list(value) if isinstance(value, Sequence) else [value]
+    if len(several) != num_envs or not all(isinstance(rng, np.random.Generator) for rng in several):
+        raise ValueError(f"np_random is {in_short(value)}; expected {num_envs} np.random.Generator in a list")
+    return several
+
+
+def warn_when_all_are_frozen(envs: Any) -> None:
+    """Warn, once, that a step of ``envs`` does nothing, because all have finished and wait for a reset."""
+    if envs.autoreset_mode == AutoresetMode.DISABLED and not envs.warned and envs.frozen.all():
+        envs.warned = True
+        warnings.warn(
+            "every environment has finished: with autoreset_mode 'Disabled' a step does nothing and pays 0"
+            " until they are reset; gym.make_vec also takes 'NextStep' and 'SameStep'",
+            stacklevel=4,
+        )
+
+
+def spaces(image_size: int, wrist_camera: bool, action_chunk: int) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
+    """The observation space and the action space of one environment.
+
+    Raises:
+        ValueError: When a size does not fit.
+    """
+    validate_int("image_size", image_size, 8, LARGEST_IMAGE)
+    validate_int("action_chunk", action_chunk, 1)
+    image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    names = ["image", "wrist_image"] if wrist_camera else ["image"]
+    observation = gym.spaces.Dict(
+        {name: image for name in names} | {"state": gym.spaces.Box(-np.inf, np.inf, (8,), np.float32)}
+    )
+    shape = (7,) if action_chunk == 1 else (action_chunk, 7)
+    return observation, gym.spaces.Box(-1.0, 1.0, shape, np.float32)

@@ -1,0 +1,1 @@
+"""Demonstrations: the scripted expert that plays them, and the data sets that hold them."""
