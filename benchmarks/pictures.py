@@ -1,8 +1,8 @@
 """The README's pictures: tasks of all suites, a policy before and after training, learning curves of runs.
 
-python benchmarks/pictures.py gallery --out docs/images/gallery.jpg
-python benchmarks/pictures.py clip --after runs/a/checkpoints/final --out docs/images/before_after.webp
-python benchmarks/pictures.py curves --runs runs/a runs/b --out docs/images/learning_curve.png
+python benchmarks/pictures.py gallery --out .github/gallery.jpg
+python benchmarks/pictures.py clip --after runs/a/checkpoints/final --out .github/before_after.webp
+python benchmarks/pictures.py curves --runs runs/a runs/b --out .github/learning_curve.png
 """
 
 import json

@@ -219,7 +219,7 @@ class FactsReward(gym.Wrapper, RecordConstructorArgs):
         ValueError: When it is another environment, or there is no such reward; from ``reset`` and ``step``
             when a reward function fails.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym, vla_envs
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
