@@ -17,6 +17,25 @@ from vla_envs import LiberoEnv
 ENV_ID = "vla_envs/LiberoObject-v0"
 
 
+def test_gymnasium_alone():
+    """The README's lines that need no other library: resetting those that have finished, a reward."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    first, *blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    exec(
+        "".join([first, "truncated[2] = True\n", *(block for block in blocks if "import" not in block)]),
+        names,
+    )
+    envs, after = names["envs"], names["info"]
+    assert names["done"].tolist() == [False, False, True] + [False] * 5 and after["init_state_id"].shape == (
+        8,
+    )
+    assert envs.unwrapped.steps.tolist() == [1, 1, 0] + [1] * 5
+    _, reward, *_ = envs.step(envs.action_space.sample())
+    assert ((reward < 0) & (reward > -2)).all()
+    envs.close()
+
+
 # ---- Stable-Baselines3 -------------------------------------------------------------------------------
 
 
@@ -157,6 +176,20 @@ def test_torchrls_gym_wrapper(torchrl, make, make_vec, drop, vector):
     assert finished == (5 if vector else 3)
 
 
+def test_the_readmes_lines_one_after_another(sb3, torchrl):
+    """As somebody types them who reads from top to bottom."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, names)
+    assert names["model"].num_timesteps == 256
+    steps = names["steps"]
+    assert steps.shape == (8, 16) and steps["image"].shape == (8, 16, 128, 128, 3)
+    assert (steps["next", "reward"] == -steps["next", "gripper_to_object"].float().unsqueeze(-1)).all()
+    for name in ("env", "envs"):
+        names[name].close()
+
+
 # ---- Gymnasium's vector wrappers ---------------------------------------------------------------------
 
 
@@ -194,7 +227,7 @@ def test_episode_statistics(make_vec, drop, mode):
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_episode_statistics_of_those_that_wait(make_vec, drop, mode):
-    """As docs/environments.md says: one that waits for its reset counts at every step, and none does in other modes."""
+    """As the README says: one that waits for its reset counts at every step, and none does in other modes."""
     envs = RecordEpisodeStatistics(make_vec(2, max_episode_steps=3, autoreset_mode=mode))
     envs.reset(seed=0)
     drop(envs, 1)
