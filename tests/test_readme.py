@@ -59,7 +59,7 @@ def small(script, words):
         flags |= {"num_iterations": 1, "iteration_steps": 1, "episodes": (2,) * 10 if several else 2}
     else:
         flags = TINY | ({"num_groups": 10} if "9" in words else {})
-    large = {"device": "cpu"} | ({"lora_rank": 2} if "lora" in words else {})
+    large = {"device": "cpu"} | ({"lora_rank": 2, "micro_batch_size": 2} if "lora" in words else {})
     return flags | (large if "openvla" in words else {})
 
 
