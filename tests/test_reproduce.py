@@ -187,43 +187,6 @@ def test_a_heat_map_runs_what_it_lacks(tmp_path, monkeypatch):
     assert played == [(f"TGRPO {alphas}", 4, 1) for alphas in ("0/7", "0.3/0", "0.3/7", "3/0", "3/0.7")]
 
 
-def rows_below(header):
-    """The cells of the README's table with this header, by the first of each row."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").partition(header)[2].splitlines()[2:]
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in lines[: lines.index("")]]
-    return {first.strip("`"): rest for first, *rest in rows}
-
-
-COLUMNS = ("before", "after", "sampled_before", "sampled_after")
-
-
-def published():
-    return reproduce.read_csv(ROOT / "benchmarks/results/LiberoObject/runs.csv", []).to_dict("records")
-
-
-def spread(values):
-    return str(min(values)) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
-
-
-def test_the_readmes_methods_are_those_of_the_runs():
-    rows = rows_below("| task 4, seeds 1 to 5 |")
-    assert list(rows) == ["PPO", "GRPO", "TGRPO"]
-    for method, row in rows.items():
-        its = [run for run in published() if (run["method"], run["task_id"]) == (method, 4)]
-        assert [run["seed"] for run in its] == [1, 2, 3, 4, 5]
-        assert row[:4] == [spread([run[name] for run in its]) for name in COLUMNS]
-
-
-def test_the_readmes_tasks_are_those_of_the_runs():
-    rows = rows_below("| TGRPO, seed 1, task |")
-    runs = sorted((run for run in published() if run["method"] == "TGRPO" and run["seed"] == 1),
-                  key=lambda run: run["task_id"])  # fmt: skip
-    assert [run["task_id"] for run in runs] == list(range(10))
-    assert list(rows) == [name.replace("_", " ") for name in COLUMNS]
-    for name in COLUMNS:
-        assert rows[name.replace("_", " ")] == [str(run[name]) for run in runs]
-
-
 def test_csv(tmp_path):
     """Files that an older program has written stay readable, and what is read is written the same."""
     lines = [line("GRPO", 4, 1, 8), line("PPO", 4, 2, 7) | {"sampled_before": "", "commit": "0012345"}]

@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     ids=str,
 )
 def test_tasks_and_demonstrations(flags, task_id, task_ids, episodes):
-    args = sft_vla.check(sft_vla.Args(**flags))
+    args = sft_vla.validate(sft_vla.Args(**flags))
     assert (args.task_id, args.task_ids, args.episodes) == (task_id, task_ids, episodes)
     assert (args.eval_episodes, args.eval_temperature) == (50, args.temperature)
-    assert sft_vla.check(args) == args  # as it is for a resumed run
+    assert sft_vla.validate(args) == args  # as it is for a resumed run

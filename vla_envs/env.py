@@ -25,7 +25,7 @@ class LiberoEnv(FromArguments, gym.Env):
     axis: an action has shape ``(7,)``, or ``(C, 7)`` with ``action_chunk`` C, and
     ``options={"init_state_id": 3}`` starts from LIBERO's recorded init state 3.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym, vla_envs
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> obs, info = env.reset(seed=7)

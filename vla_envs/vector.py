@@ -87,7 +87,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         ValueError: When an argument does not exist or does not fit; says what was expected.
         RuntimeError: When ``NUMBA_DISABLE_JIT`` is set.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym, vla_envs
         >>> envs = gym.make_vec("vla_envs/LiberoObject-v0", num_envs=8, task_id=4, reward="multi_stage")
         >>> obs, info = envs.reset(seed=[7] * 8)  # a group: eight members start alike

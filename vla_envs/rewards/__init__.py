@@ -232,7 +232,7 @@ class FactsReward(gym.Wrapper, RecordConstructorArgs):
         ValueError: When the environment is not of this package, or the reward does not exist. ``reset`` and
             ``step`` raise it when a reward function fails.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym, vla_envs
         >>> env = gym.make("vla_envs/LiberoObject-v0", task_id=4)
         >>> env = vla_envs.FactsReward(env, lambda facts: -facts["gripper_to_object"])
