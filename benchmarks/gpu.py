@@ -145,7 +145,7 @@ def flops(work: Callable[[], Any]) -> float:
 
 
 class Samples:
-    """Decisions of a policy to measure: made-up pictures, one instruction."""
+    """Decisions of a policy to measure: made-up images, one instruction."""
 
     def __init__(self, policy: OpenVLAPolicy, bench: Bench) -> None:
         self.policy, self.bench = policy, bench
@@ -160,7 +160,7 @@ class Samples:
 
     @torch.no_grad()
     def evaluate(self, batch: int) -> None:
-        """One pass over the pictures, the prompt and the action's tokens."""
+        """One pass over the images, the prompt and the action's tokens."""
         self.policy.score(*self.inputs(batch), self.tokens(batch))
 
     def update(self, batch: int) -> None:
@@ -230,7 +230,7 @@ def tgrpo(samples: Samples, bench: Bench, args: Args) -> None:
     for _ in range(shown):
         envs.step(np.zeros(envs.action_space.shape))
     speed = shown * members / (envs.unwrapped.seconds["render"] - drawn)
-    bench.row(f"rendering 256 px by {opengl().device}", f"{speed:.3g} pictures/s")
+    bench.row(f"rendering 256 px by {opengl().device}", f"{speed:.3g} images/s")
 
     settings = script.Args(
         policy="openvla", device=str(bench.device), train="lora", temperature=1.6, target_kl=math.inf,

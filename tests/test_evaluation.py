@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from vla_envs.policies import save_policy
+from vla_envs.policies.images import _lanczos3
 from vla_envs.policies.nano import NanoConfig, NanoPolicy
-from vla_envs.policies.pictures import _lanczos3
 from vla_envs.training import evaluation, runs
 from vla_envs.training.evaluation import (
     PROTOCOLS,
     are_results,
     film,
-    openvla_pictures,
+    openvla_images,
     paired,
     percent,
     report,
@@ -183,7 +183,7 @@ def test_settings_of_the_protocols(protocol, max_steps, settling):
 def test_sampling_episodes_and_pictures_of_the_protocols(protocol, temperature, episodes, pictures):
     chosen = PROTOCOLS[protocol]
     assert (chosen.temperature, chosen.episodes) == (temperature, episodes)
-    assert chosen.openvla_pictures is pictures
+    assert chosen.openvla_images is pictures
     assert not pictures or settings(protocol, "LiberoGoal")["image_size"] == 256
 
 
@@ -234,20 +234,20 @@ def noise(count=3, size=64):
 
 @pytest.mark.parametrize("size", [128, 224, 256])
 def test_shape_and_type_of_openvlas_pictures(size):
-    pictures = openvla_pictures(noise(2, size))
+    pictures = openvla_images(noise(2, size))
     assert pictures.shape == (2, 224, 224, 3) and pictures.dtype == np.uint8
 
 
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("grey", [0, 1, 100, 254, 255])
 def test_a_grey_picture_stays_grey(size, grey):
-    pictures = openvla_pictures(np.full((1, size, size, 3), grey, np.uint8))
+    pictures = openvla_images(np.full((1, size, size, 3), grey, np.uint8))
     assert np.abs(pictures.astype(int) - grey).max() <= 1
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 30, 90)])
 def test_a_colour_stays_that_colour(colour):
-    pictures = openvla_pictures(np.full((1, 128, 128, 3), colour, np.uint8))
+    pictures = openvla_images(np.full((1, 128, 128, 3), colour, np.uint8))
     assert np.abs(pictures.astype(int) - colour).max() <= 2  # JPEG rounds colours
 
 
@@ -257,7 +257,7 @@ def test_the_crop_keeps_the_middle_and_cuts_the_edges(size, axis):
     """Grey levels from 0 to 255 across: 90 % of the area is 94.87 % of a side; each edge loses 2.6 %."""
     across = np.rint(255 * (np.arange(size) + 0.5) / size).astype(np.uint8)[:, None, None]
     image = np.moveaxis(np.broadcast_to(across, (size, size, 3)), 0, axis)
-    profile = np.moveaxis(openvla_pictures(image[None])[0].astype(float), axis, 0).reshape(224, -1)
+    profile = np.moveaxis(openvla_images(image[None])[0].astype(float), axis, 0).reshape(224, -1)
     assert np.ptp(profile, axis=1).max() <= 2  # nothing changes along the other axis
     first = 255 * (0.5 / 224 + 0.0256)  # 7.1: half a pixel, and what is lost
     assert profile.mean(axis=1)[[0, 223]] == pytest.approx([first, 255 - first], abs=1.5)
@@ -269,7 +269,7 @@ def test_the_crop_moves_things_away_from_the_middle():
     """A spot at row 20 and column 150 of 224: the distances from the middle, 111.5, grow by 1 / 0.9487."""
     y, x = np.mgrid[:224, :224]
     spot = np.rint(200 * np.exp(-((y - 20) ** 2 + (x - 150) ** 2) / (2 * 5**2))).astype(np.uint8)
-    seen_spot = openvla_pictures(np.stack([spot] * 3, axis=-1)[None])[0].sum(axis=-1, dtype=float)
+    seen_spot = openvla_images(np.stack([spot] * 3, axis=-1)[None])[0].sum(axis=-1, dtype=float)
     seen_spot[seen_spot < 30] = 0  # what JPEG leaves around it
     centre = [(seen_spot * place).sum() / seen_spot.sum() for place in (y, x)]
     assert centre == pytest.approx([111.5 - 91.5 / 0.9487, 111.5 + 38.5 / 0.9487], abs=0.15)
@@ -279,7 +279,7 @@ def test_jpeg_halves_the_resolution_of_colours():
     """Red and blue columns in turn: next to each other they get the same mixed colour, lighter and darker."""
     stripes = np.zeros((1, 224, 224, 3), np.uint8)
     stripes[:, :, ::2, 0] = stripes[:, :, 1::2, 2] = 255
-    middle = openvla_pictures(stripes)[0, 112, 111:113].astype(int)  # where the crop moves nothing
+    middle = openvla_images(stripes)[0, 112, 111:113].astype(int)  # where the crop moves nothing
     red_over_blue = middle[:, 0] - middle[:, 2]
     assert np.abs(red_over_blue).max() < 30  # 255 and -255 before
     assert abs(middle[0].sum() - middle[1].sum()) > 60
@@ -287,11 +287,11 @@ def test_jpeg_halves_the_resolution_of_colours():
 
 def test_a_batch_is_its_pictures_one_by_one():
     images = np.concatenate([noise(2), np.full((1, 64, 64, 3), 90, np.uint8)])
-    together = openvla_pictures(images)
+    together = openvla_images(images)
     for image, picture in zip(images, together, strict=True):
-        np.testing.assert_array_equal(openvla_pictures(image[None])[0], picture)
+        np.testing.assert_array_equal(openvla_images(image[None])[0], picture)
     assert not np.array_equal(together[0], together[1])
-    np.testing.assert_array_equal(openvla_pictures(images[::-1]), together[::-1])
+    np.testing.assert_array_equal(openvla_images(images[::-1]), together[::-1])
 
 
 @pytest.mark.parametrize("size", [1, 100, 128, 224, 256, 500])
@@ -327,7 +327,7 @@ def test_openvlas_protocol_changes_only_the_image(protocol):
     images = noise()
     obs = {"image": images, "wrist_image": noise(), "state": np.ones((3, 8), np.float32)}
     shown = seen(obs, protocol)
-    np.testing.assert_array_equal(shown["image"], openvla_pictures(images))
+    np.testing.assert_array_equal(shown["image"], openvla_images(images))
     assert shown.keys() == obs.keys()
     assert shown["state"] is obs["state"] and shown["wrist_image"] is obs["wrist_image"]
     assert obs["image"] is images  # the environment's own stay

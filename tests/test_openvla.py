@@ -26,6 +26,7 @@ from torch import nn
 
 from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, adapter_off, make_trainable, merged, save_adapter
+from vla_envs.policies.images import openvla_images, openvla_pixels
 from vla_envs.policies.openvla import (
     LlamaConfig,
     OpenVLAConfig,
@@ -38,7 +39,6 @@ from vla_envs.policies.openvla.actions import bin_values, value_bins
 from vla_envs.policies.openvla.checkpoint import INDEX, SINGLE
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.policy import choose
-from vla_envs.policies.pictures import openvla_pictures, openvla_pixels
 from vla_envs.training.checkpoints import save_training_state
 from vla_envs.training.evaluation import PROTOCOLS, seen, settings
 
@@ -267,7 +267,7 @@ def scene(size=256):
 
 
 def test_pictures_are_those_of_the_slow_reference():
-    mine, theirs = openvla_pictures(scene()[None])[0].astype(float), slow_picture(scene(), 224)
+    mine, theirs = openvla_images(scene()[None])[0].astype(float), slow_picture(scene(), 224)
     assert np.abs(mine - theirs).max() <= 1 and np.abs(mine - theirs).mean() < 1e-3
     stored = {
         (3, 5): [0, 11, 177],
@@ -280,7 +280,7 @@ def test_pictures_are_those_of_the_slow_reference():
 
 
 def test_two_normalisations():
-    grey = openvla_pictures(scene()[None])[0] / 255.0
+    grey = openvla_images(scene()[None])[0] / 255.0
     pixels = openvla_pixels(scene()[None])
     assert pixels.shape == (1, 6, 224, 224) and pixels.dtype == torch.float32
     means, stds = [0.484375, 0.455078125, 0.40625], [0.228515625, 0.2236328125, 0.224609375]

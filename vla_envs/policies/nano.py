@@ -38,7 +38,7 @@ class NanoConfig:
 
     action_chunk: int = 8
     action_repeat: int = 4  # control steps that a predicted action is held
-    image_size: int = 64  # pictures are averaged down to this
+    image_size: int = 64  # images are averaged down to this
     width: int = 128
     depth: int = 3
     heads: int = 4
@@ -127,13 +127,13 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to a hidden state a control step.
+    """Image ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to a hidden state per action.
 
     A policy adds ``head`` and calls ``_initialise``.
     """
 
     image_size = 128  # pixels, of the rendered picture
-    own_pictures = False  # a protocol's processing comes first
+    own_images = False  # a protocol's processing comes first
     #: Tasks that it was trained on, by suite; None where its checkpoint does not say.
     made_for: dict[str, list[int]] | None = None
     #: Linear layers that LoRA adapts: those of the transformer's blocks, never the head.
@@ -191,7 +191,7 @@ class Backbone(nn.Module):
         self.state_centre.copy_(torch.where(far, median, self.state_centre))
 
     def prepare(self, obs: dict[str, Any], instructions: list[str]) -> dict[str, Tensor]:
-        """The network's inputs: pictures ``(B, 3, 64, 64)`` in [-1, 1], states ``(B, 8)``, words ``(B, 16)``.
+        """The network's inputs: images ``(B, 3, 64, 64)`` in [-1, 1], states ``(B, 8)``, words ``(B, 16)``.
 
         They depend on no parameter, so that a training script may make them once.
         """
@@ -240,7 +240,7 @@ class Backbone(nn.Module):
 
 
 class NanoPolicy(Backbone):
-    """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, D)`` action tokens, D = 7 Q.
+    """Image ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to ``(B, D)`` action tokens, D = 7 Q.
 
     ``sample`` and ``score`` are the interface of every policy of this package.
     """

@@ -1,4 +1,4 @@
-"""Evaluating a policy: protocols, their pictures, intervals, paired comparisons, videos."""
+"""Evaluating a policy: protocols, their images, intervals, paired comparisons, videos."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.files import whole
-from vla_envs.policies.pictures import openvla_pictures
+from vla_envs.policies.images import openvla_images
 from vla_envs.tasks import SUITES
 
 
@@ -20,13 +20,13 @@ class Protocol:
     """How a published system evaluates on LIBERO; why its figures do not compare with another's.
 
     Attributes:
-        max_episode_steps: Control steps an episode, by suite.
+        max_episode_steps: Control steps per episode, by suite.
         temperature: Of sampling; 0 is greedy, None the script's ``--temperature``.
-        episodes: Recorded init states a task.
+        episodes: Recorded init states per task.
         settle_steps: Control steps without motion before the first decision.
         settle_gripper: Gripper command of those (-1 opens, 0 holds, 1 closes).
-        image_size: Height and width of the rendered picture (pixels).
-        openvla_pictures: Whether pictures go through ``openvla_pictures``.
+        image_size: Height and width of the rendered image (pixels).
+        openvla_images: Whether images go through ``openvla_images``.
     """
 
     max_episode_steps: dict[str, int]
@@ -35,15 +35,15 @@ class Protocol:
     settle_steps: int = 10
     settle_gripper: float = -1.0
     image_size: int = 128
-    openvla_pictures: bool = False
+    openvla_images: bool = False
 
 
 _OPENVLA_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400)))
 #: By name: TGRPO's paper, OpenVLA's LIBERO evaluation, SimpleVLA-RL, RLinf, LeRobot.
 PROTOCOLS = {
     "tgrpo": Protocol(dict.fromkeys(SUITES, 200), None, 50),
-    "openvla": Protocol(_OPENVLA_STEPS, 0.0, 50, image_size=256, openvla_pictures=True),
-    "simplevla": Protocol(dict.fromkeys(SUITES, 512), 0.0, 50, image_size=256, openvla_pictures=True),
+    "openvla": Protocol(_OPENVLA_STEPS, 0.0, 50, image_size=256, openvla_images=True),
+    "simplevla": Protocol(dict.fromkeys(SUITES, 512), 0.0, 50, image_size=256, openvla_images=True),
     "rlinf": Protocol(dict.fromkeys(SUITES, 512), 1.6, 50, settle_steps=15, settle_gripper=0.0),
     "lerobot": Protocol({**_OPENVLA_STEPS, "LiberoSpatial": 280}, None, 10),
 }
@@ -52,7 +52,7 @@ PROTOCOLS = {
 def settings(protocol: str | None, suite: str, policy: Any = None) -> dict[str, Any]:
     """What ``protocol`` asks of the environments of ``suite``, as their keyword arguments.
 
-    Without one, and where ``policy`` processes pictures itself, they have the size that ``policy`` takes.
+    Without one, and where ``policy`` processes images itself, they have the size that ``policy`` takes.
     """
     wanted = {} if policy is None else {"image_size": policy.image_size}
     if protocol is None:
@@ -63,15 +63,15 @@ def settings(protocol: str | None, suite: str, policy: Any = None) -> dict[str, 
         "settle_steps": chosen.settle_steps,
         "settle_gripper": chosen.settle_gripper,
         "image_size": chosen.image_size,
-    } | (wanted if getattr(policy, "own_pictures", False) else {})
+    } | (wanted if getattr(policy, "own_images", False) else {})
 
 
 def seen(obs: dict[str, Any], protocol: str | None, policy: Any = None) -> dict[str, Any]:
-    """``obs`` with its pictures processed as ``protocol`` has them, unless ``policy`` does that itself."""
-    own = getattr(policy, "own_pictures", False)
-    if own or protocol is None or not PROTOCOLS[protocol].openvla_pictures:
+    """``obs`` with its images processed as ``protocol`` has them, unless ``policy`` does that itself."""
+    own = getattr(policy, "own_images", False)
+    if own or protocol is None or not PROTOCOLS[protocol].openvla_images:
         return obs
-    return {**obs, "image": openvla_pictures(obs["image"])}
+    return {**obs, "image": openvla_images(obs["image"])}
 
 
 # ---- Figures -----------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ SIDE_BY_SIDE = 4  # successes, and failures, in a video
 
 
 def film(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What is kept of a decision's pictures (N, H, W, 3): the first episodes', at most about 128 pixels."""
+    """What is kept of a decision's images (N, H, W, 3): the first episodes', at most about 128 pixels."""
     stride = max(1, images.shape[1] // 128)
     return images[:FILMED, ::stride, ::stride].copy()
 

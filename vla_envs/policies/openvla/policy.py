@@ -13,13 +13,13 @@ from huggingface_hub import save_torch_state_dict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vla_envs.policies.images import openvla_pixels
 from vla_envs.policies.nano import draw
 from vla_envs.policies.openvla.actions import ACTION_DIM, BINS, action_statistics, bin_values, value_bins
 from vla_envs.policies.openvla.checkpoint import INDEX, fetch
 from vla_envs.policies.openvla.config import OpenVLAConfig
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.model import OpenVLAModel
-from vla_envs.policies.pictures import openvla_pixels
 
 
 class OpenVLAPolicy(OpenVLAModel):
@@ -31,7 +31,7 @@ class OpenVLAPolicy(OpenVLAModel):
     """
 
     image_size = 256  # pixels of the rendered image
-    own_pictures = True  # it processes the images itself
+    own_images = True  # it processes the images itself
     #: Every linear layer but ``lm_head``, as in OpenVLA's own fine-tuning; not the patches' convolutions.
     lora_targets = r".*(attn\.(qkv|proj)|\.fc[123]|[qkvo]_proj|(gate|up|down)_proj)"
     rollout_batch = 64  # sequences; at the published size each takes 155 MiB of cache

@@ -49,7 +49,7 @@ def _process(images: ArrayLike, size: int, device: Any) -> Tensor:
     return (cropped * 255.5).floor().clamp(0, 255)
 
 
-def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
+def openvla_images(images: ArrayLike) -> NDArray[np.uint8]:
     """Images (B, H, W, 3) uint8 as OpenVLA's LIBERO evaluation shows them to a policy: (B, 224, 224, 3).
 
     They are written as JPEG (quality 95, 4:2:0) and read back, resized to 224 pixels with a Lanczos-3 kernel,
@@ -62,7 +62,7 @@ def openvla_pictures(images: ArrayLike) -> NDArray[np.uint8]:
 def openvla_pixels(images: ArrayLike, size: int = 224, device: Any = "cpu") -> Tensor:
     """The network's input (B, 6, size, size) float32, made from rendered images (B, H, W, 3) uint8.
 
-    These are ``openvla_pictures``, normalised once for DINOv2 and once for SigLIP.
+    These are ``openvla_images``, normalised once for DINOv2 and once for SigLIP.
     """
     grey = _process(images, size, device).repeat(1, 2, 1, 1) / 255  # (B, 6, size, size)
     mean, std = (torch.tensor(values, device=device).view(6, 1, 1) for values in (MEAN, STD))
