@@ -237,13 +237,13 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
     b["weights"] = (1.0 / alive.sum(dim=0))[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
     sampled = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
     b["old_logprobs"] = sampled.to(args.device, copy=True)  # (S, D)
-    inds = batches.counted(batch)  # (up to S,) those of members that are alive
+    inds = torch.nonzero(alive[when, who]).flatten()  # (up to S,) those that count
     size = args.micro_batch_size or args.minibatch_size
     with torch.no_grad():
-        for part in distributed.pieces(inds, size):
+        for part in (inds[i : i + size] for i in range(0, len(inds), size)):
             b["old_logprobs"][part] = logprobs_of(policy, b, part, args)[0]  # (B, D)
     gaps = (b["old_logprobs"][inds].cpu() - sampled[inds]).abs()  # (up to S, D)
-    b["measured"] = {"logprob_gap": float(distributed.gather(gaps).max())}
+    b["measured"] = {"logprob_gap": float(gaps.max()) if len(inds) else 0.0}
     return b
 
 
@@ -279,11 +279,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
-    distributed.gather_parameters(policy)
-    last = distributed.pieces(mb_inds, args.micro_batch_size)[-1:]
-    with torch.no_grad():  # the last step may have gone too far for the next rollout
-        after = [logprobs_of(policy, b, inds, args)[0].mean() for inds in last]
-    runs.check_finite(**{"log-prob after the update": distributed.total(float(sum(after)))})
+    meter.end_update(policy)
     return meter.means() | b["measured"] | {"optimizer_steps": optimizer_steps}
 
 

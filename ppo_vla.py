@@ -239,17 +239,17 @@ def samples_of(policy: Any, critic: torch.nn.Module, batch: dict[str, Any], args
     last = batch["last"] | {"tokens": batch["tokens"][:1].expand(alive.shape[1], *batch["tokens"].shape[1:])}
     last |= {"who": torch.arange(alive.shape[1]), "instructions": batch["instructions"]}
     last_values = torch.zeros(alive.shape[1])  # (N,)
-    inds = batches.counted(batch)  # (up to S,) those of members that are alive
+    inds = torch.nonzero(alive[when, who]).flatten()  # (up to S,) those that count
     size = args.micro_batch_size or args.minibatch_size
     with torch.no_grad():
-        for part in distributed.pieces(inds, size):
+        for part in (inds[i : i + size] for i in range(0, len(inds), size)):
             b["old_logprobs"][part], _, hidden = logprobs_of(policy, b, part, args)  # (B, D), (B, H)
             b["old_values"][part] = critic(hidden.float()).squeeze(1)  # (B,)
-        for part in distributed.pieces(last["who"], size):
+        for part in last["who"].split(size):
             _, _, hidden = logprobs_of(policy, last, part, args)  # (B, H)
             last_values[part] = critic(hidden.float()).squeeze(1).cpu()  # (B,)
     gaps = (b["old_logprobs"][inds].cpu() - sampled[inds]).abs()  # (up to S, D)
-    b["measured"] = {"logprob_gap": float(distributed.gather(gaps).max())}
+    b["measured"] = {"logprob_gap": float(gaps.max()) if len(inds) else 0.0}
 
     ends = alive & ~torch.cat([alive[1:], torch.zeros_like(alive[:1])])  # (T, N) each member's last decision
     values = torch.zeros_like(batch["rewards"]).index_put((when, who), b["old_values"].cpu())  # (T, N)
@@ -307,11 +307,7 @@ def update(
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
-    distributed.gather_parameters(policy)
-    last = distributed.pieces(mb_inds, args.micro_batch_size)[-1:]
-    with torch.no_grad():  # the last step may have gone too far for the next rollout
-        after = [logprobs_of(policy, b, inds, args)[0].mean() for inds in last]
-    runs.check_finite(**{"log-prob after the update": distributed.total(float(sum(after)))})
+    meter.end_update(policy)
     return meter.means() | b["measured"] | {"optimizer_steps": optimizer_steps}
 
 

@@ -126,7 +126,7 @@ def test_a_wandering_success_is_none(make_vec, drop, monkeypatch):
     """MuJoCo goes back to a pose of its own, in which the goal may be met."""
     envs = make_vec(1)
     envs.reset(seed=0)
-    monkeypatch.setattr(Simulation, "run", lambda self, actions: (1, True))
+    monkeypatch.setattr(Simulation, "execute", lambda self, actions: (1, True))
     ruin(envs, 0)
     _, reward, terminated, truncated, info = envs.step(random_actions(1))
     assert (reward[0], terminated[0], truncated[0], info["success"][0]) == (0, False, True, False)
@@ -203,15 +203,15 @@ def test_only_those_that_moved_are_counted(make_vec):
 def test_a_scene_that_cannot_settle(make_vec, monkeypatch):
     """Its episode is over before it has begun; what is seen is the init state itself."""
     envs = make_vec(2)
-    run = Simulation.run
+    execute = Simulation.execute
 
     def bad_once(self, actions):
         if self is envs.unwrapped.simulations[0]:
             self.data.qvel[:] = math.nan
-        return run(self, actions)
+        return execute(self, actions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Simulation, "run", bad_once)
+        patch.setattr(Simulation, "execute", bad_once)
         obs, info = envs.reset(seed=[0, 1])
     assert info["diverged"].tolist() == [True, False] and obs in envs.observation_space
     assert np.isfinite(envs.unwrapped.qpos).all() and obs["image"][0].std() > 10
@@ -305,7 +305,7 @@ def test_an_update_after_a_divergence(make_vec, script):
         b = script.samples_of(policy, script.make_critic(policy), batch, args)
     else:
         b = script.samples_of(policy, batch, torch.ones(batch["alive"].shape), args)
-    counted = batches.counted(b)
+    counted = batches.minibatches(b, arguments(script, update_epochs=1))[0]
     assert set(b["who"][counted].tolist()) == {2, 3} and len(counted) == 6
     for name in ("advantages", "weights", "old_logprobs"):
         assert torch.isfinite(b[name][counted]).all()
@@ -344,4 +344,4 @@ def test_a_process_without_samples(make_vec, script, monkeypatch):
         b = script.samples_of(policy, script.make_critic(policy), batch, args)
     else:
         b = script.samples_of(policy, batch, torch.ones(batch["alive"].shape), args)
-    assert len(batches.counted(b)) == 0
+    assert not b["alive"].any() and b["measured"]["logprob_gap"] == 0

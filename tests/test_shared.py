@@ -79,6 +79,34 @@ def test_scripts_differ_from_grpo_in_few_lines(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_an_iteration_calls_few_of_the_packages_functions(name):
+    """Those that the loop calls, or functions of the script that it calls; not the methods of the run."""
+    tree = ast.parse(text_of(name))
+    package = {"adapters", "arguments", "batches", "checkpoints", "demonstrations", "distributed", "runs"}
+    package |= {"evaluation", "tgrpo_extras"}
+    direct = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vla_envs.")
+        for alias in node.names
+    } - package
+    bodies = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    main = next(node for node in tree.body if isinstance(node, ast.If))
+    todo, seen, called = [next(node for node in main.body if isinstance(node, ast.For))], set(), set()
+    while todo:
+        for node in ast.walk(todo.pop()):
+            if isinstance(node, ast.Name) and node.id in bodies.keys() - seen:
+                seen.add(node.id)
+                todo.append(bodies[node.id])
+            called |= {node.id} & direct if isinstance(node, ast.Name) else set()
+            its = getattr(node, "value", None)
+            if isinstance(node, ast.Attribute) and isinstance(its, ast.Name) and its.id in package:
+                called.add(f"{its.id}.{node.attr}")
+    called = {each for each in called if not each.rpartition(".")[2].isupper()}  # constants
+    assert 0 < len(called) <= 12, sorted(called)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_and_their_functions_are_short(name):
     assert len(text_of(name).splitlines()) <= 400
     functions = [node for node in ast.walk(ast.parse(text_of(name))) if isinstance(node, ast.FunctionDef)]

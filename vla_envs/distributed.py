@@ -140,6 +140,11 @@ def mean(tensor: Tensor) -> float:
     return float(gather(tensor.flatten().float()).mean())
 
 
+def greatest(value: float) -> float:
+    """The greatest of the numbers of all processes."""
+    return max(_gather_objects(value))
+
+
 def total(value: NumberT) -> NumberT:
     """The sum of the numbers of all processes."""
     if not dist.is_initialized():
@@ -196,12 +201,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> list[Tensor
     """
     sum_gradients(optimizer)
     groups = [group["params"] for group in optimizer.param_groups]
-    return [_whole(torch.nn.utils.clip_grad_norm_(group, most)).to(group[0].device) for group in groups]
-
-
-def pieces(inds: Tensor, size: int | None) -> list[Tensor]:
-    """``inds`` in pieces of at most ``size`` [all at once]; none where this process has none."""
-    return list(inds.split(size or len(inds))) if len(inds) else []
+    return [whole(torch.nn.utils.clip_grad_norm_(group, most)).to(group[0].device) for group in groups]
 
 
 def micro_batches(
@@ -218,7 +218,7 @@ def micro_batches(
         backward: Whether gradients go back into the policy.
     """
     weight = total(b["weights"][inds].sum())  # of all processes
-    parts = pieces(inds, size)
+    parts = inds.split(size or len(inds)) if len(inds) else ()
     if backward:
         _keep_up(policy, b, len(parts))
     for part in parts:
@@ -276,13 +276,14 @@ def _is_shared(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _whole(tensor: Any) -> Tensor:
+def whole(tensor: Any) -> Tensor:
+    """A tensor of which every process may have only its share, whole; all processes take part."""
     return tensor.full_tensor() if _is_shared(tensor) else tensor
 
 
 def to_first(tensor: Tensor) -> Tensor:
     """A copy of the whole tensor on the CPU, in the first process; empty in the others."""
-    tensor = _whole(tensor).detach()
+    tensor = whole(tensor).detach()
     return torch.empty(0) if rank() else tensor.to("cpu", copy=True)
 
 

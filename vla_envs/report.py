@@ -248,8 +248,9 @@ def line_figure(title: str, runs: list[Run]) -> str:
                 steps, low, high = ([its[name] for its in found] for name in ("step", "low", "high"))
                 axis.fill_between(steps, low, high, color=run.colour, alpha=0.12, linewidth=0)
     keys = [Line2D([], [], color=run.colour, label=run.label) for run in shown]
+    styles: Any = ("-", "--")
     keys += [Line2D([], [], color="grey", linestyle=style, label=what)
-             for what, style in zip(tags.values(), ("-", "--")) if len(tags) > 1]  # fmt: skip
+             for what, style in zip(tags.values(), styles) if len(tags) > 1]  # fmt: skip
     return _svg(figure, keys, title)
 
 

@@ -127,11 +127,13 @@ def validate(policy: Any, name: str) -> None:
             f"policy {name!r} has no {' and no '.join(missing)}; expected {', '.join(MEMBERS)}, which"
             " vla_envs.policies.Policy has"
         )
+    sizes: list[int] = []
     for member in MEMBERS[:3]:
-        value = getattr(policy, member)
+        value: Any = getattr(policy, member)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"policy {name!r}: {member} is {value!r}; expected a whole number above 0")
-    size, chunk = policy.image_size, policy.action_chunk
+        sizes.append(value)
+    chunk, size, width = sizes
     obs = {"image": np.zeros((2, size, size, 3), np.uint8), "state": np.zeros((2, 8), np.float32)}
     words = ["pick up the milk and place it in the basket"] * 2
 
@@ -172,7 +174,7 @@ def validate(policy: Any, name: str) -> None:
             )
         expect("score", "log-probabilities", scored[0], tuple(logprobs.shape))
         expect("score", "entropies", scored[1], tuple(logprobs.shape))
-        expect("score", "hidden states", scored[2], (2, policy.hidden_size))
+        expect("score", "hidden states", scored[2], (2, width))
         gap = (scored[0].detach().cpu() - logprobs.cpu()).abs().max().item()
         if gap > 0.01:
             raise ValueError(

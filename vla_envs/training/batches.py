@@ -96,7 +96,7 @@ def leave_out_diverged(
 def join(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
     """One batch of the members ``keep`` (N,) bool of several; the shorter ones end with nobody alive.
 
-    The batches give up their samples, so that images never exist thrice.
+    The batches give up their samples on the way, so that images exist twice at most.
     """
     most = max(len(batch["alive"]) for batch in batches)
     joined: dict[str, Any] = {"instructions": []}
@@ -107,8 +107,13 @@ def join(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
         taken.append(kept[batch["who"]])  # (S,)
         batch["who"] = before + kept.cumsum(0)[batch["who"]] - 1  # (S,) numbers among those kept
         before += int(kept.sum())
+    when, who = (torch.cat([b[name][its] for b, its in zip(batches, taken)]) for name in ("when", "who"))
+    places = (when * max(before, 1) + who).argsort().argsort().split([int(its.sum()) for its in taken])
     for name in OF_SAMPLES:
-        joined[name] = torch.cat([batch.pop(name)[its] for batch, its in zip(batches, taken)])
+        whole = batches[0][name].new_empty((len(when), *batches[0][name].shape[1:]))
+        for batch, its, place in zip(batches, taken, places):
+            whole[place] = batch.pop(name)[its]
+        joined[name] = whole
     for name in OF_STEPS:
         parts = [batch[name][:, kept] for batch, kept in zip(batches, keep)]  # (T, members that are kept)
         pads = [part.new_zeros((most - len(part), *part.shape[1:])) for part in parts]
@@ -148,28 +153,23 @@ def totals(batches: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 # ---- In which order it is learnt from ------------------------------------------------------------------
 
 
-def counted(batch: dict[str, Any]) -> Tensor:
-    """The samples that count, in order of time and environment: not of members that are never alive."""
-    when, who = batch["when"], batch["who"]  # (S,), (S,)
-    counts = torch.nonzero(batch["alive"][when, who]).flatten()
-    return counts[(when * batch["alive"].shape[1] + who)[counts].argsort()]
+def minibatches(batch: dict[str, Any], args: Any, by_step: bool = False) -> list[Tensor]:
+    """The numbers of the samples that count, minibatch by minibatch, ``update_epochs`` times.
 
+    All processes' samples are drawn in random order, ``minibatch_size`` at once, anew per epoch. Every
+    process has the same minibatches; it gets the numbers of those of its own samples that are in each.
 
-def minibatches(batch: dict[str, Any], args: Any) -> list[Tensor]:
-    """The samples that count, of all processes in random order, ``minibatch_size`` at once, anew per epoch.
-
-    Every process has the same minibatches; it gets the numbers of those of its own samples that are in each.
+    Args:
+        batch: With ``when`` and ``who`` (S,), ``alive`` (T, N); of joined ones ``round`` (N,).
+        args: The run's arguments.
+        by_step: Instead, a minibatch is all samples of one decision step, in order of time.
     """
-    inds = counted(batch)
+    counts = batch["alive"][batch["when"], batch["who"]]  # (S,) not of members that are never alive
+    inds = torch.nonzero(counts).flatten()
     when, who = batch["when"][inds], batch["who"][inds]
+    if by_step:
+        return args.update_epochs * [inds[when == t] for t in distributed.gather(when).unique()]
     rounds = batch.get("round", torch.zeros(batch["alive"].shape[1], dtype=torch.int64))  # (N,)
     positions = distributed.positions(when, who, rounds[who])  # (samples of all,)
     orders = [positions[torch.randperm(len(positions))] for _ in range(args.update_epochs)]
     return [inds[part[part >= 0]] for order in orders for part in order.split(args.minibatch_size)]
-
-
-def by_step(batch: dict[str, Any], args: Any) -> list[Tensor]:
-    """The samples that count, those of one decision step at once, in order of time."""
-    inds = counted(batch)
-    when = batch["when"][inds]
-    return args.update_epochs * [inds[when == t] for t in distributed.gather(when).unique()]

@@ -98,6 +98,18 @@ class Meter:
             self._all.setdefault(name, []).append(value)
         return figures
 
+    def end_update(self, policy: Any) -> None:
+        """Make the parameters of a spread policy whole again in all processes, until the next update.
+
+        Raises:
+            FloatingPointError: When the last step has left weights that are not finite, or too large for
+                the next pass to be.
+        """
+        distributed.gather_parameters(policy)
+        trained = [p.detach().float() for p in policy.parameters() if p.requires_grad]
+        squares = sum(float(distributed.whole(p.square().sum())) for p in trained)
+        check_finite(**{"size of the weights after the update": squares})
+
     def means(self) -> dict[str, float]:
         """The mean of every figure over the minibatches, and the first minibatch's ratio."""
         means = {name: float(np.mean(values)) for name, values in self._all.items()}
@@ -257,6 +269,8 @@ class Run:
             scalars: By their tags; the mean of a tensor's elements, over all processes, is written.
         """
         figures = {f"losses/{name}": value for name, value in losses.items()}
+        if "logprob_gap" in losses:
+            figures["losses/logprob_gap"] = distributed.greatest(losses["logprob_gap"])
         figures |= {
             tag: distributed.mean(value) if isinstance(value, Tensor) else value
             for tag, value in scalars.items()
