@@ -207,7 +207,9 @@ def test_modules_trained_in_full_are_in_the_adapter(tmp_path, train, last_k):
     assert (expected - logprobs(plain())).abs().max() > 1
     theirs = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "adapter"))
     torch.testing.assert_close(logprobs(theirs.base_model.model), expected, atol=1e-4, rtol=1e-5)
-    mine = make_trainable(plain(), "lora", rank=2, below=dict.fromkeys(SENTENCES, tmp_path / "adapter"))
+    mine = make_trainable(
+        plain(), "lora", rank=2, task_adapters=dict.fromkeys(SENTENCES, tmp_path / "adapter")
+    )
     torch.testing.assert_close(logprobs(mine), expected, atol=1e-4, rtol=1e-5)
     other = NanoPolicy(SMALL)
     other.load_state_dict(merged(mine))
@@ -237,14 +239,14 @@ def below(tmp_path):
 
 def test_a_fresh_shared_adapter_answers_as_the_tasks_adapters_do(below):
     folders, expected = below
-    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=folders)
     torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
     assert {name.removeprefix("policy.") for name in trainable_state(policy)} == LORA
 
 
 def test_only_the_shared_adapter_learns(below):
     folders, expected = below
-    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=folders)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     optimise(policy)
     changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
@@ -258,7 +260,7 @@ def test_only_the_shared_adapter_learns(below):
 
 def test_each_task_merges_into_a_policy_of_its_own(below, tmp_path):
     folders, _ = below
-    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=folders)
     optimise(policy)
     for i, sentence in enumerate(SENTENCES):
         policy.activate(policy.names[sentence])
@@ -268,7 +270,7 @@ def test_each_task_merges_into_a_policy_of_its_own(below, tmp_path):
 
 
 def test_samples_of_two_tasks_are_those_of_each_alone(below):
-    policy = make_trainable(plain(), "lora", rank=4, below=below[0])
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=below[0])
     optimise(policy)
     rng = np.random.default_rng(0)
     obs = {"image": rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8), "state": np.zeros((4, 8), "f4")}
@@ -288,7 +290,7 @@ def test_samples_of_two_tasks_are_those_of_each_alone(below):
 
 
 def test_imitating_two_tasks_goes_by_each_ones_adapter(below):
-    policy = make_trainable(plain(), "lora", rank=4, below=below[0])
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=below[0])
     rng = np.random.default_rng(0)
     obs = {"image": rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8), "state": np.zeros((3, 8), "f4")}
     actions = torch.from_numpy(rng.uniform(-1, 1, (3, 2, 7)).astype(np.float32))
@@ -307,7 +309,7 @@ def test_peft_stacks_the_saved_adapters(below, tmp_path):
     import peft
 
     folders, _ = below
-    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=folders)
     optimise(policy)
     save_adapter(policy, tmp_path / "shared")
     theirs = peft.PeftModel.from_pretrained(plain(), str(folders[SENTENCES[1]]), adapter_name="task")
@@ -322,7 +324,7 @@ def test_peft_stacks_a_head_that_all_tasks_share(below, tmp_path):
     import peft
 
     folders, expected = below
-    policy = make_trainable(plain(), "lora+head", rank=4, below=folders)
+    policy = make_trainable(plain(), "lora+head", rank=4, task_adapters=folders)
     torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
     optimise(policy)
     save_adapter(policy, tmp_path / "shared")
@@ -350,7 +352,7 @@ def whole_below(tmp_path):
 
 def test_tasks_keep_the_modules_that_they_have_in_full(whole_below, tmp_path):
     folders, expected = whole_below
-    policy = make_trainable(plain(), "lora", rank=4, below=folders)
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=folders)
     torch.testing.assert_close(logprobs(policy), expected, atol=1e-4, rtol=1e-5)
     assert {name.removeprefix("policy.") for name in trainable_state(policy)} == LORA
     optimise(policy)
@@ -366,7 +368,7 @@ def test_tasks_keep_the_modules_that_they_have_in_full(whole_below, tmp_path):
 
 def test_gradients_of_two_tasks_are_those_of_each_alone(whole_below):
     """Also where another task's modules have taken the place of those that the gradient goes through."""
-    policy = make_trainable(plain(), "lora", rank=4, below=whole_below[0])
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=whole_below[0])
     optimise(policy, steps=1)
     trained = [p for p in policy.parameters() if p.requires_grad]
     together = torch.autograd.grad(logprobs(policy).sum(), trained)
@@ -377,9 +379,9 @@ def test_gradients_of_two_tasks_are_those_of_each_alone(whole_below):
 
 def test_what_cannot_lie_above_the_tasks_adapters(below, whole_below):
     with pytest.raises(ValueError, match=r"has its own blocks.*; expected --train lora above it"):
-        make_trainable(plain(), "lora+head", below=whole_below[0])
+        make_trainable(plain(), "lora+head", task_adapters=whole_below[0])
     with pytest.raises(ValueError, match=r"expected --train lora or lora\+head above adapters"):
-        make_trainable(plain(), "lora+last-k", below=below[0])
+        make_trainable(plain(), "lora+last-k", task_adapters=below[0])
 
 
 def test_a_frozen_adapter_drops_nothing(below):
@@ -387,7 +389,7 @@ def test_a_frozen_adapter_drops_nothing(below):
     folders, expected = below
     for folder in folders.values():
         rewrite(folder / "adapter_config.json", lora_dropout=0.1)
-    policy = make_trainable(plain(), "lora", rank=4, below=folders).train()
+    policy = make_trainable(plain(), "lora", rank=4, task_adapters=folders).train()
     torch.testing.assert_close(logprobs(policy), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -397,7 +399,7 @@ def test_adapters_of_tasks_need_not_have_the_same_layers(below, tmp_path):
     folders, expected = below
     theirs = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["fc1", "stem.0"]))
     theirs.save_pretrained(tmp_path / "theirs")
-    policy = make_trainable(plain(), "lora", below=folders | {SENTENCES[1]: tmp_path / "theirs"})
+    policy = make_trainable(plain(), "lora", task_adapters=folders | {SENTENCES[1]: tmp_path / "theirs"})
     torch.testing.assert_close(logprobs(policy)[0], expected[0], atol=1e-6, rtol=1e-6)
     other = NanoPolicy(SMALL)
     for i, sentence in enumerate(SENTENCES):
@@ -432,7 +434,7 @@ def test_settings_of_adapters_that_do_not_fit(below, changes, words):
     folder = below[0][SENTENCES[0]]
     rewrite(folder / "adapter_config.json", **changes)
     with pytest.raises(ValueError) as error:
-        make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+        make_trainable(plain(), "lora", task_adapters={SENTENCES[0]: folder})
     message = str(error.value)
     assert f"{str(folder)!r} is not an adapter of this policy" in message and words in message
     assert len(message.splitlines()) == 1
@@ -452,10 +454,10 @@ def test_numbers_of_adapters_that_do_not_fit(below):
     ):
         safetensors.torch.save_file(sound | {name: tensor}, file)
         with pytest.raises(ValueError, match=words):
-            make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+            make_trainable(plain(), "lora", task_adapters={SENTENCES[0]: folder})
     for kind in (torch.float16, torch.bfloat16, torch.float64):
         safetensors.torch.save_file({key: value.to(kind) for key, value in sound.items()}, file)
-        policy = make_trainable(plain(), "lora", below=dict.fromkeys(SENTENCES, folder))
+        policy = make_trainable(plain(), "lora", task_adapters=dict.fromkeys(SENTENCES, folder))
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
         torch.testing.assert_close(logprobs(policy)[0], below[1][0], atol=0.1, rtol=0)
 
@@ -475,7 +477,7 @@ def test_the_folder_of_a_run_is_no_adapter(below, monkeypatch):
         (folder, "expected the folder of one"),
     ):
         with pytest.raises(ValueError, match=r"it has no adapter_config\.json") as error:
-            make_trainable(plain(), "lora", below={SENTENCES[0]: given})
+            make_trainable(plain(), "lora", task_adapters={SENTENCES[0]: given})
         assert words in str(error.value)
 
 
@@ -483,21 +485,21 @@ def test_folders_that_hold_no_fitting_adapter(below, tmp_path):
     folders, _ = below
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ValueError, match="is not an adapter of this policy"):
-            make_trainable(plain(), "lora", below={SENTENCES[0]: folder})
+            make_trainable(plain(), "lora", task_adapters={SENTENCES[0]: folder})
     first = folders[SENTENCES[0]]
     config, tensors = first / "adapter_config.json", first / "adapter_model.safetensors"
     sound = tensors.read_bytes()
     for content in (sound[:-9], b"PK\x03\x04" + sound, bytes(1000)):
         tensors.write_bytes(content)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors' is damaged"):
-            make_trainable(plain(), "lora", below={SENTENCES[0]: first})
+            make_trainable(plain(), "lora", task_adapters={SENTENCES[0]: first})
     tensors.write_bytes(sound)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 10**9}))
     with pytest.raises(ValueError, match="its rank is 1000000000"):
-        make_trainable(plain(), "lora", below={SENTENCES[0]: first})
+        make_trainable(plain(), "lora", task_adapters={SENTENCES[0]: first})
     wide = NanoPolicy(NanoConfig(action_chunk=2, action_repeat=1, image_size=32, width=32, depth=3, heads=2))
     with pytest.raises(ValueError, match="is not an adapter of this policy"):
-        make_trainable(wide, "lora", below=folders)
+        make_trainable(wide, "lora", task_adapters=folders)
 
 
 @pytest.mark.parametrize("train", ["lora", "all"])

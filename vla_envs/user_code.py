@@ -40,7 +40,7 @@ def load_function(name: str, kind: str) -> Callable[..., Any]:
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"{kind} file {path!r} has no function {function!r}; expected one that it has,"
+            f"{kind} file {path!r} has no function {function!r}; expected one of"
             f" {in_short(names)}{nearest(function, names)}"
         )
     return getattr(module, function)

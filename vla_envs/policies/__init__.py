@@ -4,10 +4,11 @@ A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (``openv
 has them): numbers and JSON, never pickles.
 """
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +118,32 @@ def load_policy(
             f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both"
             f"{instead(folder)}"
         )
-    try:
+    if is_own(name):
+        new_policy(name)  # a mistake in its file is not the checkpoint's
+    with _one_reason(f"checkpoint {str(folder)!r} is not a checkpoint of {name!r}"):
         config = read_json(folder / "config.json")
         written = config.pop("policy", None)
         if written != _written_name(name):
             raise ValueError(f"its config.json is of policy {written!r}")
         made_for = _check_made_for(config.pop("made_for", None))
-        if is_own(name):
-            policy = new_policy(name, config)
-            tensors = read_tensors(folder / "model.safetensors", policy.state_dict())
-        else:
-            with torch.device("meta"):  # nothing is made or read of a size that only one of the files claims
-                expected = new_policy(name, config).state_dict()
-            tensors = read_tensors(folder / "model.safetensors", expected)
-            policy = new_policy(name, config)
+        # On "meta" nothing is made or read of a size that only one of the files claims.
+        with torch.device("cpu" if is_own(name) else "meta"):
+            expected = new_policy(name, config).state_dict()
+        tensors = read_tensors(folder / "model.safetensors", expected)
+        policy = new_policy(name, config)
         policy.load_state_dict(tensors)
         policy.made_for = made_for
-    except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"checkpoint {str(folder)!r} is not a checkpoint of {name!r}: {reason}") from error
     _check_finite(policy, folder)
     return to_device(policy, device)
+
+
+@contextlib.contextmanager
+def _one_reason(what: str) -> Iterator[None]:
+    """Whatever goes wrong with a file becomes a ValueError of one line that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:  # JSON, safetensors, configuration and shapes each fail in their own way
+        raise ValueError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _check_made_for(tasks: Any) -> dict[str, list[int]] | None:
@@ -171,7 +177,7 @@ def instead(folder: Path) -> str:
 
 def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
     """The policy of a training state: what its run started from, with what it has trained since."""
-    try:
+    with _one_reason(f"the state of a run in {str(folder)!r} cannot be loaded"):
         args = read_json(folder.parent.parent / "args.json")
         if args.get("policy") != name:
             raise ValueError(f"its run is of policy {in_short(args.get('policy'))}")
@@ -196,9 +202,6 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
                 policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
                 policy.load_state_dict(weights)
         note_tasks(policy, args["suite"], args["task_ids"])
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the state of a run in {str(folder)!r} cannot be loaded: {reason}") from error
     if device != "meta":
         _check_finite(policy, folder)
     return policy
@@ -209,11 +212,8 @@ def _load_openvla(name: str, checkpoint: str | Path | None, device: str, suite: 
         return new_policy(name)
     from vla_envs.policies.openvla import OpenVLAPolicy  # takes seconds, so only where it is used
 
-    try:
+    with _one_reason(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded"):
         policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device, suite=suite)
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded: {reason}") from error
     if device != "meta":
         _check_finite(policy, checkpoint)
     return policy

@@ -28,7 +28,7 @@ KNOWN_SETTINGS = frozenset(
 
 
 def make_trainable(
-    policy: Any, train: str, rank: int = 32, last_k: int = 1, below: dict[str, Path] | None = None
+    policy: Any, train: str, rank: int = 32, last_k: int = 1, task_adapters: dict[str, Path] | None = None
 ) -> Any:
     """Freeze all of ``policy`` but what ``train`` names, and add a LoRA adapter where it asks for one.
 
@@ -40,13 +40,13 @@ def make_trainable(
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
-        below: For each instruction, the folder of its task's adapter. They stay frozen below the new one,
-            which all tasks share (``Stacked``).
+        task_adapters: For each instruction, the folder of its task's adapter. They stay frozen below the new
+            one, which all tasks share (``SharedAdapterPolicy``).
 
     Raises:
         ValueError: When there is no such set, the policy has fewer blocks, or an adapter does not fit.
     """
-    below = below or {}
+    task_adapters = task_adapters or {}
     if train not in TRAINABLE_SETS:
         hint = nearest(train, list(TRAINABLE_SETS))
         raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
@@ -56,14 +56,14 @@ def make_trainable(
             raise ValueError(f"train is {train}: the policy has no {name}; expected --train all or lora")
     if train.endswith("last-k") and last_k > len(policy.blocks):
         raise ValueError(f"last_k is {last_k}; expected 1 to {len(policy.blocks)}, the policy's blocks")
-    if train.endswith("last-k") and below:
+    if train.endswith("last-k") and task_adapters:
         raise ValueError(
             "the blocks that lora+last-k trains are in the tasks' adapters too, and no adapter holds both;"
             " expected --train lora or lora+head above adapters of tasks"
         )
     for parameter in policy.parameters():
         parameter.requires_grad = train == "all"
-    names = {folder: f"task_{i}" for i, folder in enumerate(dict.fromkeys(below.values()))}
+    names = {folder: f"task_{i}" for i, folder in enumerate(dict.fromkeys(task_adapters.values()))}
     in_full = {name: _load_adapter(policy, folder, name) for folder, name in names.items()}
     for folder, name in names.items():
         if in_full[name] and train != "lora":
@@ -101,8 +101,9 @@ def make_trainable(
             parameter.data = parameter.data.float()
     if train == "all" and getattr(policy, "large", False):
         distributed.shard(policy)
-    if below:
-        return Stacked(policy, {text: names[folder] for text, folder in below.items()}, in_full)
+    if task_adapters:
+        by_text = {text: names[folder] for text, folder in task_adapters.items()}
+        return SharedAdapterPolicy(policy, by_text, in_full)
     return policy
 
 
@@ -209,7 +210,7 @@ def _load_adapter(policy: Any, folder: Path, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{str(folder)!r} is not an adapter of this policy: {reason}") from error
 
 
-class Stacked(nn.Module):
+class SharedAdapterPolicy(nn.Module):
     """A policy with a frozen adapter for each task and, above these, one that is trained on all of them.
 
     A batch of several tasks is computed task by task. Layers that recompute their activations going backward
@@ -338,7 +339,7 @@ def _lora_layers(policy: nn.Module) -> list[tuple[str, nn.Module]]:
 @contextlib.contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[None]:
     """Switch the trained LoRA adapter off, which leaves the reference policy of a KL term."""
-    if isinstance(policy, Stacked):
+    if isinstance(policy, SharedAdapterPolicy):
         policy.above = []
         try:
             yield
@@ -360,7 +361,7 @@ def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
 
     Only weights whose names begin with one of ``inside`` are returned.
     """
-    policy = policy.policy if isinstance(policy, Stacked) else policy
+    policy = policy.policy if isinstance(policy, SharedAdapterPolicy) else policy
     layers: dict[str, Any] = dict(_lora_layers(policy))
     weights: dict[str, Tensor] = {}
     spread = distributed.is_spread(policy)  # state_dict would return only this process's shares
@@ -387,7 +388,7 @@ def save_adapter(policy: Any, folder: Path) -> None:
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    policy = policy.policy if isinstance(policy, Stacked) else policy
+    policy = policy.policy if isinstance(policy, SharedAdapterPolicy) else policy
     config = copy.copy(policy.peft_config["default"])
     tensors = peft.get_peft_model_state_dict(policy)
     if config.modules_to_save:

@@ -4,9 +4,6 @@ A reward is a function of the facts (``vla_envs.goals.FACTS``). It takes a dict 
 environment, and returns an array of rewards, or rewards and stage numbers.
 """
 
-import importlib.util
-import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_numbers, in_short, nearest
+from vla_envs.user_code import load_function
 
 Facts = dict[str, Any]
 Reward = Callable[[Facts], Any]
@@ -122,34 +120,13 @@ def resolve_reward(reward: str | Reward) -> Reward:
     named: dict[str, Reward] = {"binary": binary, "multi_stage": multi_stage}
     if isinstance(reward, str) and reward in named:
         return named[reward]
-    path, colon, function = str(reward).rpartition(":")
+    path, colon, _ = str(reward).rpartition(":")
     if not colon or not path.endswith(".py"):
         raise ValueError(
             f"reward {in_short(reward)} is unknown; expected 'binary', 'multi_stage', a callable or "
             f"'path/to/file.py:function'{nearest(str(reward), list(named))}"
         )
-    if not os.path.isfile(path):  # False for impossible names too
-        raise ValueError(f"reward file {in_short(path)} does not exist; expected 'path/to/file.py:function'")
-    spec = importlib.util.spec_from_file_location("user_reward", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module
-    folder = os.path.dirname(os.path.abspath(path))
-    sys.path.insert(0, folder)  # it may import what lies beside it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"reward file {path!r} does not run: {words}; expected Python code") from error
-    finally:
-        sys.path.remove(folder)
-    if not callable(getattr(module, function, None)):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(
-            f"reward file {path!r} has no function {function!r}; expected one of"
-            f" {in_short(names)}{nearest(function, names)}"
-        )
-    return getattr(module, function)
+    return load_function(str(reward), "reward")
 
 
 class Paid(NamedTuple):

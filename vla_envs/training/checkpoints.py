@@ -61,11 +61,10 @@ def prepare(policy: Any, args: Any) -> Any:
         ValueError: When that does not fit the policy.
     """
     torch.manual_seed(args.seed)  # of a LoRA adapter's first weights
-    below = _adapters_below(args)  # adapters of single tasks, where one is trained above them
-    return adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, below)
+    return adapters.make_trainable(policy, args.train, args.lora_rank, args.last_k, _task_adapters(args))
 
 
-def _adapters_below(args: Any) -> dict[str, Path]:
+def _task_adapters(args: Any) -> dict[str, Path]:
     """The folder of the adapter of each task's instruction, where ``--shared-adapter`` names them.
 
     Raises:
@@ -88,7 +87,7 @@ def _adapters_below(args: Any) -> dict[str, Path]:
 def save_policies(run: Path, policy: Any, args: Any) -> None:
     """Write ``checkpoints/final``, a whole policy, and ``checkpoints/adapter`` where there is an adapter.
 
-    Adapters of several tasks below a shared one make a whole policy for each: ``final_task_4`` and so on.
+    Several tasks with adapters below a shared one make a whole policy for each: ``final_task_4`` and so on.
     """
     note_tasks(policy, args.suite, args.task_ids)
     if args.train.startswith("lora"):
