@@ -104,7 +104,7 @@ def test_noise_is_on_the_motion_and_follows_the_seed(make_vec):
 
 
 def test_it_acts_every_control_step(make_vec):
-    with pytest.raises(ValueError, match=r"action_chunk=1, got 8"):
+    with pytest.raises(ValueError, match="action_chunk is 8; expected 1"):
         ScriptedExpert(make_vec(1, action_chunk=8).unwrapped)
 
 

@@ -260,7 +260,7 @@ def test_without_matplotlib(monkeypatch, tmp_path):
             {"check": "multi_stage", "suite": "LiberoGoal", "task_id": 0},
             "expected --demonstrations FILE.hdf5",
         ),
-        ({"plot": "reward.png"}, "expected --check"),
+        ({"plot": "reward.png"}, "--plot needs --check"),
         ({"episodes": 3}, "--episodes needs --check"),
         ({"suite": "Libero"}, "suite 'Libero' is unknown"),
         ({"task_id": 10}, "task_id 10 does not exist"),

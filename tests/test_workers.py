@@ -126,7 +126,7 @@ class Proxy:
         return self._instead(self._pipe.recv())
 
 
-WANTED = r"step was called before reset of environments \[0, 1, 2\], .* by an interrupt or an error"
+WANTED = r"step was called before reset of environments \[0, 1, 2\], .* which an interrupt or an error left"
 
 
 def test_an_interrupted_call_leaves_no_answer_behind(shared, interrupt, monkeypatch):
