@@ -81,6 +81,7 @@ def test_programs_understand_the_commands(words, monkeypatch):
     if not program.endswith(".py"):
         file = importlib.util.find_spec(program).origin.replace("__init__", "__main__")
     monkeypatch.setattr(sys, "argv", [file, *its_words])
+    monkeypatch.syspath_prepend(str(Path(file).parent))
     with pytest.raises(Understood):
         runpy.run_path(file, run_name="__main__")
 

@@ -52,6 +52,14 @@ POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object", "flow": CHECKPOINTS / "flow_libero_object"}
 
 
+def _validate_name(name: str) -> None:
+    if name not in POLICIES and not is_own(name):
+        raise ValueError(
+            f"policy {name!r} is unknown; expected one of {list(POLICIES)} or 'path/to/file.py:function'"
+            f"{nearest(name, list(POLICIES))}"
+        )
+
+
 def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
     """A policy as it is made: with random weights, or those that one's own function gives it.
 
@@ -62,11 +70,7 @@ def new_policy(name: str, config: dict[str, Any] | None = None) -> Any:
     Raises:
         ValueError: When there is no such policy, or one's own is not a ``Policy``.
     """
-    if name not in POLICIES and not is_own(name):
-        raise ValueError(
-            f"policy {name!r} is unknown; expected one of {list(POLICIES)} or 'path/to/file.py:function'"
-            f"{nearest(name, list(POLICIES))}"
-        )
+    _validate_name(name)
     policy: Any = make_own(name, config) if is_own(name) else POLICIES[name](config or {})
     policy.made_for = {}
     return policy
@@ -99,6 +103,7 @@ def load_policy(
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
     """
+    _validate_name(name)
     if is_training_state(checkpoint):
         return _load_state(name, Path(str(checkpoint)), device, suite)
     if name in ("openvla", "openvla-oft"):

@@ -306,7 +306,7 @@ def load_args(args: ArgsT) -> ArgsT:
     if "seed" not in values:
         raise ValueError(f"{str(run / 'args.json')!r} is damaged: it has no seed")
     try:
-        own = dataclasses.replace(read_dataclass(type(args), values), resume=run)
+        own = read_dataclass(type(args), values | {"resume": str(run)})
     except ValueError as error:
         raise ValueError(f"{str(run / 'args.json')!r} is damaged: {error}") from None
     asked = parse_args(type(args), own)

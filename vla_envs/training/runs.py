@@ -52,7 +52,7 @@ def make_eval_envs(args: Any, policy: Any) -> Any:
 def _make_envs(args: Any, tasks: list[int], reward: str, **settings: Any) -> Any:
     settings = {"max_episode_steps": args.max_episode_steps} | settings
     threads = distributed.num_threads(args.num_threads)
-    envs = gym.make_vec(
+    envs: Any = gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=len(tasks), task_id=tasks, reward=reward, assets=args.assets,
         quality=args.quality, cache=args.cache, action_chunk=args.action_chunk, num_threads=threads,
         **settings,
@@ -186,8 +186,8 @@ class Run:
             if before is None:
                 self.save()
             print(f"{self.folder}: training {trained:,} of {parameters:,} parameters")
-        for name in (*HOW_FAST, *HOW_LONG, *WHERE) if before else ():
-            if name in before and before[name] != contents[name]:
+        for name in (*HOW_FAST, *HOW_LONG, *WHERE):
+            if before and name in before and before[name] != contents[name]:
                 course = "; the learning rate goes on as in a run of that length" * (name in HOW_LONG)
                 print(f"{name} {contents[name]} instead of {before[name]}{course}")
         if before is None and (words := checkpoints.remark(args, policy)):
