@@ -78,10 +78,11 @@ def test_programs_understand_the_commands(words, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", understand(argparse.ArgumentParser.parse_args))
     program, its_words = program_of(words)
     file = str(ROOT / program)
-    if not program.endswith(".py"):
+    if program.endswith(".py"):
+        monkeypatch.syspath_prepend(file.rpartition("/")[0])  # as Python does for a script
+    else:
         file = importlib.util.find_spec(program).origin.replace("__init__", "__main__")
     monkeypatch.setattr(sys, "argv", [file, *its_words])
-    monkeypatch.syspath_prepend(str(Path(file).parent))
     with pytest.raises(Understood):
         runpy.run_path(file, run_name="__main__")
 
