@@ -316,7 +316,7 @@ def validate(args: Args) -> Args:
     if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
         raise ValueError(f"gamma, gae_lambda are {args.gamma}, {args.gae_lambda}; expected 0 to 1")
     check_numbers(args, "critic_warmup", above=False)
-    check_numbers(args, "group_size value_learning_rate value_clip", above=True)
+    check_numbers(args, "group_size", "value_learning_rate", "value_clip", above=True)
     return arguments.complete_rl(args)
 
 

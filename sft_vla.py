@@ -84,7 +84,7 @@ def held_out_loss(policy: Any, samples: dict[str, Any]) -> float:
     parts = [inds for inds in np.array_split(own, 1 + len(own) // 256) if len(inds)]
     loss = sum(float(loss_of(policy, samples, inds, inds)) * len(inds) for inds in parts)
     loss = distributed.total(loss) / count
-    runs.check_finite(**{"held-out loss": loss})
+    runs.check_finite("held-out loss", loss)
     return loss
 
 
@@ -110,7 +110,8 @@ def update(
         loss.backward()
         loss = distributed.total(loss)
         (grad_norm,) = distributed.clip_gradients(optimizer, args.max_grad_norm)
-        runs.check_finite(loss=loss, gradient=grad_norm)
+        runs.check_finite("loss", loss)
+        runs.check_finite("gradient", grad_norm)
         optimizer.step()
         losses.append(loss.item())
         norms.append(float(grad_norm))
@@ -145,10 +146,10 @@ def validate(args: Args) -> Args:
         raise ValueError(f"train is {args.train}: the rest would stay random; expected all, or --checkpoint")
     if args.early_stop and not args.held_out:
         raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
-    check_numbers(args, "seed held_out early_stop eval_every weight_decay", above=False)
+    check_numbers(args, "seed", "held_out", "early_stop", "eval_every", "weight_decay", above=False)
     check_numbers(
-        args, "num_iterations iteration_steps minibatch_size learning_rate warmup_frac max_grad_norm"
-        " lora_rank last_k temperature", above=True
+        args, "num_iterations", "iteration_steps", "minibatch_size", "learning_rate", "warmup_frac",
+        "max_grad_norm", "lora_rank", "last_k", "temperature", above=True,
     )  # fmt: skip
     return dataclasses.replace(args, episodes=episodes)
 

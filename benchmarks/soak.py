@@ -140,7 +140,7 @@ def open_and_close(args: Args) -> Iterator[int]:
 if __name__ == "__main__":
     arguments = parse_args(Args)
     with one_line_errors():
-        check_numbers(arguments, "num_envs max_episode_steps", above=True)
+        check_numbers(arguments, "num_envs", "max_episode_steps", above=True)
         flat = soak("episodes", arguments.episodes, play(arguments))
         flat &= soak("cycles", arguments.cycles, open_and_close(arguments))
     raise SystemExit(0 if flat else 1)

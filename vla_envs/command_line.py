@@ -122,18 +122,18 @@ def read_dataclass(args_type: type[ArgsT], values: dict[str, Any]) -> ArgsT:
     return args_type(**read)
 
 
-def check_numbers(args: Any, names: str, above: bool) -> None:
+def check_numbers(args: Any, *names: str, above: bool) -> None:
     """Refuse arguments that are not finite numbers above 0, or of at least 0.
 
     Args:
         args: The dataclass.
-        names: The arguments, separated by spaces. None is accepted, because it stands for a default.
+        names: The arguments. None is accepted as a value, because it stands for a default.
         above: Whether 0 itself is refused.
 
     Raises:
         ValueError: Names the first argument that does not fit.
     """
-    for name in names.split():
+    for name in names:
         value = getattr(args, name)
         if value is not None and not (0 < value < float("inf") or (value == 0 and not above)):
             raise ValueError(f"{name} is {value}; expected a number {'above' if above else 'of at least'} 0")

@@ -65,8 +65,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Record the demonstrations that ``args`` asks for, task by task."""
-    check_numbers(args, "episodes image_size", above=True)
-    check_numbers(args, "noise seed", above=False)
+    check_numbers(args, "episodes", "image_size", above=True)
+    check_numbers(args, "noise", "seed", above=False)
     task_ids = args.task_ids or COVERED.get(args.suite, (0,))
     for task_id in task_ids:
         require_covered(args.suite, task_id)

@@ -148,15 +148,28 @@ def _check_rl(args: Any) -> None:
         raise ValueError(
             f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
         )
-    check_numbers(args, "seed kl_coef eval_every clip_low clip_high", above=False)
+    check_numbers(args, "seed", "kl_coef", "eval_every", "clip_low", "clip_high", above=False)
     if args.clip_low > 1:
         raise ValueError(f"clip_low is {args.clip_low}; expected at most 1, as a ratio is never below 0")
     if args.seed >= 2**63:
         raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")
     check_numbers(
-        args, "num_groups num_iterations total_env_steps update_epochs minibatch_size micro_batch_size"
-        " lora_rank last_k warmup_iterations temperature learning_rate target_kl max_grad_norm", above=True
-    )  # fmt: skip
+        args,
+        "num_groups",
+        "num_iterations",
+        "total_env_steps",
+        "update_epochs",
+        "minibatch_size",
+        "micro_batch_size",
+        "lora_rank",
+        "last_k",
+        "warmup_iterations",
+        "temperature",
+        "learning_rate",
+        "target_kl",
+        "max_grad_norm",
+        above=True,
+    )
     if args.micro_batch_size and args.micro_batch_size > args.minibatch_size:
         raise ValueError(
             f"micro_batch_size is {args.micro_batch_size}; expected at most {args.minibatch_size}, the"

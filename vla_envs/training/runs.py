@@ -91,8 +91,8 @@ class Meter:
         """
         measured = distributed.sums(self._minibatch)
         self._minibatch = {}
-        check_finite(loss=measured.pop("loss"))
-        check_finite(gradient=torch.stack([grad_norm, *others]).max())
+        check_finite("loss", measured.pop("loss"))
+        check_finite("gradient", torch.stack([grad_norm, *others]).max())
         figures = {name: float(value) for name, value in (measured | {"grad_norm": grad_norm}).items()}
         for name, value in figures.items():
             self._all.setdefault(name, []).append(value)
@@ -108,7 +108,7 @@ class Meter:
         distributed.gather_parameters(policy)
         trained = [p.detach().float() for p in policy.parameters() if p.requires_grad]
         squares = sum(float(distributed.whole(p.square().sum())) for p in trained)
-        check_finite(**{"size of the weights after the update": squares})
+        check_finite("size of the weights after the update", squares)
 
     def means(self) -> dict[str, float]:
         """The mean of every figure over the minibatches, and the first minibatch's ratio."""
@@ -116,16 +116,15 @@ class Meter:
         return means | {"ratio_first_minibatch": self._all["ratio"][0]}
 
 
-def check_finite(**values: Tensor | float) -> None:
-    """Refuse values that are not finite.
+def check_finite(name: str, value: Tensor | float) -> None:
+    """Refuse a value that is not finite.
 
     Raises:
-        FloatingPointError: Names the first.
+        FloatingPointError: Names it.
     """
-    for name, value in values.items():
-        value = float(value.detach() if isinstance(value, Tensor) else value)
-        if not np.isfinite(value):
-            raise FloatingPointError(f"the {name} is {value}; expected a finite number")
+    value = float(value.detach() if isinstance(value, Tensor) else value)
+    if not np.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value}; expected a finite number")
 
 
 # ---- The run -------------------------------------------------------------------------------------------
