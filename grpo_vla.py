@@ -15,8 +15,8 @@ finished before decision t.
     penalty      beta (p_ref / p - 1 - log p_ref / p), the k3 estimate of the KL    update
 
 Where we depart from the recipe, or it is silent:
- 1. Dynamic sampling trains on every group whose success rate is within --keep-low and --keep-high; those
-    missing to --num-groups are played anew, for at most --max-rounds rounds.
+ 1. Dynamic sampling trains on every group whose success rate is within --keep-low and --keep-high, and plays
+    further groups until there are --num-groups of them, for at most --max-rounds rounds.
  2. The loss is averaged over tokens and decisions within a trajectory, then over trajectories; one ratio per
     token (--ratio-level action: one per decision).
  3. The policy decides a chunk of C control steps at once.

@@ -12,7 +12,7 @@ width of the hidden state. Arrays are time-major, (T, N). alive[t, i]: i had not
     critic       mean of max((V - R)^2, (clip(V) - R)^2) / 2, with R_t = A_t + V_t   value_loss
 
 Details that decide:
- 1. A time-out is no end: its value is bootstrapped from the observation after it; only success ends.
+ 1. A time-out is not an end: its value is bootstrapped from the observation after it; only success ends.
  2. Old log-probs and values come from the forward pass that trains, so the first ratio is 1.
  3. The critic learns alone for --critic-warmup iterations, at a learning rate of its own; only then does the
     policy's grow. Its gradient stops at the hidden state, so that it cannot spoil the policy.

@@ -7,10 +7,10 @@ D action tokens per decision.
                  (--policy flow: flow matching; a policy has its own, imitation_loss)
 
 A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
-LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demos/demonstrations.py``). Of every task --held-out
-further ones are never learnt from; their loss is logged and, with --early-stop, decides when training ends.
-An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun every
-process has its share of each minibatch.
+LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demos/demonstrations.py``). Nothing is ever learnt from
+--held-out of each task's demonstrations; their loss is logged and, with --early-stop, decides when training
+ends. An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun
+every process has its share of each minibatch.
 
     python -m vla_envs.experts --out demos --task-ids 4 --episodes 25
     python sft_vla.py --demos demos --task-id 4
@@ -78,7 +78,7 @@ def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray, seeds: Any =
 
 @torch.no_grad()
 def held_out_loss(policy: Any, samples: dict[str, Any]) -> float:
-    """Mean of ``loss_of`` over all samples, of which each process has a share; always of the same noise."""
+    """Mean of ``loss_of`` over all samples, shared among the processes; the noise is always the same."""
     count = len(samples["actions"])
     own = np.arange(count)[distributed.block(count)]
     parts = [inds for inds in np.array_split(own, 1 + len(own) // 256) if len(inds)]

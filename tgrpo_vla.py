@@ -59,7 +59,7 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     reward: str = "multi_stage"
     """multi_stage, binary, or path/to/file.py:function"""
     alphas: Literal["given", "auto"] = "given"
-    """auto: weigh the two terms anew in every iteration, by how well they predict success"""
+    """auto: weigh the two terms in every iteration by how well they predict success"""
     alpha1: float | None = None
     """Weight of the step term [0.3; --preset paper: the paper's for this task]"""
     alpha2: float | None = None

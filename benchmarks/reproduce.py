@@ -52,7 +52,7 @@ class Args:
     max_episode_steps: int | None = None
     """Control steps until an episode ends without success [the scripts']"""
     results: Path | None = None
-    """Folder of runs.csv and curves.csv; a new one makes every run anew, and has results.md and its figures
+    """Folder of runs.csv and curves.csv; a new one makes every run again, and has results.md and its figures
     [benchmarks/results/<suite>; the page of all suites is docs/results.md]"""
     out: Path | None = None
     """Folder of the runs themselves [runs/reproduce/<suite>; with --results: runs there]"""
@@ -223,7 +223,7 @@ def main(args: Args) -> None:
     runs, points = read_csv(results / "runs.csv", RUN), read_csv(results / "curves.csv", POINT)
     wanted = missing(args, runs) if args.run else []
     if args.run and not wanted:
-        print(f"nothing to run: all of it is in {results}; a new --results makes it anew")
+        print(f"nothing to run: all of it is in {results}; a new --results makes it again")
     if wanted:
         minutes = runs["wall_s"].median() / 60 if len(runs) else MINUTES
         hours = len(wanted) * minutes / args.jobs / 60

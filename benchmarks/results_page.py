@@ -59,7 +59,7 @@ the number of pairs; over all tasks with a bootstrap 95 % interval over the pair
 
 
 def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """The rows of ``runs.csv`` or ``curves.csv``; none where there is no such file.
+    """The rows of ``runs.csv`` or ``curves.csv``; none if the file does not exist.
 
     A number may be missing: that of a run from before the file had the column.
     """

@@ -213,7 +213,7 @@ def test_damaged_runs(folder, tmp_path, monkeypatch, capsys, file, contents, wor
     error = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2 and len(error) == 2 and not (tmp_path / "page.html").exists()
     assert error[0].startswith("left out: ") and words in error[0]
-    assert error[1] == "error: there is no run; expected folders of runs, runs/*"
+    assert error[1] == "error: no run was given; expected folders of runs, runs/*"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def block(count: int, of: int | None = None) -> slice:
 
     Args:
         count: Of all processes together.
-        of: Deal so many, of which only the first ``count`` are there.
+        of: Deal this many; only the first ``count`` of them are there.
     """
     of = count if of is None else of
     start, stop = (min(count, -(-of * r // world_size())) for r in (rank(), rank() + 1))
@@ -153,7 +153,7 @@ def total(value: NumberT) -> NumberT:
 
 
 def sums(values: dict[str, Any]) -> dict[str, Any]:
-    """Sums by name over all processes, of which some may lack a name."""
+    """Sums by name over all processes; some may lack a name."""
     if not dist.is_initialized():
         return values
     plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}

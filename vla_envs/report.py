@@ -181,7 +181,7 @@ def read_run(folder: Path) -> Run:
         state |= {f"{name}_after": state[name]} if name in state else {}
     for name in OUTCOMES:
         if name in state and not evaluation.are_results({name: state[name]}):
-            raise ValueError(f"{str(folder)!r} is damaged: its {name} is no result of an evaluation")
+            raise ValueError(f"{str(folder)!r} is damaged: its {name} is not the result of an evaluation")
     events = EventAccumulator(str(folder)).Reload()  # of damaged ones what stands before the damage
     scalars = {
         tag: np.array([(event.step, event.value) for event in found]).T
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
         except (ValueError, OSError) as error:
             print(f"left out: {' '.join(str(error).split())}", file=sys.stderr)
     if not found:
-        raise ValueError("there is no run; expected folders of runs, runs/*")
+        raise ValueError("no run was given; expected folders of runs, runs/*")
     with whole(args.out) as partial:
         partial.write_text(page(found, args.out, args.embed_mb), encoding="utf-8")
     print(f"{args.out}: {len(found)} run{'s' * (len(found) > 1)}")

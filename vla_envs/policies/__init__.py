@@ -96,7 +96,7 @@ def load_policy(
             published format, or a repository of the Hugging Face hub; or the state of a run that goes on,
             ``RUN/checkpoints/latest``.
         device: Where its parameters go; on ``"meta"`` the checkpoint is checked and nothing kept.
-        cudagraphs: Whether rollouts of ``openvla`` on a GPU replay CUDA graphs, one a token.
+        cudagraphs: Whether rollouts of ``openvla`` on a GPU replay CUDA graphs, one per token.
         suite: LIBERO suite that it is going to play; of an ``openvla`` with action statistics of several it
             decides.
 
@@ -167,11 +167,11 @@ def is_training_state(checkpoint: Any) -> bool:
 
 
 def instead(folder: Path) -> str:
-    """What may have been meant by ``folder``, which is no whole policy: the end of a line, or nothing."""
+    """What may have been meant by ``folder``, which is not a whole policy: the end of a line, or nothing."""
     if (folder / "adapter_config.json").is_file():
         return (
-            "; it is an adapter, of which --evaluate --train lora --task-ids K --shared-adapter"
-            f" {folder} takes one for each task{instead(folder.parent)}"
+            "; it is an adapter: --evaluate --train lora --task-ids K --shared-adapter"
+            f" {folder} evaluates it, and takes one per task{instead(folder.parent)}"
         )
     for where in (folder, folder / "checkpoints"):
         found = [*where.glob("final"), *sorted(where.glob("final_task_*")), *where.glob("latest")]

@@ -78,7 +78,7 @@ class FlowPolicy(Backbone):
 
     Its tokens are denoising chains x_0 ... x_K ``(B, K + 1, Q * 7)``, float32; its log-probabilities
     ``(B, K * Q * 7)`` are the log-densities of every number drawn for x_1 ... x_K, in the order of the chain.
-    So a ratio a token is one a draw: sums would leave any clip at once, means would hide single draws.
+    So one ratio per token is one per draw: a sum would leave any clip at once, a mean would hide the draws.
     """
 
     config: FlowConfig

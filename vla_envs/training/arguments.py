@@ -19,8 +19,8 @@ from vla_envs.training.evaluation import PROTOCOLS
 ArgsT = TypeVar("ArgsT")
 DEFAULT_ENV_STEPS = 120_000  # control steps of training on one task: about 13 iterations of 64 episodes
 ENV_STEPS_PER_TASK = 60_000  # where one policy learns several
-#: What a run may go on with anew: how fast it goes; how long, and where things lie that it began with. All
-#: else makes it another run.
+#: What may change when a run is resumed: how fast it goes, how long it is, and where the things lie that it
+#: began with. Anything else would make it another run.
 HOW_FAST = ("device", "num_threads", "micro_batch_size", "cudagraphs", "cache")
 HOW_LONG = ("num_iterations", "total_env_steps")
 WHERE = ("checkpoint", "demos", "assets", "shared_adapter", "reward")
@@ -36,7 +36,7 @@ class CommonArgs:
     run_dir: Path | None = None
     """Folder of this run [runs/<suite>_<task id>__<script>__<seed>__<time>]"""
     resume: Path | None = None
-    """Folder of a run to go on with; only how fast, how long and where things lie may be given anew"""
+    """Folder of a run to go on with; only how fast, how long and where things lie may change"""
     evaluate: bool = False
     """Only evaluate --checkpoint, deterministically and sampled"""
     compare: Path | None = None
@@ -64,7 +64,7 @@ class CommonArgs:
     quality: str = "exact"
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True
-    """Keep compiled scenes on disk; --no-cache builds them anew"""
+    """Keep compiled scenes on disk; --no-cache builds them again"""
     max_episode_steps: int | None = None
     """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
@@ -292,8 +292,9 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
 def load_args(args: ArgsT) -> ArgsT:
     """The arguments that the run ``args.resume`` was started with, and those that the command line changes.
 
-    It may say anew how fast the run goes, how long, and where things lie (``HOW_FAST``, ``HOW_LONG``,
-    ``WHERE``). The length is that which was given, control steps or iterations, and a file has its name.
+    It may change how fast the run goes, how long it is, and where things lie (``HOW_FAST``, ``HOW_LONG``,
+    ``WHERE``). The length stays in the unit that was given, control steps or iterations, and a file keeps its
+    name.
 
     Raises:
         ValueError: When that is not the folder of a run, or other arguments are asked for.

@@ -79,7 +79,7 @@ def draw_placements(
 def leave_out_diverged(
     batch: dict[str, Any], seeds: np.ndarray, diverged: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """The batch without the groups, members of one seed (N,), of which the simulation of a member diverged.
+    """The batch without those groups, members of one seed (N,), in which the simulation of a member diverged.
 
     Compared with fewer members the others would have another mean and deviation, so a group goes as a whole:
     none of its members is ever alive, with rewards 0 and no success, and nothing is learnt from them.
@@ -156,8 +156,8 @@ def totals(batches: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 def minibatches(batch: dict[str, Any], args: Any, by_step: bool = False) -> list[Tensor]:
     """The numbers of the samples that count, minibatch by minibatch, ``update_epochs`` times.
 
-    All processes' samples are drawn in random order, ``minibatch_size`` at once, anew per epoch. Every
-    process has the same minibatches; it gets the numbers of those of its own samples that are in each.
+    The samples of all processes are drawn in random order, another one in every epoch, ``minibatch_size`` at
+    once. Every process has the same minibatches; it gets the numbers of its own samples that are in each.
 
     Args:
         batch: With ``when`` and ``who`` (S,), ``alive`` (T, N); of joined ones ``round`` (N,).

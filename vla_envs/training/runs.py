@@ -303,7 +303,7 @@ class Run:
     def _environments_figures(self) -> dict[str, float]:
         """The share of decisions that ended in each stage, and the seconds of physics and of rendering.
 
-        Since the last call: the environments' counters start anew.
+        Since the last call, which set the environments' counters back to 0.
         """
         stages, seconds = self.envs.unwrapped.stages, self.envs.unwrapped.seconds
         counts = distributed.sums(dict(stages))
