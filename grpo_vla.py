@@ -1,18 +1,19 @@
 """GRPO: fine-tune a vision-language-action policy without a critic, from outcomes alone (arXiv 2402.03300).
 
 A group is K environments that start from the same scene. Its members are compared with one another by the
-reward of the whole trajectory: 1 for success, 0 else. The recipe is SimpleVLA-RL's (Li et al. 2025, arXiv
-2509.09674): dynamic sampling, a higher clip above than below, sampling at a raised temperature, no KL term.
+reward of the whole trajectory, by default 1 for success and 0 else. The recipe is SimpleVLA-RL's (Li et al.
+2025, arXiv 2509.09674): dynamic sampling, a higher clip above than below, sampling at a raised temperature,
+no KL term.
 
 Symbols: G groups, K members per group, N = G*K environments (environment i is in group i // K), T decision
-steps (one executes C control steps), D action tokens per decision, S samples (decisions of members that
-are still alive), B of them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not
-finished before decision t.
+steps (one executes C control steps), D action tokens per decision, S decisions taken (samples), B of them in
+a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not finished before decision t; |o_i|: how
+many decisions it took.
 
-    advantage    A_i = (R_i - mean_i R_i) / std_i R_i of the total rewards R_i      group_advantages
-                 or, with --credit stage, one for each stage that a member enters   stage_credit
-    objective    1/M sum_i 1/|o_i| sum_t 1/D sum_d min(ratio A_i, clip(ratio) A_i)  policy_loss
-    penalty      beta (p_ref / p - 1 - log p_ref / p), the k3 estimate of the KL    update
+    advantage    A_i = (R_i - mean R) / std R of the total rewards in a group          group_advantages
+                 or, with --credit stage, one for each stage that a member enters      stage_credit
+    objective    mean_i 1/|o_i| sum_t mean_d min(ratio A_i, clip(ratio) A_i)           samples_of, policy_loss
+    penalty      beta (p_ref / p - 1 - log(p_ref / p)), the k3 estimate of the KL      update
 
 Where we depart from the recipe, or it is silent:
  1. Dynamic sampling trains on every group whose success rate is within --keep-low and --keep-high, and plays
@@ -169,8 +170,8 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
         policy_s += time.perf_counter() - asked
         when = np.full(len(who), len(steps))  # (A,)
         samples.append(**seen, tokens=tokens.cpu(), logprobs=logprobs.float().cpu(), when=when, who=who)
-        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7)
-        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # chunk: (A, C, 7)
+        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7), or (E, 7) where C is 1
+        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # of (A, C, 7)
         before = envs.steps  # (E,)
         obs, reward, terminated, truncated, info = envs.step(actions)  # a finished one is frozen, reward 0
         taken = envs.steps - before  # (E,)
@@ -197,13 +198,13 @@ def collect(envs: Any, policy: Any, iteration: int, args: Args) -> tuple[dict[st
         played (G,); and every rollout.
     """
     rollouts: list[dict[str, Any]] = []
-    equal: list[Tensor] = []  # groups whose members all got the same
+    equal: list[Tensor] = []  # groups whose members all have the same return
     useful: list[Tensor] = []  # groups that are kept
-    missing, rounds = args.num_groups, 0  # of all processes, which join every round
+    missing, rounds = args.num_groups, 0  # counted over all processes: each of them plays every round
     while missing and rounds < args.max_rounds:
         rounds += 1
         seeds, generators = batches.draw_placements(args, iteration, missing, rounds)  # (N,), (N,)
-        if len(seeds):  # else the other processes play all that is missing, from now on
+        if len(seeds):  # a process may have no more groups to play, while others have
             rollouts.append(rollout(envs, policy, seeds, args.temperature, generators))
             rate = rollouts[-1]["success"].float().view(-1, args.group_size).mean(dim=1)  # (G,)
             returns = rollouts[-1]["rewards"].sum(dim=0).view(-1, args.group_size)  # (G, K)
@@ -218,7 +219,7 @@ def collect(envs: Any, policy: Any, iteration: int, args: Args) -> tuple[dict[st
 
 
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
+    """Log-probabilities (B, D), of --ratio-level action (B, 1), entropies (B, D) and hidden states (B, H)."""
     obs = {name: b[name][inds] for name in ("image", "state")}
     tokens = b["tokens"][inds].to(args.device)  # (B, D)
     instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
@@ -234,7 +235,8 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
     """
     when, who, alive = batch["when"], batch["who"], batch["alive"]  # (S,), (S,), (T, N)
     b = batch | {"advantages": advantages[when, who].to(args.device)}  # (S,)
-    b["weights"] = (1.0 / alive.sum(dim=0))[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
+    lengths = alive.sum(dim=0).clamp(min=1)  # (N,), 0 only of groups left out, which are not learnt from
+    b["weights"] = (1.0 / lengths)[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
     sampled = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
     b["old_logprobs"] = sampled.to(args.device, copy=True)  # (S, D)
     inds = torch.nonzero(alive[when, who]).flatten()  # (up to S,) those that count
@@ -275,7 +277,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             measured["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
             meter.add(share, loss=loss, policy_loss=pg_loss, entropy=entropy.mean(), **measured)
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
-        if meter.end_minibatch(*norms)["approx_kl"] > args.target_kl:
+        figures = meter.end_minibatch(*norms)  # of all processes; refuses what is not finite
+        if figures["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
@@ -312,7 +315,7 @@ if __name__ == "__main__":
         run.evaluate_only()
         raise SystemExit
 
-    for iteration in run.iterations():  # evaluates on the recorded init states, saves, counts, resumes
+    for iteration in run.iterations():  # from 1; evaluates on the recorded init states, saves, resumes
         policy.eval()
         batch, rollouts = collect(envs, policy, iteration, args)
         run.count(*rollouts)
@@ -335,7 +338,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(run.left, warm)
         b = samples_of(policy, batch, advantages, args)
         minibatches = batches.minibatches(b, args)
-        with run.one_line_errors():
+        with run.iteration_errors():
             losses = update(policy, optimizer, b, minibatches, args)
 
         run.log(losses, {"group/kept_frac": batch["kept"], "group/zero_std_frac": batch["zero_std"]})

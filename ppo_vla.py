@@ -1,17 +1,17 @@
 """PPO: fine-tune a vision-language-action policy with a critic (Schulman et al. 2017, arXiv 1707.06347).
 
 The critic is a small network on the policy's own last hidden state at the first action token, as in RL4VLA
-(Liu et al. 2025, arXiv 2505.19789). Every environment has a placement of its own; there are no groups.
+(Liu et al. 2025, arXiv 2505.19789). By default every environment has a placement of its own.
 
 Symbols: N environments (--num-groups times --group-size), T decision steps (one executes C control steps),
-D action tokens per decision, S samples (decisions of members still alive), B of them in a minibatch, H the
+D action tokens per decision, S decisions taken (samples), B of them in a minibatch, H the
 width of the hidden state. Arrays are time-major, (T, N). alive[t, i]: i had not finished before decision t.
 
-    advantage    A_t = sum_l (gamma lambda)^l (r_t+l + gamma V_t+l+1 - V_t+l)        gae
+    advantage    A_t = sum_l (gamma lambda)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l})  gae
     objective    mean of min(ratio A, clip(ratio) A)                                 policy_loss
     critic       mean of max((V - R)^2, (clip(V) - R)^2) / 2, with R_t = A_t + V_t   value_loss
 
-Details that decide:
+Details that matter:
  1. A time-out is not an end: its value is bootstrapped from the observation after it; only success ends.
  2. Old log-probs and values come from the forward pass that trains, so the first ratio is 1.
  3. The critic learns alone for --critic-warmup iterations, at a learning rate of its own; only then does the
@@ -57,7 +57,7 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     value_clip: float = 0.2
     """A value moves by at most this from the old one before its loss stops falling"""
     critic_warmup: int = 2
-    """Iterations in which only the critic learns, at most all but the run's last"""
+    """Iterations in which only the critic learns; in the run's last one the policy always does"""
     total_env_steps: int | None = None
     """Control steps of training [120000; of several tasks 60000 each; or --num-iterations]"""
     num_iterations: int | None = None
@@ -185,8 +185,8 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
         policy_s += time.perf_counter() - asked
         when = np.full(len(who), len(steps))  # (A,)
         samples.append(**seen, tokens=tokens.cpu(), logprobs=logprobs.float().cpu(), when=when, who=who)
-        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7)
-        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # chunk: (A, C, 7)
+        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7), or (E, 7) where C is 1
+        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # of (A, C, 7)
         before = envs.steps  # (E,)
         obs, reward, terminated, truncated, info = envs.step(actions)  # a finished one is frozen, reward 0
         taken = envs.steps - before  # (E,)
@@ -196,6 +196,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     for name in batches.OF_STEPS:
         batch[name] = torch.from_numpy(np.stack([step[name][:count] for step in steps]))  # (T, N)
     batch["success"] = torch.from_numpy(terminated[:count].copy())  # (N,)
+    # What comes after the last decision, for a critic.
     batch["last"] = {name: torch.as_tensor(array[:count]) for name, array in obs.items()}  # (N, ...)
     batch["instructions"] = envs.instructions[:count]
     batch |= {"rollout_s": time.perf_counter() - start, "policy_s": policy_s}
@@ -216,7 +217,7 @@ def make_critic(policy: Any) -> torch.nn.Module:
 
 
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
+    """Log-probabilities (B, D), of --ratio-level action (B, 1), entropies (B, D) and hidden states (B, H)."""
     obs = {name: b[name][inds] for name in ("image", "state")}
     tokens = b["tokens"][inds].to(args.device)  # (B, D)
     instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
@@ -303,7 +304,8 @@ def update(
             measured["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
             meter.add(share, loss=loss, policy_loss=pg_loss, entropy=entropy.mean(), **measured)
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
-        if meter.end_minibatch(*norms)["approx_kl"] > args.target_kl:
+        figures = meter.end_minibatch(*norms)  # of all processes; refuses what is not finite
+        if figures["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
@@ -338,7 +340,7 @@ if __name__ == "__main__":
         run.evaluate_only()
         raise SystemExit
 
-    for iteration in run.iterations():  # evaluates on the recorded init states, saves, counts, resumes
+    for iteration in run.iterations():  # from 1; evaluates on the recorded init states, saves, resumes
         policy.eval()
         seeds, generators = batches.draw_placements(args, iteration)  # (N,), (N,)
         batch = rollout(envs, policy, seeds, args.temperature, generators)
@@ -350,7 +352,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = 0.0 if alone else args.learning_rate * min(run.left, warm)
         b = samples_of(policy, critic, batch, args)
         minibatches = batches.minibatches(b, args)
-        with run.one_line_errors():
+        with run.iteration_errors():
             losses = update(policy, critic, optimizer, b, minibatches, alone, args)
 
         run.log(losses, {})

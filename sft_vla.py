@@ -7,10 +7,10 @@ D action tokens per decision.
                  (--policy flow: flow matching; a policy has its own, imitation_loss)
 
 A sample is one control step with the C actions that follow it. Demonstrations are the scripted expert's,
-LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demos/demonstrations.py``). Nothing is ever learnt from
---held-out of each task's demonstrations; their loss is logged and, with --early-stop, decides when training
-ends. An iteration is --iteration-steps optimiser steps; after each the run can be resumed. Under torchrun
-every process has its share of each minibatch.
+LIBERO's HDF5 data sets or a LeRobot data set (``vla_envs/demos``). For each task, --held-out demonstrations
+are set aside: their loss is logged and, with --early-stop, decides when training ends. An iteration is
+--iteration-steps optimiser steps; after each the run can be resumed. Under torchrun every process has its
+share of each minibatch.
 
     python -m vla_envs.experts --out demos --task-ids 4 --episodes 25
     python sft_vla.py --demos demos --task-id 4
@@ -104,7 +104,7 @@ def update(
         seeds = noise.integers(2**63, size=args.minibatch_size)[own]
         optimizer.zero_grad()
         share = len(inds) / args.minibatch_size
-        if not share:  # of a policy that is spread all processes have to make as many passes
+        if not share:  # of a sharded policy (FSDP) all processes have to make as many passes
             inds, seeds = [0], [0]
         loss = loss_of(policy, samples, inds, seeds) * share
         loss.backward()
@@ -176,7 +176,7 @@ if __name__ == "__main__":
     best = run.state.setdefault("best", {"iteration": 0, "nll": None})
     for iteration in run.iterations():  # evaluates on the recorded init states, saves, resumes
         policy.train()
-        with run.one_line_errors():
+        with run.iteration_errors():
             losses = update(policy, optimizer, samples, iteration, args)
             policy.eval()
             losses |= {"held_out_nll": held_out_loss(policy, held_out)} if held_out else {}

@@ -4,28 +4,30 @@ A group is K environments that start from the same scene. Its members are compar
 by the reward of the moment (step term) and by the reward of the whole trajectory (trajectory term).
 
 Symbols: G groups, K members per group, N = G*K environments (environment i is in group i // K), T decision
-steps (one executes C control steps), D action tokens per decision, S samples (decisions of members that
-are still alive), B of them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not
-finished before decision t.
+steps (one executes C control steps), D action tokens per decision, S decisions taken (samples), B of them in
+a minibatch. Arrays are time-major, (T, N). R_it is what member i is paid for decision t, R_i its total;
+alive[t, i]: it had not finished before decision t; |o_i|: how many it took. Means and deviations (std) are
+over the members of a group.
 
-    equation 6   S_it = (R_it - mean_i R_it) / std_i R_it     step_advantages
-    equation 7   T_i  = the same of the total rewards R_i     trajectory_advantages
-    equation 8   Adv_it = alpha1 * S_it + alpha2 * T_i        tgrpo_advantages
-    equation 9   J = 1/M sum_i 1/|o_i| sum_t (...)            policy_loss, update
+    equation 6   step_it = (R_it - mean R_t) / std R_t             step_advantages
+    equation 7   trajectory_i = (R_i - mean R) / std R             trajectory_advantages
+    equation 8   A_it = alpha1 * step_it + alpha2 * trajectory_i   the loop; tgrpo_advantages, in one call
+    equation 9   J = mean_i 1/|o_i| sum_t mean_d min(ratio A_it, clip(ratio) A_it) - beta KL
+                                                                   samples_of, policy_loss, update
 
-Where we depart from the paper, or it is silent (flags restore its letter; --preset paper four of them):
+Where we depart from the paper, or it is silent (--preset paper restores items 1, 2, 3 and 8):
  1. Every environment runs to its own end (--stop group: what follows a member's success does not count).
  2. The ratio is clipped as in PPO, the paper's version 3 (--no-clip: version 1), one ratio per token
     (--ratio-level action: one per decision).
  3. Epochs of minibatches over the whole batch (--update-every step: Algorithm 1's update per decision step).
  4. A step at which all members get the same reward has advantage 0; the share of such steps is logged.
-    --group-by stage compares members as far into the same stage, --alphas auto finds alpha1 and alpha2
-    (vla_envs/training/tgrpo_extras.py).
+    --group-by stage compares the k-th decisions that members take in a stage, --alphas auto finds alpha1 and
+    alpha2 (vla_envs/training/tgrpo_extras.py).
  5. A finished member keeps its last reward until its group's last member ends, or one that hovers over the
     goal would earn more than one that finishes (--return-mode sum: over its own steps; mean: their mean).
  6. The policy decides a chunk of C control steps at once; the step reward is that of the chunk's last one.
- 7. Several groups per batch, each on its own placement, drawn from LIBERO's regions; evaluation is on the 50
-    recorded init states, which training never sees.
+ 7. Several groups per batch (--num-groups), each on its own placement, drawn from LIBERO's regions;
+    evaluation is on the 50 recorded init states, which training never sees.
  8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
     falls linearly to 0 (--target-kl 1e9: it never stops).
 
@@ -65,7 +67,7 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     alpha2: float | None = None
     """Weight of the trajectory term [0.7; --preset paper: the paper's for this task]"""
     group_by: Literal["time", "stage"] = "time"
-    """The step term compares members at the same decision, or as far into the same stage: the same reward"""
+    """The step term compares members at the same decision, or at their k-th decisions in the same stage"""
     preset: Literal["paper"] | None = None
     """paper: --stop group --no-clip --update-every step --update-epochs 1 --target-kl 1e9, its alphas"""
     return_mode: Literal["held", "sum", "mean"] = "held"
@@ -149,7 +151,7 @@ def step_advantages(rewards: Tensor, alive: Tensor, group_size: int) -> Tensor:
 def trajectory_advantages(
     rewards: Tensor, alive: Tensor, group_size: int, return_mode: str = "held"
 ) -> Tensor:
-    """Equation 7, (N,): total rewards of (T, N), standardised within groups.
+    """Equation 7, (N,): total rewards of (T, N), standardised within groups. The paper adds no eps to std.
 
     ``"held"``: a finished member keeps its last reward until its group's last member ends. Summed over its
     own steps (``"sum"``), or as their mean, a member that hovers over the goal would beat one that finishes.
@@ -159,13 +161,15 @@ def trajectory_advantages(
         groups = alive.bool().split(max(group_size, 1), dim=1)  # (T, K) each
         playing = torch.cat([its.any(dim=1, keepdim=True).expand_as(its) for its in groups], dim=1)  # (T, N)
         returns = (held_rewards(rewards, alive) * playing).sum(dim=0)  # (N,)
-    if return_mode == "mean":
+    elif return_mode == "mean":
         returns = returns / alive.sum(dim=0).clamp(min=1)  # (N,), of a group left out 0
+    elif return_mode != "sum":
+        raise ValueError(f"return_mode is {return_mode!r}; expected held, sum or mean")
     return group_advantages(returns, group_size, eps=0.0)  # (N,)
 
 
 def tgrpo_advantages(rewards: Tensor, alive: Tensor, group_size: int, alpha1: float, alpha2: float) -> Tensor:
-    """Equation 8, (T, N); 0 where not alive."""
+    """Equation 8 in one call, (T, N); 0 where not alive. The loop writes it out, as it logs both terms."""
     step = step_advantages(rewards, alive, group_size)  # (T, N)
     trajectory = trajectory_advantages(rewards, alive, group_size)  # (N,)
     return (alpha1 * step + alpha2 * trajectory) * alive  # (T, N)
@@ -227,8 +231,8 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
         policy_s += time.perf_counter() - asked
         when = np.full(len(who), len(steps))  # (A,)
         samples.append(**seen, tokens=tokens.cpu(), logprobs=logprobs.float().cpu(), when=when, who=who)
-        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7)
-        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # chunk: (A, C, 7)
+        actions = np.zeros(envs.action_space.shape, np.float32)  # (E, C, 7), or (E, 7) where C is 1
+        actions[who] = chunk.reshape(len(who), *actions.shape[1:])  # of (A, C, 7)
         before = envs.steps  # (E,)
         obs, reward, terminated, truncated, info = envs.step(actions)  # a finished one is frozen, reward 0
         taken = envs.steps - before  # (E,)
@@ -257,7 +261,7 @@ def stop_groups(batch: dict[str, Any], group_size: int) -> dict[str, Any]:
 
 
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (B, D) and entropies (B, D) of samples ``inds`` (B,), and hidden states (B, H)."""
+    """Log-probabilities (B, D), of --ratio-level action (B, 1), entropies (B, D) and hidden states (B, H)."""
     obs = {name: b[name][inds] for name in ("image", "state")}
     tokens = b["tokens"][inds].to(args.device)  # (B, D)
     instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
@@ -273,7 +277,8 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
     """
     when, who, alive = batch["when"], batch["who"], batch["alive"]  # (S,), (S,), (T, N)
     b = batch | {"advantages": advantages[when, who].to(args.device)}  # (S,)
-    b["weights"] = (1.0 / alive.sum(dim=0))[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
+    lengths = alive.sum(dim=0).clamp(min=1)  # (N,), 0 only of groups left out, which are not learnt from
+    b["weights"] = (1.0 / lengths)[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
     sampled = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
     b["old_logprobs"] = sampled.to(args.device, copy=True)  # (S, D)
     inds = torch.nonzero(alive[when, who]).flatten()  # (up to S,) those that count
@@ -310,7 +315,8 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             measured["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
             meter.add(share, loss=loss, policy_loss=pg_loss, entropy=entropy.mean(), **measured)
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
-        if meter.end_minibatch(*norms)["approx_kl"] > args.target_kl:
+        figures = meter.end_minibatch(*norms)  # of all processes; refuses what is not finite
+        if figures["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
@@ -353,7 +359,7 @@ if __name__ == "__main__":
         run.evaluate_only()
         raise SystemExit
 
-    for iteration in run.iterations():  # evaluates on the recorded init states, saves, counts, resumes
+    for iteration in run.iterations():  # from 1; evaluates on the recorded init states, saves, resumes
         policy.eval()
         seeds, generators = batches.draw_placements(args, iteration)  # (N,), (N,)
         batch = rollout(envs, policy, seeds, args.temperature, generators)
@@ -377,11 +383,11 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(run.left, warm)
         b = samples_of(policy, batch, advantages, args)
         minibatches = batches.minibatches(b, args, by_step=args.update_every == "step")
-        with run.one_line_errors():
+        with run.iteration_errors():
             losses = update(policy, optimizer, b, minibatches, args)  # equation 9
 
         groups = (-1, args.group_size)
-        still = (step == 0).unflatten(1, groups).all(dim=2)  # (T, G) all members get the same reward
+        still = (step == 0).unflatten(1, groups).all(dim=2)  # (T, G) a step that prefers nobody
         running = alive.unflatten(1, groups).any(dim=2)  # (T, G)
         run.log(losses, {
             "group/kept_frac": batch["success"].float().view(groups).std(dim=1) > 0,

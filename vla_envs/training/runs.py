@@ -254,7 +254,7 @@ class Run:
         self.state["episodes"] += self.totals["episodes"]
 
     @contextlib.contextmanager
-    def one_line_errors(self) -> Iterator[None]:
+    def iteration_errors(self) -> Iterator[None]:
         """Numbers that are not finite end the program with one line that says where the last state is."""
         latest = self.folder / "checkpoints" / "latest"
         with one_line_errors(f"iteration {self.state['iteration']}, last good state in {latest}: "):
