@@ -7,8 +7,8 @@ no KL term.
 
 Symbols: G groups, K members per group, N = G*K environments (environment i is in group i // K), T decision
 steps (one executes C control steps), D action tokens per decision, S decisions taken (samples), B of them in
-a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not finished before decision t; |o_i|: how
-many decisions it took.
+a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not finished before decision t; |o_i|:
+how many it took.
 
     advantage    A_i = (R_i - mean R) / std R of the total rewards in a group          group_advantages
                  or, with --credit stage, one for each stage that a member enters      stage_credit
@@ -153,7 +153,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     Returns:
         Of the S decisions, in order of time: image, state, tokens, logprobs, when (decision step), who
         (environment). (T, N) tensors: rewards, stages, steps (control steps), alive. (N,): success, diverged;
-        last, the observation after the end; instructions. Seconds: rollout_s, policy_s.
+        last, the observation after the end (for a critic); instructions. Seconds: rollout_s, policy_s.
     """
     start, policy_s, count = time.perf_counter(), 0.0, len(seeds)
     alive = np.arange(envs.num_envs) < count  # (E,)

@@ -168,7 +168,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     Returns:
         Of the S decisions, in order of time: image, state, tokens, logprobs, when (decision step), who
         (environment). (T, N) tensors: rewards, stages, steps (control steps), alive. (N,): success, diverged;
-        last, the observation after the end; instructions. Seconds: rollout_s, policy_s.
+        last, the observation after the end (for a critic); instructions. Seconds: rollout_s, policy_s.
     """
     start, policy_s, count = time.perf_counter(), 0.0, len(seeds)
     alive = np.arange(envs.num_envs) < count  # (E,)
@@ -196,7 +196,6 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     for name in batches.OF_STEPS:
         batch[name] = torch.from_numpy(np.stack([step[name][:count] for step in steps]))  # (T, N)
     batch["success"] = torch.from_numpy(terminated[:count].copy())  # (N,)
-    # What comes after the last decision, for a critic.
     batch["last"] = {name: torch.as_tensor(array[:count]) for name, array in obs.items()}  # (N, ...)
     batch["instructions"] = envs.instructions[:count]
     batch |= {"rollout_s": time.perf_counter() - start, "policy_s": policy_s}

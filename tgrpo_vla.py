@@ -214,7 +214,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     Returns:
         Of the S decisions, in order of time: image, state, tokens, logprobs, when (decision step), who
         (environment). (T, N) tensors: rewards, stages, steps (control steps), alive. (N,): success, diverged;
-        last, the observation after the end; instructions. Seconds: rollout_s, policy_s.
+        last, the observation after the end (for a critic); instructions. Seconds: rollout_s, policy_s.
     """
     start, policy_s, count = time.perf_counter(), 0.0, len(seeds)
     alive = np.arange(envs.num_envs) < count  # (E,)
