@@ -168,9 +168,9 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     Returns:
         Of the S decisions, in order of time: image, state, tokens, logprobs, when (decision step), who
         (environment). (T, N) tensors: rewards, stages, steps (control steps), alive. (N,): success, diverged;
-        last, the observation after the end (for a critic); instructions. Seconds: rollout_s, policy_s.
+        last, the observation after the end (for a critic); instructions. policy_s, the seconds of deciding.
     """
-    start, policy_s, count = time.perf_counter(), 0.0, len(seeds)
+    policy_s, count = 0.0, len(seeds)
     alive = np.arange(envs.num_envs) < count  # (E,)
     padded = [int(seed) for seed in seeds] + [None] * (envs.num_envs - count)  # a group is a repeated seed
     obs, _ = envs.reset(seed=padded, options={"reset_mask": alive})
@@ -198,7 +198,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     batch["success"] = torch.from_numpy(terminated[:count].copy())  # (N,)
     batch["last"] = {name: torch.as_tensor(array[:count]) for name, array in obs.items()}  # (N, ...)
     batch["instructions"] = envs.instructions[:count]
-    batch |= {"rollout_s": time.perf_counter() - start, "policy_s": policy_s}
+    batch["policy_s"] = policy_s
     return batches.leave_out_diverged(batch, seeds, info["diverged"][:count])
 
 
@@ -243,7 +243,8 @@ def samples_of(policy: Any, critic: torch.nn.Module, batch: dict[str, Any], args
     size = args.micro_batch_size or args.minibatch_size
     with torch.no_grad():
         for part in (inds[i : i + size] for i in range(0, len(inds), size)):
-            b["old_logprobs"][part], _, hidden = logprobs_of(policy, b, part, args)  # (B, D), (B, H)
+            logprobs, _, hidden = logprobs_of(policy, b, part, args)  # (B, D), (B, H)
+            b["old_logprobs"][part] = logprobs.float()
             b["old_values"][part] = critic(hidden.float()).squeeze(1)  # (B,)
         for part in last["who"].split(size):
             _, _, hidden = logprobs_of(policy, last, part, args)  # (B, H)
@@ -308,7 +309,7 @@ def update(
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
-    meter.end_update(policy)
+    meter.end_update(policy, b["instructions"])
     return meter.means() | b["measured"] | {"optimizer_steps": optimizer_steps}
 
 
@@ -336,8 +337,7 @@ if __name__ == "__main__":
         envs = runs.make_envs(args, policy)
         run = runs.Run(args, __file__, policy, optimizer, envs, eval_envs, learner)  # new, or resumed
     if args.evaluate:
-        run.evaluate_only()
-        raise SystemExit
+        raise SystemExit(run.evaluate_only())
 
     for iteration in run.iterations():  # from 1; evaluates on the recorded init states, saves, resumes
         policy.eval()
@@ -355,4 +355,5 @@ if __name__ == "__main__":
             losses = update(policy, critic, optimizer, b, minibatches, alone, args)
 
         run.log(losses, {})
+        del batch, b  # so that images of two rollouts are never held at once
     run.finish()  # the trained policy, result.json, how it went

@@ -31,6 +31,7 @@ from torch import Tensor
 from vla_envs import distributed
 from vla_envs.command_line import check_numbers
 from vla_envs.demos import demonstrations
+from vla_envs.policies import is_own
 from vla_envs.tasks import get_task
 from vla_envs.training import arguments, checkpoints, runs
 
@@ -142,7 +143,8 @@ def validate(args: Args) -> Args:
         raise ValueError(
             f"episodes are {args.episodes}; expected one number above 0, or one for each of {args.task_ids}"
         )
-    if args.train.startswith(("lora", "head")) and args.checkpoint is None and not args.evaluate:
+    new = args.checkpoint is None and not args.evaluate and not is_own(args.policy)
+    if new and args.train.startswith(("lora", "head")):
         raise ValueError(f"train is {args.train}: the rest would stay random; expected all, or --checkpoint")
     if args.early_stop and not args.held_out:
         raise ValueError("early_stop watches the held-out loss; expected --held-out of at least 1")
@@ -170,8 +172,7 @@ if __name__ == "__main__":
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
         run = runs.Run(args, __file__, policy, optimizer, None, runs.make_eval_envs(args, policy))
     if args.evaluate:
-        run.evaluate_only()
-        raise SystemExit
+        raise SystemExit(run.evaluate_only())
 
     best = run.state.setdefault("best", {"iteration": 0, "nll": None})
     for iteration in run.iterations():  # evaluates on the recorded init states, saves, resumes

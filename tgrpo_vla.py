@@ -214,9 +214,9 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     Returns:
         Of the S decisions, in order of time: image, state, tokens, logprobs, when (decision step), who
         (environment). (T, N) tensors: rewards, stages, steps (control steps), alive. (N,): success, diverged;
-        last, the observation after the end (for a critic); instructions. Seconds: rollout_s, policy_s.
+        last, the observation after the end (for a critic); instructions. policy_s, the seconds of deciding.
     """
-    start, policy_s, count = time.perf_counter(), 0.0, len(seeds)
+    policy_s, count = 0.0, len(seeds)
     alive = np.arange(envs.num_envs) < count  # (E,)
     padded = [int(seed) for seed in seeds] + [None] * (envs.num_envs - count)  # a group is a repeated seed
     obs, _ = envs.reset(seed=padded, options={"reset_mask": alive})
@@ -244,7 +244,7 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     batch["success"] = torch.from_numpy(terminated[:count].copy())  # (N,)
     batch["last"] = {name: torch.as_tensor(array[:count]) for name, array in obs.items()}  # (N, ...)
     batch["instructions"] = envs.instructions[:count]
-    batch |= {"rollout_s": time.perf_counter() - start, "policy_s": policy_s}
+    batch["policy_s"] = policy_s
     return batches.leave_out_diverged(batch, seeds, info["diverged"][:count])
 
 
@@ -285,7 +285,7 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
     size = args.micro_batch_size or args.minibatch_size
     with torch.no_grad():
         for part in (inds[i : i + size] for i in range(0, len(inds), size)):
-            b["old_logprobs"][part] = logprobs_of(policy, b, part, args)[0]  # (B, D)
+            b["old_logprobs"][part] = logprobs_of(policy, b, part, args)[0].float()  # (B, D)
     gaps = (b["old_logprobs"][inds].cpu() - sampled[inds]).abs()  # (up to S, D)
     b["measured"] = {"logprob_gap": float(gaps.max()) if len(inds) else 0.0}
     return b
@@ -320,7 +320,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
-    meter.end_update(policy)
+    meter.end_update(policy, b["instructions"])
     return meter.means() | b["measured"] | {"optimizer_steps": optimizer_steps}
 
 
@@ -356,8 +356,7 @@ if __name__ == "__main__":
         envs = runs.make_envs(args, policy)
         run = runs.Run(args, __file__, policy, optimizer, envs, eval_envs)  # new, or resumed
     if args.evaluate:
-        run.evaluate_only()
-        raise SystemExit
+        raise SystemExit(run.evaluate_only())
 
     for iteration in run.iterations():  # from 1; evaluates on the recorded init states, saves, resumes
         policy.eval()
@@ -397,4 +396,5 @@ if __name__ == "__main__":
             "advantage/alpha1": alpha1,
             "advantage/alpha2": alpha2,
         })  # fmt: skip
+        del batch, b  # so that images of two rollouts are never held at once
     run.finish()  # the trained policy, result.json, how it went

@@ -220,4 +220,7 @@ def test_the_readmes_task_7_is_that_of_the_runs():
     runs = {run["method"]: run for run in read("runs.csv") if run["task_id"] == "7"}
     ours, papers = runs["TGRPO"], runs["TGRPO with the paper's alphas"]
     assert ours["before"] == papers["before"]
-    told(f"falls from {ours['before']} to {papers['after']} where our defaults end at {ours['after']} (one seed each).")
+    told(
+        f"falls from {ours['before']} to {papers['after']} where our defaults end at {ours['after']}"
+        " (one seed each)."
+    )

@@ -446,7 +446,6 @@ def small_batch(lengths=(1, 3, 2, 3), seed=0):
         },
         "instructions": [f"pick up thing {i}" for i in range(shape[1])],
         "policy_s": 0.5,
-        "rollout_s": 0.75,
     }
 
 

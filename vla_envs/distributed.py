@@ -201,7 +201,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> list[Tensor
     """
     sum_gradients(optimizer)
     groups = [group["params"] for group in optimizer.param_groups]
-    return [whole(torch.nn.utils.clip_grad_norm_(group, most)).to(group[0].device) for group in groups]
+    return [_whole(torch.nn.utils.clip_grad_norm_(group, most)).to(group[0].device) for group in groups]
 
 
 def micro_batches(
@@ -276,14 +276,13 @@ def _is_shared(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Any) -> Tensor:
-    """A tensor of which every process may have only its share, whole; all processes take part."""
+def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if _is_shared(tensor) else tensor
 
 
 def to_first(tensor: Tensor) -> Tensor:
     """A copy of the whole tensor on the CPU, in the first process; empty in the others."""
-    tensor = whole(tensor).detach()
+    tensor = _whole(tensor).detach()
     return torch.empty(0) if rank() else tensor.to("cpu", copy=True)
 
 
@@ -313,6 +312,7 @@ def _keep_up(policy: Any, b: dict[str, Tensor], count: int) -> None:
     if not is_spread(policy):
         return
     image, state, tokens = (b[name].new_zeros(1, *b[name].shape[1:]) for name in ("image", "state", "tokens"))
+    tokens = tokens.to(b["weights"].device)
     for _ in range(max(_gather_objects(count)) - count):
         logprobs, _, _ = policy.score({"image": image, "state": state}, [""], tokens)
         (0.0 * logprobs.sum()).backward()

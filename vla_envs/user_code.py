@@ -37,6 +37,8 @@ def load_function(name: str, kind: str) -> Callable[..., Any]:
         raise ValueError(f"{kind} file {path!r} does not run: {words}; expected Python code") from error
     finally:
         sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # what the function itself imports lies beside it, too
     if not callable(getattr(module, function, None)):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(

@@ -123,19 +123,20 @@ def load_policy(
             f"checkpoint {str(folder)!r} has no {' and no '.join(missing)}; expected a folder with both"
             f"{instead(folder)}"
         )
-    if is_own(name):
-        new_policy(name)  # a mistake in its file is not the checkpoint's
     with _one_reason(f"checkpoint {str(folder)!r} is not a checkpoint of {name!r}"):
         config = read_json(folder / "config.json")
         written = config.pop("policy", None)
         if written != _written_name(name):
             raise ValueError(f"its config.json is of policy {written!r}")
         made_for = _check_made_for(config.pop("made_for", None))
-        # On "meta" nothing is made or read of a size that only one of the files claims.
-        with torch.device("cpu" if is_own(name) else "meta"):
-            expected = new_policy(name, config).state_dict()
+        if is_own(name):
+            policy = new_policy(name, config)
+            expected = policy.state_dict()
+        else:  # on "meta", so that nothing is made or read of a size that only one of the files claims
+            with torch.device("meta"):
+                expected = new_policy(name, config).state_dict()
         tensors = read_tensors(folder / "model.safetensors", expected)
-        policy = new_policy(name, config)
+        policy = policy if is_own(name) else new_policy(name, config)
         policy.load_state_dict(tensors)
         policy.made_for = made_for
     _check_finite(policy, folder)
@@ -184,18 +185,20 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
     """The policy of a training state: what its run started from, with what it has trained since."""
     with _one_reason(f"the state of a run in {str(folder)!r} cannot be loaded"):
         args = read_json(folder.parent.parent / "args.json")
-        if args.get("policy") != name:
+        if _written_name(str(args.get("policy"))) != _written_name(name):
             raise ValueError(f"its run is of policy {in_short(args.get('policy'))}")
         if args.get("shared_adapter"):
             raise ValueError("its run trains above the adapters of tasks; expected final_task_K, of its end")
         train = args["train"]
+        torch.manual_seed(args["seed"])  # of what a policy of one's own draws
         policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
         trained = (
             policy if train == "all" else make_trainable(policy, train, args["lora_rank"], args["last_k"])
         )
         file = folder / "trained.safetensors"
         with safetensors.safe_open(str(file), "pt") as tensors:  # PPO's hold the critic too
-            prefix = "policy." if any(key.startswith("critic.") for key in tensors.keys()) else ""
+            of_ppo = all(key.startswith(("policy.", "critic.")) for key in tensors.keys())
+            prefix = "policy." if of_ppo else ""
         weights = read_tensors(file, trainable_state(trained), prefix=prefix)
         file = folder / "buffers.safetensors"  # runs of earlier versions have none
         if file.is_file():
@@ -204,6 +207,7 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
             trained.load_state_dict(weights, strict=False)
             if train.startswith("lora"):
                 weights = merged(trained)
+                torch.manual_seed(args["seed"])
                 policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
                 policy.load_state_dict(weights)
         note_tasks(policy, args["suite"], args["task_ids"])
@@ -251,7 +255,7 @@ def save_policy(policy: Any, name: str, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in merged(policy).items()}
-    if not hasattr(policy, "save"):
+    if is_own(name) or not hasattr(policy, "save"):
         made_for = {"made_for": policy.made_for} if policy.made_for else {}
         described = policy.describe() if hasattr(policy, "describe") else {}
         config = json.dumps({"policy": _written_name(name), **made_for, **described}, indent=2)

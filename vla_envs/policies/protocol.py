@@ -3,6 +3,7 @@
 ``docs/own-policy.md`` builds one in 40 lines and trains it.
 """
 
+import json
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,7 +28,7 @@ class Policy(Protocol):
 
     Optional members:
         describe() -> dict: Keyword arguments with which the function in the policy's file makes it again; a
-            checkpoint keeps them.
+            checkpoint keeps them, beside the weights, as JSON.
         head, norm, blocks: Modules that ``--train head`` and ``--train lora+last-k`` name.
         lora_targets: A regular expression of the names of the Linear layers that ``--train lora`` adapts; all
             of them by default.
@@ -151,6 +152,19 @@ def validate(policy: Any, name: str) -> None:
         if not np.isfinite(torch.as_tensor(value).detach().float().cpu().numpy()).all():
             raise ValueError(f"policy {name!r}: {member} returns {what} that are not finite")
 
+    if hasattr(policy, "describe"):
+        described = call("describe")
+        try:
+            json.dumps(described)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"policy {name!r}: describe returns what JSON cannot hold: {error}") from None
+        if not isinstance(described, dict) or described.keys() & {"policy", "made_for"}:
+            raise ValueError(
+                f"policy {name!r}: describe returns {in_short(described)}; expected a dictionary without"
+                " 'policy' and 'made_for'"
+            )
+    training = policy.training
+    policy.eval()
     with torch.random.fork_rng(devices=[]):
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         sampled = call("sample", obs, words, 1.0, generators)
@@ -164,8 +178,13 @@ def validate(policy: Any, name: str) -> None:
         if getattr(logprobs, "ndim", 0) != 2:
             raise ValueError(f"policy {name!r}: sample returns log-probabilities without a shape of (2, D)")
         expect("sample", "log-probabilities", logprobs, (2, logprobs.shape[1]))
-        if not isinstance(tokens, Tensor) or len(tokens) != 2:
-            raise ValueError(f"policy {name!r}: sample returns tokens that are not a tensor of two rows")
+        if not isinstance(tokens, Tensor) or len(tokens) != 2 or tokens.dtype == torch.bfloat16:
+            raise ValueError(
+                f"policy {name!r}: sample returns tokens that are not a tensor of two rows, of one of NumPy's"
+                " types"
+            )
+        if tokens.requires_grad or logprobs.requires_grad:
+            raise ValueError(f"policy {name!r}: sample returns gradients; expected it under torch.no_grad()")
         scored = call("score", obs, words, tokens, 1.0)
         if not isinstance(scored, tuple) or len(scored) != 3:
             raise ValueError(
@@ -182,3 +201,4 @@ def validate(policy: Any, name: str) -> None:
                 f" {gap:.2g}; expected the same"
             )
         expect("imitation_loss", "a loss", call("imitation_loss", obs, words, torch.zeros(2, chunk, 7)), ())
+    policy.train(training)

@@ -23,7 +23,7 @@ ENV_STEPS_PER_TASK = 60_000  # where one policy learns several
 #: began with. Anything else would make it another run.
 HOW_FAST = ("device", "num_threads", "micro_batch_size", "cudagraphs", "cache")
 HOW_LONG = ("num_iterations", "total_env_steps")
-WHERE = ("checkpoint", "demos", "assets", "shared_adapter", "reward")
+WHERE = ("checkpoint", "demos", "assets", "shared_adapter", "reward", "policy")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class CommonArgs:
     eval_temperature: float | None = None
     """Temperature of evaluations' sampled episodes; 0: none [the protocol's, else --temperature]"""
     device: str | None = None
-    """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; openvla: cuda where there is one]"""
+    """Where the policy runs: cpu, cuda, cuda:1, ... [nano, flow: cpu; others: cuda where there is one]"""
 
     # ---- Environment ----
     suite: str = "LiberoObject"
@@ -74,7 +74,7 @@ class CommonArgs:
 
     # ---- Policy ----
     policy: str = "nano"
-    """Kind of policy: nano, flow, openvla or openvla-oft"""
+    """nano, flow, openvla, openvla-oft or path/to/file.py:function"""
     checkpoint: Path | None = None
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
@@ -326,7 +326,7 @@ def load_args(args: ArgsT) -> ArgsT:
     asked = parse_args(type(args), own)
     for name in known:
         its, other = getattr(own, name), getattr(asked, name)
-        moved = name in WHERE and (name != "reward" or Path(its).name == Path(other).name)
+        moved = name in WHERE and (name not in ("reward", "policy") or Path(its).name == Path(other).name)
         places = moved and not {None, (), "builtin"} & {its, other}
         if its != other and not (places or name in HOW_FAST or (name in HOW_LONG and its is not None)):
             may = [each for each in (*HOW_FAST, *HOW_LONG, *WHERE) if each in known]

@@ -112,7 +112,9 @@ def join(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
     for name in OF_SAMPLES:
         whole = batches[0][name].new_empty((len(when), *batches[0][name].shape[1:]))
         for batch, its, place in zip(batches, taken, places):
-            whole[place] = batch.pop(name)[its]
+            samples, chosen = batch.pop(name), torch.nonzero(its).flatten()
+            for to, of in zip(place.split(256), chosen.split(256)):  # little by little
+                whole[to] = samples[of]
         joined[name] = whole
     for name in OF_STEPS:
         parts = [batch[name][:, kept] for batch, kept in zip(batches, keep)]  # (T, members that are kept)
@@ -171,5 +173,6 @@ def minibatches(batch: dict[str, Any], args: Any, by_step: bool = False) -> list
         return args.update_epochs * [inds[when == t] for t in distributed.gather(when).unique()]
     rounds = batch.get("round", torch.zeros(batch["alive"].shape[1], dtype=torch.int64))  # (N,)
     positions = distributed.positions(when, who, rounds[who])  # (samples of all,)
-    orders = [positions[torch.randperm(len(positions))] for _ in range(args.update_epochs)]
+    draw = torch.Generator().manual_seed(torch.initial_seed())  # the same in all processes
+    orders = [positions[torch.randperm(len(positions), generator=draw)] for _ in range(args.update_epochs)]
     return [inds[part[part >= 0]] for order in orders for part in order.split(args.minibatch_size)]

@@ -38,6 +38,7 @@ def starting_policy(args: Any) -> Any:
             f"checkpoint {str(args.checkpoint)!r} is the state of a run, which changes while that goes on;"
             f" expected it with --evaluate, or --resume {args.checkpoint.parent.parent}"
         )
+    torch.manual_seed(args.seed)  # of what a policy of one's own draws
     return load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
 
 
@@ -152,8 +153,13 @@ def load_training_state(folder: Path, policy: Any, optimizer: torch.optim.Optimi
         folder / "optimizer.safetensors", adapters.possible_optimizer_state(optimizer), partial=True
     )
     counters = read_json(folder / "counters.json")
+    buffers = dict(policy.named_buffers())
+    file = folder / "buffers.safetensors"  # runs of earlier versions have none
+    fixed = read_tensors(file, buffers) if file.is_file() else {}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(distributed.share_of(trained[name], parameter))
+        for name, buffer in fixed.items():
+            buffers[name].copy_(buffer)
     adapters.load_optimizer_state(optimizer, moments)
     return counters

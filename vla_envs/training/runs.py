@@ -25,7 +25,7 @@ from vla_envs.command_line import INTERRUPTED
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.files import read_json, write_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import count_parameters, load_policy
+from vla_envs.policies import SHIPPED, count_parameters, load_policy
 from vla_envs.training import batches, checkpoints, evaluation
 from vla_envs.training.arguments import HOW_FAST, HOW_LONG, WHERE
 
@@ -46,16 +46,15 @@ def make_eval_envs(args: Any, policy: Any) -> Any:
     """The environments of evaluations, one per recorded init state of each task; in the first process."""
     tasks = np.repeat(args.task_ids, args.eval_episodes).tolist()
     settings = evaluation.settings(args.protocol, args.suite, policy)
-    return _make_envs(args, tasks, "binary", **{"max_episode_steps": args.max_episode_steps} | settings)
+    return _make_envs(args, tasks, "binary", num_threads=args.num_threads, **settings)  # the others wait
 
 
 def _make_envs(args: Any, tasks: list[int], reward: str, **settings: Any) -> Any:
-    settings = {"max_episode_steps": args.max_episode_steps} | settings
-    threads = distributed.num_threads(args.num_threads)
+    threads = distributed.num_threads(args.num_threads)  # this process's share
+    settings = {"max_episode_steps": args.max_episode_steps, "num_threads": threads} | settings
     envs: Any = gym.make_vec(
         f"vla_envs/{args.suite}-v0", num_envs=len(tasks), task_id=tasks, reward=reward, assets=args.assets,
-        quality=args.quality, cache=args.cache, action_chunk=args.action_chunk, num_threads=threads,
-        **settings,
+        quality=args.quality, cache=args.cache, action_chunk=args.action_chunk, **settings,
     )  # fmt: skip
     envs.reset(seed=[0] * len(tasks))  # a scene or a reward that fails does so now
     return envs
@@ -98,17 +97,22 @@ class Meter:
             self._all.setdefault(name, []).append(value)
         return figures
 
-    def end_update(self, policy: Any) -> None:
-        """Make the parameters of a spread policy whole again in all processes, until the next update.
+    def end_update(self, policy: Any, instructions: list[str]) -> None:
+        """Make a sharded policy whole again in all processes, and refuse one that can no longer decide.
+
+        Args:
+            policy: What has been updated.
+            instructions: Of the batch; the policy decides for the first, about a blank observation.
 
         Raises:
-            FloatingPointError: When the last step has left weights that are not finite, or too large for
-                the next pass to be.
+            FloatingPointError: When the last step has gone too far for the next rollout.
         """
         distributed.gather_parameters(policy)
-        trained = [p.detach().float() for p in policy.parameters() if p.requires_grad]
-        squares = sum(float(distributed.whole(p.square().sum())) for p in trained)
-        check_finite("size of the weights after the update", squares)
+        size = policy.image_size
+        blank = {"image": np.zeros((1, size, size, 3), np.uint8), "state": np.zeros((1, 8), np.float32)}
+        for instruction in instructions[:1]:  # none where this process has no samples
+            _, _, logprobs = policy.sample(blank, [instruction], 0.0)
+            check_finite("log-probability of a decision after the update", logprobs.sum())
 
     def means(self) -> dict[str, float]:
         """The mean of every figure over the minibatches, and the first minibatch's ratio."""
@@ -249,7 +253,8 @@ class Run:
 
     def count(self, *rollouts: dict[str, Any]) -> None:
         """Count the episodes and control steps of the iteration's rollouts, over all processes."""
-        self.totals = batches.totals(rollouts) | {"rollout_s": sum(batch["rollout_s"] for batch in rollouts)}
+        self.totals = batches.totals(rollouts)
+        self._rollout_s = time.perf_counter() - self._iteration_started
         self.state["env_steps"] += self.totals["control_steps"]
         self.state["episodes"] += self.totals["episodes"]
 
@@ -296,8 +301,8 @@ class Run:
             "group/success_mean": totals["successes"] / episodes,
             "group/diverged": totals["diverged"],
             "time/policy_s": totals["policy_s"],
-            "time/rollout_s": totals["rollout_s"],
-            "time/update_s": busy - totals["rollout_s"],
+            "time/rollout_s": self._rollout_s,
+            "time/update_s": busy - self._rollout_s,
         }
 
     def _environments_figures(self) -> dict[str, float]:
@@ -348,7 +353,8 @@ class Run:
         ``result.json``. What goes wrong, and Ctrl-C, end the program with one line."""
         args = self.args
         with one_line_errors():
-            print(f"{self.folder}: evaluating {args.checkpoint or f'the shipped {args.policy}'}")
+            shipped = f"the shipped {args.policy}" if args.policy in SHIPPED else args.policy
+            print(f"{self.folder}: evaluating {args.checkpoint or shipped}")
             other = None
             if args.compare:
                 other = load_policy(args.policy, args.compare, args.device, args.cudagraphs, args.suite)
@@ -367,7 +373,7 @@ class Run:
         checkpoints.save_training_state(
             self.folder / "checkpoints" / name, self.learner, self.optimizer, self.state
         )
-        if self._leaving:
+        if self._leaving and name == "latest":
             words = f"stopped and saved; go on with --resume {self.folder}"
             distributed.first_only(tqdm.write)(words, file=sys.stderr)
             raise SystemExit(INTERRUPTED)
@@ -406,7 +412,6 @@ class Run:
         state = self.state
         if state["evaluated"] != state["iteration"]:
             self.evaluate()
-            state["evaluated"] = state["iteration"]
             state["wall_s"] = time.perf_counter() - self._started
             self.save()
         self._write_result()
@@ -420,19 +425,18 @@ class Run:
         checkpoints.save_policies(self.folder, self.policy, self.args)
         state, before, after = self.state, self.state["before"], self.state["after"]
         result = evaluation.about(self.args)
-        for name in after if before else ():
-            result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
-        if not before:
-            result |= after
-        counted = ("env_steps", "episodes") if before else ("best",)
-        result |= {name: state[name] for name in (*counted, "wall_s")}
-        write_json(self.folder / "result.json", result)
-        words = [
-            f"{name} {evaluation.percent(its)}"
-            if before is None
-            else f"{name} {before[name]['successes']} -> {evaluation.percent(its)}"
-            for name, its in after.items()
-        ]
+        if before is None:
+            result |= after | {"best": state["best"]}
+            words = [f"{name} {evaluation.percent(its)}" for name, its in after.items()]
+        else:
+            for name in after:
+                result |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+            result |= {name: state[name] for name in ("env_steps", "episodes")}
+            words = [
+                f"{name} {before[name]['successes']} -> {evaluation.percent(its)}"
+                for name, its in after.items()
+            ]
+        write_json(self.folder / "result.json", result | {"wall_s": state["wall_s"]})
         print(f"{'; '.join(words)}, in {state['wall_s'] / 60:.1f} min; {self.folder}")
 
     def _leave_on_interrupt(self) -> None:
@@ -442,7 +446,8 @@ class Run:
             if self._leaving:
                 raise SystemExit(INTERRUPTED)
             self._leaving = True
-            tqdm.write("Ctrl-C: the run ends when this iteration is saved; again: now", file=sys.stderr)
+            words = "Ctrl-C: the run ends when this iteration is saved; again: now"
+            distributed.first_only(tqdm.write)(words, file=sys.stderr)
 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)
