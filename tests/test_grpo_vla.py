@@ -6,10 +6,11 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from test_shared import OnesPolicy, ScriptedEnvs, arguments, flat, small_policy
+from doubles import NO, OnesPolicy, RoundEnvs
+from learning import arguments, flat, gather, small_policy
 
 import grpo_vla
-from grpo_vla import collect, group_advantages, in_order, stage_credit
+from grpo_vla import group_advantages, in_order, stage_credit
 from vla_envs import rewards
 from vla_envs.training import batches, credit
 
@@ -205,33 +206,6 @@ def test_where_members_agree_there_is_no_credit():
 # ---- Dynamic sampling --------------------------------------------------------------------------------
 
 
-class RoundEnvs(ScriptedEnvs):
-    """Every reset begins the next of ``rounds``: who succeeds at which decision; 1 is paid for it.
-
-    The state of environment ``i`` in round ``r`` (from 1) begins with ``100 r + i``.
-    """
-
-    def __init__(self, *rounds, limit=3):
-        super().__init__(rounds[0], limit)
-        self.rounds, self.round, self.seeds, self.counts = rounds, 0, [], []
-
-    def observe(self):
-        obs = super().observe()
-        obs["state"][:, 0] = 100 * self.round + np.arange(self.num_envs)
-        return obs
-
-    def pay(self):
-        return 1.0 * (self.success == self.t)
-
-    def reset(self, seed=None, options=None):
-        success = self.rounds[self.round]
-        self.round += 1
-        self.success = np.array([*success, *[99] * (self.num_envs - len(success))])
-        self.seeds.append(seed[: len(success)])
-        self.counts.append(int(options["reset_mask"].sum()))
-        return super().reset(seed, options)
-
-
 class PaidEnvs(RoundEnvs):
     """A reward of the user's own: more for members with a higher number."""
 
@@ -239,18 +213,9 @@ class PaidEnvs(RoundEnvs):
         return 0.1 * np.arange(self.num_envs)
 
 
-def gather(envs, num_groups, group_size, iteration=1, **kwargs):
-    args = arguments(grpo_vla, num_groups=num_groups, group_size=group_size, **kwargs)
-    batch, rollouts = collect(envs, OnesPolicy(), iteration, args)
-    return batch | {"totals": batches.totals(rollouts)}
-
-
 def who(batch):
     """Which environments of which rounds are in a batch, as ``100 r + i``."""
     return batch["state"][batch["when"] == 0, 0].int().tolist()  # of their first decisions
-
-
-NO = 99  # never succeeds
 
 
 def test_groups_that_teach_something_are_kept():

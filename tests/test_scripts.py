@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, words_of, write_demos
+from artifacts import ROOT, words_of, write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sft_vla
