@@ -10,7 +10,7 @@ import sys
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT
+from artifacts import ROOT
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 

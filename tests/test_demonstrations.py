@@ -8,7 +8,7 @@ import h5py
 import imageio.v2 as imageio
 import numpy as np
 import pytest
-from conftest import write_demos
+from artifacts import write_demos
 from PIL import Image
 
 from vla_envs import demos

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, words_of, write_demos
-from test_grpo_vla import NO
-from test_openvla import write_tiny
+from artifacts import ROOT, words_of, write_demos
+from doubles import NO
+from tiny_openvla import write_tiny
 from together import learn
 
 import grpo_vla

@@ -8,10 +8,11 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from doubles import OnesPolicy
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
-from test_shared import OnesPolicy, arguments, small_policy
-from test_vector import member, random_actions, same
+from learning import arguments, small_policy
+from playing import member, random_actions, same
 
 import grpo_vla
 import ppo_vla

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import ROOT
+from artifacts import ROOT
 
 import grpo_vla
 import ppo_vla

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import write_demos
+from artifacts import write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vla_envs.policies import SHIPPED, load_policy, new_policy, save_policy

@@ -1,23 +1,23 @@
 """GRPO: advantages by hand and against the formula, dynamic sampling, batches joined, arguments."""
 
 import math
+import random
 import statistics
 
 import numpy as np
 import pytest
 import torch
-from test_shared import OnesPolicy, ScriptedEnvs, arguments, flat, small_policy
+from doubles import NO, OnesPolicy, RoundEnvs
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from learning import arguments, flat, gather, small_policy
 
 import grpo_vla
-from grpo_vla import collect, group_advantages, in_order, stage_credit
+from grpo_vla import group_advantages, in_order, stage_credit
 from vla_envs import rewards
 from vla_envs.training import batches, credit
 
 # ---- Advantages --------------------------------------------------------------------------------------
-
-
-def draw(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def slow_advantages(returns, size, eps=1e-6):
@@ -30,6 +30,39 @@ def slow_advantages(returns, size, eps=1e-6):
     return torch.tensor(result)
 
 
+@st.composite
+def groups(draw):
+    """Returns of one to four groups, of any size and scale; in some groups all are equal."""
+    size = draw(st.integers(2, 12))
+    value = st.floats(-1, 1, width=32)
+    group = st.lists(value, min_size=size, max_size=size) | value.map(lambda number: [number] * size)
+    rows = draw(st.lists(group, min_size=1, max_size=4))
+    scale = draw(st.sampled_from([1e-30, 1e-3, 1.0, 250.0, 123456.789, 1e12, 1e20, 3e38]))
+    shift = draw(st.sampled_from([0.0, 0.0, -40.0]))
+    return (torch.tensor(rows) * scale + shift).flatten(), size
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(groups(), st.randoms(use_true_random=False))
+@example((torch.tensor([3e38, -3e38, 1e38, 0.0]), 4), random.Random(0))
+def test_group_advantages(returns_and_size, rng):
+    """The formula, group by group; exactly 0 among equals; finite; moved with the members; for every row."""
+    returns, size = returns_and_size
+    spreads = returns.double().unflatten(0, (-1, size)).std(dim=1)
+    assume(((spreads < 0.99e-6) | (spreads > 1.01e-6)).all())
+    copy = returns.clone()
+    advantages = group_advantages(returns, size)
+    assert advantages.dtype == torch.float32 and torch.equal(returns, copy)
+    torch.testing.assert_close(advantages, slow_advantages(returns, size), atol=1e-5, rtol=1e-5)
+    assert advantages.abs().max() <= math.sqrt(size)
+    for group, its in zip(returns.split(size), advantages.split(size)):
+        assert its.eq(0).all() if group.eq(group[0]).all() else its.sum().abs() < 1e-4
+    order = torch.tensor(rng.sample(range(size), size))
+    both = torch.stack([-returns, returns.view(-1, size)[:, order].flatten()]).unsqueeze(1)  # (2, 1, N)
+    expected = torch.stack([-advantages, advantages.view(-1, size)[:, order].flatten()]).unsqueeze(1)
+    torch.testing.assert_close(group_advantages(both, size), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_advantages_by_hand():
     half = 1 / math.sqrt(2)
     expected = torch.tensor([half, -half, 0.0, 0.0, -half, half])
@@ -39,47 +72,19 @@ def test_advantages_by_hand():
     torch.testing.assert_close(advantages, torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("size", [2, 3, 4, 12])
-def test_the_formula(seed, size):
-    returns = draw(seed, 12)
-    expected = slow_advantages(returns, size)
-    torch.testing.assert_close(group_advantages(returns, size), expected, atol=1e-5, rtol=1e-5)
+def test_equal_returns_whose_mean_rounds_give_exactly_zero():
+    for size in (3, 6, 7, 49):
+        values = 1e20 / torch.arange(1.0, 101, dtype=torch.float64)
+        means = values.unsqueeze(1).expand(-1, size).mean(dim=1)
+        assert (means - values).abs().max() > 1  # so the mean does round
+        assert group_advantages(values.repeat_interleave(size), size).eq(0).all()
 
 
-def test_leading_axes():
-    returns = draw(0, 2, 3, 8)
-    advantages = group_advantages(returns, 4)
-    assert advantages.shape == (2, 3, 8)
-    for i in range(2):
-        for j in range(3):
-            torch.testing.assert_close(
-                advantages[i, j], slow_advantages(returns[i, j], 4), atol=1e-5, rtol=1e-5
-            )
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -2.3, 123456.789, 1e7 + 1, -1e20, 1e30, 3e38])
-@pytest.mark.parametrize("size", [2, 3, 7, 8])
-def test_equal_returns_give_exactly_zero(value, size):
-    assert group_advantages(torch.full((2 * size,), value), size).eq(0).all()
-    mixed = torch.cat([torch.full((size,), value), torch.arange(float(size))])
-    advantages = group_advantages(mixed, size)
-    assert advantages[:size].eq(0).all() and advantages[size:].abs().max() > 0.5
-
-
-@pytest.mark.parametrize("size", [3, 6, 7, 49])
-def test_equal_returns_whose_mean_rounds_give_exactly_zero(size):
-    values = 1e20 / torch.arange(1.0, 101, dtype=torch.float64)
-    means = values.unsqueeze(1).expand(-1, size).mean(dim=1)
-    assert (means - values).abs().max() > 1  # so the mean does round
-    assert group_advantages(values.repeat_interleave(size), size).eq(0).all()
-
-
-@pytest.mark.parametrize("spread", [1e-9, 3e-7])
-def test_differences_below_a_millionth_give_exactly_zero(spread):
-    returns = torch.tensor([0.0, spread, 0.0, spread], dtype=torch.float64)
-    assert group_advantages(returns, 4).eq(0).all()
-    assert group_advantages(returns * 1e5, 4).abs().min() > 0.5
+def test_differences_below_a_millionth_give_exactly_zero():
+    for spread in (1e-9, 3e-7):
+        returns = torch.tensor([0.0, spread, 0.0, spread], dtype=torch.float64)
+        assert group_advantages(returns, 4).eq(0).all()
+        assert group_advantages(returns * 1e5, 4).abs().min() > 0.5
 
 
 def test_eps_is_added_to_the_standard_deviation():
@@ -91,53 +96,18 @@ def test_eps_is_added_to_the_standard_deviation():
     assert group_advantages(small, 3)[2].item() == pytest.approx(1 / 1.1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(3.0, 0.0), (0.1, 0.0), (1.0, 5.0), (250.0, -40.0)])
-def test_scale_and_shift_do_not_matter(scale, shift):
-    returns = draw(1, 2, 12)
-    changed = group_advantages(returns * scale + shift, 4)
-    torch.testing.assert_close(changed, group_advantages(returns, 4), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(group_advantages(-returns, 4), -group_advantages(returns, 4))
+def test_advantages_are_float32_of_every_type():
+    for dtype in (torch.float64, torch.float32, torch.int64, torch.bool):
+        advantages = group_advantages(torch.tensor([0, 1, 1, 1]).to(dtype), 4)
+        assert advantages.dtype == torch.float32
+        torch.testing.assert_close(advantages, torch.tensor([-1.5, 0.5, 0.5, 0.5]), atol=1e-5, rtol=0)
 
 
-def test_advantages_move_with_the_members():
-    returns, order = draw(2, 12), torch.tensor([2, 0, 3, 1, 8, 9, 10, 11, 7, 6, 5, 4])
-    torch.testing.assert_close(group_advantages(returns[order], 4), group_advantages(returns, 4)[order])
-
-
-def test_groups_do_not_touch_one_another():
-    returns = draw(3, 12)
-    before = group_advantages(returns, 4)
-    changed = returns.clone()
-    changed[4:8] = torch.tensor([1e30, -5.0, 0.0, 2.0])
-    after = group_advantages(changed, 4)
-    assert torch.equal(before[:4], after[:4]) and torch.equal(before[8:], after[8:])
-    assert not torch.equal(before[4:8], after[4:8])
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e12, 1e30, 3e38])
-@pytest.mark.parametrize("size", [2, 4, 8])
-def test_finite_returns_give_finite_advantages(scale, size):
-    returns = (torch.rand(16, generator=torch.Generator().manual_seed(0)) * 2 - 1) * scale
-    advantages = group_advantages(returns, size)
-    assert torch.isfinite(advantages).all() and advantages.abs().max() <= math.sqrt(size)
-    if scale >= 1:
-        assert advantages.abs().max() > 0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.bool])
-def test_advantages_are_float32(dtype):
-    returns = torch.tensor([0, 1, 1, 1]).to(dtype)
-    copy = returns.clone()
-    advantages = group_advantages(returns, 4)
-    assert advantages.dtype == torch.float32 and torch.equal(returns, copy)
-    torch.testing.assert_close(advantages, torch.tensor([-1.5, 0.5, 0.5, 0.5]), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("members", "size"), [(12, 5), (12, 8), (3, 4), (6, 1), (6, 0), (6, -2)])
-def test_groups_that_do_not_divide(members, size):
-    with pytest.raises(ValueError, match=rf"{members}\D.*{size}") as error:
-        group_advantages(torch.zeros(members), size)
-    assert len(str(error.value).splitlines()) == 1
+def test_groups_that_do_not_divide():
+    for members, size in ((12, 5), (12, 8), (3, 4), (6, 1), (6, 0), (6, -2)):
+        with pytest.raises(ValueError, match=rf"{members}\D.*{size}") as error:
+            group_advantages(torch.zeros(members), size)
+        assert len(str(error.value).splitlines()) == 1
 
 
 # ---- Credit by stage ---------------------------------------------------------------------------------
@@ -205,33 +175,6 @@ def test_where_members_agree_there_is_no_credit():
 # ---- Dynamic sampling --------------------------------------------------------------------------------
 
 
-class RoundEnvs(ScriptedEnvs):
-    """Every reset begins the next of ``rounds``: who succeeds at which decision; 1 is paid for it.
-
-    The state of environment ``i`` in round ``r`` (from 1) begins with ``100 r + i``.
-    """
-
-    def __init__(self, *rounds, limit=3):
-        super().__init__(rounds[0], limit)
-        self.rounds, self.round, self.seeds, self.counts = rounds, 0, [], []
-
-    def observe(self):
-        obs = super().observe()
-        obs["state"][:, 0] = 100 * self.round + np.arange(self.num_envs)
-        return obs
-
-    def pay(self):
-        return 1.0 * (self.success == self.t)
-
-    def reset(self, seed=None, options=None):
-        success = self.rounds[self.round]
-        self.round += 1
-        self.success = np.array([*success, *[99] * (self.num_envs - len(success))])
-        self.seeds.append(seed[: len(success)])
-        self.counts.append(int(options["reset_mask"].sum()))
-        return super().reset(seed, options)
-
-
 class PaidEnvs(RoundEnvs):
     """A reward of the user's own: more for members with a higher number."""
 
@@ -239,18 +182,9 @@ class PaidEnvs(RoundEnvs):
         return 0.1 * np.arange(self.num_envs)
 
 
-def gather(envs, num_groups, group_size, iteration=1, **kwargs):
-    args = arguments(grpo_vla, num_groups=num_groups, group_size=group_size, **kwargs)
-    batch, rollouts = collect(envs, OnesPolicy(), iteration, args)
-    return batch | {"totals": batches.totals(rollouts)}
-
-
 def who(batch):
     """Which environments of which rounds are in a batch, as ``100 r + i``."""
     return batch["state"][batch["when"] == 0, 0].int().tolist()  # of their first decisions
-
-
-NO = 99  # never succeeds
 
 
 def test_groups_that_teach_something_are_kept():

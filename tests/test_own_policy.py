@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_demos
+from artifacts import ROOT, write_demos
 
 from vla_envs.policies import Policy, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import make_trainable

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_shared import arguments, copy_of, flat, gradient, same_bits, small_batch, small_policy
+from learning import arguments, copy_of, flat, gradient, same_bits, small_batch, small_policy
 
 import ppo_vla
 from ppo_vla import gae, make_critic, value_loss

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, words_of, write_demos
+from artifacts import ROOT, words_of, write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_openvla import write_tiny
+from tiny_openvla import write_tiny
 
 from vla_envs.policies import adapters, load_policy, save_policy
 

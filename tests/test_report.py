@@ -8,7 +8,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT, words_of
+from artifacts import ROOT, words_of
 from torch.utils.tensorboard import SummaryWriter
 
 from vla_envs import report, rewards

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from artifacts import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pd = pytest.importorskip("pandas", reason="needs the dev extra's pandas")

@@ -4,28 +4,36 @@ import ast
 import difflib
 import math
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from artifacts import ROOT
+from doubles import OnesPolicy, ScriptedEnvs
+from learning import (
+    arguments,
+    chosen,
+    copy_of,
+    gradient,
+    learn,
+    same_bits,
+    samples,
+    small_batch,
+    small_policy,
+    weight_of,
+)
 
 import grpo_vla
 import ppo_vla
 import tgrpo_vla
 from grpo_vla import policy_loss
-from vla_envs.policies.adapters import adapter_off, make_trainable
-from vla_envs.policies.nano import NanoConfig, NanoPolicy
+from vla_envs.policies.adapters import adapter_off
 from vla_envs.training import evaluation, runs
 
-ROOT = Path(__file__).parent.parent
 RL = ("grpo_vla", "tgrpo_vla", "ppo_vla")
 SCRIPTS = (*RL, "sft_vla")
-SMALL = NanoConfig(
-    action_chunk=2, action_repeat=1, image_size=32, width=16, depth=1, heads=2, max_words=8, vocabulary=64
-)
 
 
 @pytest.fixture(params=[grpo_vla, tgrpo_vla, ppo_vla], ids=RL)
@@ -237,62 +245,6 @@ def test_huge_ratios_stay_finite(gap, advantage, clip):
 # ---- Acting, on environments that follow a script ------------------------------------------------------
 
 
-class ScriptedEnvs:
-    """Environment ``i`` succeeds at its decision ``success[i]`` (from 1), or is cut off after ``limit``."""
-
-    def __init__(self, success, limit):
-        self.success, self.limit, self.num_envs = np.array(success), limit, len(success)
-        self.instructions = [f"task {i}" for i in range(self.num_envs)]
-        self.action_space = SimpleNamespace(shape=(self.num_envs, 2, 7))
-        self.unwrapped, self.actions = self, []
-        self.t, self.steps = 0, np.zeros(self.num_envs, int)
-        self.terminated = self.truncated = np.zeros(self.num_envs, bool)
-
-    def observe(self):
-        image = np.full((self.num_envs, 8, 8, 3), self.t, np.uint8)
-        return {"image": image, "state": np.arange(self.num_envs * 8, dtype=np.float32).reshape(-1, 8)}
-
-    def pay(self):
-        """Rewards (N,) of the current decision."""
-        return 10.0 * self.t + np.arange(self.num_envs)
-
-    def reset(self, seed=None, options=None):
-        """Those that are not reset stay as they ended."""
-        self.t, self.asked = 0, {"seed": seed} | (options or {})
-        others = ~self.asked.get("reset_mask", np.ones(self.num_envs, bool))
-        self.terminated, self.truncated = self.terminated & others, self.truncated & others
-        self.frozen, self.steps = others, self.steps * others
-        return self.observe(), {}
-
-    def step(self, actions):
-        self.t += 1
-        self.actions.append(actions.copy())
-        self.steps = self.steps + 2 * ~self.frozen
-        self.terminated = self.terminated | (~self.frozen & (self.success == self.t))
-        reward = np.where(self.frozen, 0.0, self.pay())  # as the environments' contract has it
-        self.truncated = ~self.terminated & (self.t >= self.limit)
-        self.frozen = self.terminated | self.truncated
-        info = {"diverged": np.zeros(self.num_envs, bool), "stage": np.full(self.num_envs, 3 + self.t)}
-        return self.observe(), reward, self.terminated.copy(), self.truncated.copy(), info
-
-
-class OnesPolicy:
-    """Acts 1 in everything; its tokens are the number of its call, its log-probabilities minus that."""
-
-    def __init__(self):
-        self.asked, self.shapes, self.draws, self.training = [], [], [], True
-
-    def eval(self):
-        self.training = False
-
-    def sample(self, obs, instructions, temperature, generators=None):
-        self.asked.append((instructions, obs["state"][:, 0].tolist(), temperature))
-        self.shapes.append(obs["image"].shape)
-        self.draws.append(torch.rand(()).item())
-        tokens = torch.full((len(instructions), 14), len(self.asked))
-        return np.ones((len(instructions), 2, 7), np.float32), tokens, -tokens.double()
-
-
 def test_policies_of_one_action_per_decision():
     envs = ScriptedEnvs([1, 2], 9)
     envs.action_space = SimpleNamespace(shape=(2, 7))
@@ -411,96 +363,7 @@ def test_acting_in_the_simulator(tmp_path):
     envs.close()
 
 
-def flat(batch):
-    """A batch of arrays (T, N, ...) as ``rollout`` has it: decisions of those alive, one after the other."""
-    when, who = torch.nonzero(batch["alive"], as_tuple=True)
-    of_samples = {name: batch[name][when, who] for name in ("image", "state", "tokens", "logprobs")}
-    return batch | of_samples | {"when": when, "who": who}
-
-
 # ---- Learning ----------------------------------------------------------------------------------------
-
-
-def small_policy(train="all", seed=0):
-    torch.manual_seed(seed)
-    return make_trainable(NanoPolicy(SMALL), train, rank=2)
-
-
-def small_batch(lengths=(1, 3, 2, 3), seed=0):
-    """Members of different lengths, tokens at random; those that end early have succeeded. See ``flat``."""
-    rng = torch.Generator().manual_seed(seed)
-    shape = (max(lengths), len(lengths))
-    alive = torch.arange(shape[0])[:, None] < torch.tensor(lengths)
-    return {
-        "image": torch.randint(0, 256, (*shape, 32, 32, 3), dtype=torch.uint8, generator=rng),
-        "state": torch.randn(*shape, 8, generator=rng),
-        "tokens": torch.randint(0, 256, (*shape, 14), generator=rng),
-        "logprobs": torch.full((*shape, 14), -5.5),
-        "rewards": torch.randn(shape, generator=rng) * alive,
-        "alive": alive,
-        "steps": 2 * alive,
-        "success": torch.tensor([length < shape[0] for length in lengths]),
-        "last": {
-            "image": torch.randint(0, 256, (shape[1], 32, 32, 3), dtype=torch.uint8, generator=rng),
-            "state": torch.randn(shape[1], 8, generator=rng),
-        },
-        "instructions": [f"pick up thing {i}" for i in range(shape[1])],
-        "policy_s": 0.5,
-    }
-
-
-def arguments(script, **kwargs):
-    """Arguments under which nothing holds an update back."""
-    free = {"minibatch_size": 100, "max_grad_norm": 1e9, "target_kl": 1e9, "temperature": 1.0}
-    return script.Args(**free | kwargs)
-
-
-def samples(script, policy, batch, advantages, args):
-    """The samples of ``batch`` with these advantages (T, N)."""
-    if script is not ppo_vla:
-        return script.samples_of(policy, flat(batch), advantages, args)
-    b = ppo_vla.samples_of(policy, ppo_vla.make_critic(policy), flat(batch), args)
-    return b | {"advantages": advantages[b["when"], b["who"]]}
-
-
-def learn(script, policy, b, args, optimizer=None, minibatches=None):
-    """What ``update`` measured, and how many optimiser steps it took; one minibatch unless given."""
-    optimizer = optimizer or torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.0)
-    minibatches = [torch.arange(len(b["who"]))] if minibatches is None else minibatches
-    steps = []
-    optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    if script is ppo_vla:
-        critic = ppo_vla.make_critic(policy)
-        return script.update(policy, critic, optimizer, b, minibatches, False, args), len(steps)
-    return script.update(policy, optimizer, b, minibatches, args), len(steps)
-
-
-def chosen(policy, batch, when, who, temperature=1.0):
-    """Log-probabilities of the tokens of the decisions (``when``, ``who``)."""
-    obs = {name: batch[name][when, who] for name in ("image", "state")}
-    instructions = [batch["instructions"][i] for i in who.tolist()]
-    return policy.score(obs, instructions, batch["tokens"][when, who], temperature)[0]
-
-
-def weight_of(script, lengths):
-    """Weights (T, N) of the decisions: trajectories count alike, in PPO decisions do."""
-    alive = (torch.arange(max(lengths))[:, None] < torch.tensor(lengths)).float()
-    return alive / alive.sum() if script is ppo_vla else alive / alive.sum(dim=0) / len(lengths)
-
-
-def gradient(policy):
-    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
-
-
-def copy_of(policy):
-    return {name: value.clone() for name, value in policy.state_dict().items()}
-
-
-def same_bits(policy, weights):
-    return all(
-        torch.equal(value.view(torch.int32), weights[name].view(torch.int32))
-        for name, value in policy.state_dict().items()
-    )
 
 
 def test_micro_batches_add_up_to_the_minibatch(script):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from artifacts import ROOT
 
 from benchmarks.soak import Args, Held, held, play, soak, verdict
 
@@ -27,11 +27,10 @@ def count():
         env.close()
 
 
-TWENTY_CYCLES = """
-from benchmarks.soak import held, open_and_close
-from test_soak import SMALL
+TWENTY_CYCLES = f"""
+from benchmarks.soak import Args, held, open_and_close
 
-cycles = open_and_close(SMALL)
+cycles = open_and_close({SMALL!r})
 for _ in range(4):
     next(cycles)
 print(*held())
@@ -42,7 +41,7 @@ print(*held())
 
 def test_twenty_cycles_hold_nothing():
     """In a process of their own: the memory of this one is other tests' too."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path.strip(os.pathsep)}
     done = subprocess.run(
         [sys.executable, "-c", TWENTY_CYCLES], env=environment, capture_output=True, text=True, timeout=300

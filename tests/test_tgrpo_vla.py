@@ -7,17 +7,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from test_shared import (
-    OnesPolicy,
-    ScriptedEnvs,
-    arguments,
-    copy_of,
-    gradient,
-    same_bits,
-    samples,
-    small_batch,
-    small_policy,
-)
+from doubles import OnesPolicy, ScriptedEnvs
+from learning import arguments, copy_of, gradient, same_bits, samples, small_batch, small_policy
 
 import tgrpo_vla
 from tgrpo_vla import held_rewards, step_advantages, stop_groups, tgrpo_advantages, trajectory_advantages

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
+from playing import member, random_actions, same
 
 from vla_envs import LiberoVectorEnv, vector
 from vla_envs.rewards import STAGES
@@ -20,22 +21,6 @@ from vla_envs.scene import load_scene
 from vla_envs.tasks import recorded_init_states
 
 STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
-
-
-def random_actions(*shape, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (*shape, 7))
-
-
-def same(a, b):
-    """Whether two nested dictionaries of arrays are equal to the bit."""
-    if isinstance(a, dict):
-        return set(a) == set(b) and all(same(a[key], b[key]) for key in a)
-    return np.array_equal(a, b)
-
-
-def member(x, i):
-    """Environment ``i``'s part of a nested dictionary of arrays."""
-    return {key: member(value, i) for key, value in x.items()} if isinstance(x, dict) else x[i]
 
 
 # ---- Spaces ------------------------------------------------------------------------------------------

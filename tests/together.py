@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_grpo_vla import NO, RoundEnvs, gather
-from test_openvla import SENTENCES, write_tiny
-from test_shared import arguments, small_policy
+from doubles import NO, RoundEnvs
+from learning import arguments, gather, small_policy
+from tiny_openvla import SENTENCES, write_tiny
 
 import grpo_vla
 from vla_envs import distributed
