@@ -10,6 +10,7 @@ from artifacts import ROOT, write_demos
 
 from vla_envs.policies import Policy, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import make_trainable
+from vla_envs.training.checkpoints import load_training_state, save_training_state
 
 PAGE = (ROOT / "docs" / "own-policy.md").read_text(encoding="utf-8")
 CODE = re.search(r"```python\n(.*?)```", PAGE, re.S).group(1)
@@ -114,6 +115,12 @@ def test_what_it_has_not(write):
         ([("nn.Linear(32 * 16 + 8", "nn.Linear(32 * 16 + 9")], "sample fails: RuntimeError"),
         ([("def make():\n    return GaussianCNN()", "def make():\n    return 3")], "is a int; expected"),
         ([("def make():\n    return GaussianCNN()", "def make():\n    return 1 / 0")], "ZeroDivisionError"),
+        ([("    @torch.no_grad()\n", ""), ("actions.cpu()", "actions.detach().cpu()")],
+         "sample returns gradients; expected it under torch.no_grad"),
+        ([("    def score(", "    def describe(self):\n        return {'a': np.int64(1)}\n\n    def score(")],
+         "describe returns what JSON cannot hold"),
+        ([("    def score(", "    def describe(self):\n        return {'policy': 'x'}\n\n    def score(")],
+         "expected a dictionary without 'policy'"),
         ([("def make():", "def maker():")], "has no function 'make'.*did you mean 'maker'"),
         ([("import numpy as np", "import numpie as np")], "does not run: ModuleNotFoundError"),
         ([("-1.0))\n", "-1.0))\n        self.action_chunk = 8.0\n")],
@@ -131,6 +138,29 @@ def test_no_such_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"policy file 'cnn\.py' does not exist"):
         new_policy("cnn.py:make")
+
+
+def test_dropout_and_statistics_are_left_alone(write):
+    """It is tried out as it plays, not as it trains."""
+    name = write(("nn.Tanh())", "nn.Tanh(), nn.BatchNorm1d(128), nn.Dropout(0.5))"))
+    policy = new_policy(name)
+    assert policy.training and policy.body[2].num_batches_tracked == 0
+
+
+def test_what_lies_beside_it_may_be_imported_late(write, tmp_path):
+    (tmp_path / "beside_it.py").write_text("WIDTH = 5\n", encoding="utf-8")
+    name = write(("def make():\n", "def make():\n    import beside_it\n\n    assert beside_it.WIDTH == 5\n"))
+    assert new_policy(name).hidden_size == 128
+
+
+def test_statistics_come_back_with_the_weights(write, tmp_path):
+    policies = [new_policy(write(("nn.Tanh())", "nn.Tanh(), nn.BatchNorm1d(128))"))) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(policy.parameters()) for policy in policies]
+    policies[0].train().score(observations(4), ["pick"] * 4, torch.zeros(4, 56))
+    assert policies[0].body[2].num_batches_tracked == 1
+    save_training_state(tmp_path / "latest", policies[0], optimizers[0], {})
+    load_training_state(tmp_path / "latest", policies[1], optimizers[1])
+    torch.testing.assert_close(policies[1].state_dict(), policies[0].state_dict(), rtol=0, atol=0)
 
 
 TINY = {
@@ -170,7 +200,19 @@ def test_the_page_trains_it(write, execute, tmp_path):
     )
     assert not torch.equal(trained.mean.weight, before.mean.weight)
     evaluation = {"evaluate": None, "checkpoint": tmp_path / "tgrpo_vla" / "checkpoints" / "final"}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cnn.py").rename(tmp_path / "elsewhere" / "cnn.py")
+    evaluation |= {
+        "policy": "elsewhere/cnn.py:make",
+        "compare": tmp_path / "ppo_vla" / "checkpoints" / "final",
+    }
     with pytest.raises(SystemExit) as exit_:
-        execute("tgrpo_vla", **TINY | {"policy": name} | evaluation, run_dir=tmp_path / "evaluation")
+        execute("tgrpo_vla", **TINY | evaluation, run_dir=tmp_path / "evaluation")
     assert not exit_.value.code
+    resumed = {"resume": tmp_path / "tgrpo_vla", "policy": "elsewhere/cnn.py:make", "num_iterations": 3}
+    execute("tgrpo_vla", **resumed)
+    assert (
+        json.loads((tmp_path / "tgrpo_vla" / "checkpoints/latest/counters.json").read_text())["iteration"]
+        == 3
+    )
     assert json.loads((tmp_path / "evaluation" / "result.json").read_text())["success"]["trials"] == 2
