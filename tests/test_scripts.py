@@ -682,7 +682,8 @@ def test_a_good_policy_against_a_spoilt_one(start, finished):
 @pytest.mark.parametrize(
     ("script", "protocol", "episodes", "temperature", "limit", "size"),
     [
-        *((script, "lerobot", 10, 1.1, 280, 128) for script in SCRIPTS),
+        ("tgrpo_vla", "lerobot", 10, 1.1, 280, 128),
+        ("sft_vla", "lerobot", 10, 1.1, 280, 128),
         ("tgrpo_vla", "openvla", 50, 0.0, 280, 256),
     ],
 )
@@ -713,7 +714,7 @@ def test_openvlas_protocol_is_deterministic_only(start):
 # ---- How long a run is -------------------------------------------------------------------------------
 
 
-@every_online_script
+@pytest.mark.parametrize("script", ["grpo_vla", "ppo_vla", pytest.param("tgrpo_vla", marks=pytest.mark.slow)])
 def test_control_steps_end_a_run(script, start):
     run = start(script, num_iterations=20, total_env_steps=100)
     result, logged = read_json(run / "result.json"), scalars(run)
@@ -724,7 +725,7 @@ def test_control_steps_end_a_run(script, start):
     assert values(logged, "charts/learning_rate") == pytest.approx([0.01 * f for f in left])
 
 
-@every_online_script
+@one_online_script
 @pytest.mark.filterwarnings("error:clamping frac")
 def test_the_progress_bar_ends_at_100_percent(script, start):
     """Of 49 control steps four iterations are, summed up, 100 and a rounding error: beyond the bar's end."""
@@ -882,7 +883,7 @@ def test_demonstrations_a_task(start, capfd):
     assert "tasks" not in read_json(run / "result.json")["success"]
 
 
-@every_online_script
+@one_online_script
 def test_several_tasks(script, start, capfd):
     """Groups are dealt to the tasks; each task is reported on the terminal, in TensorBoard, at the end."""
     run = start(script, task_ids=(7, 4), num_groups=2, num_iterations=1)
