@@ -223,7 +223,7 @@ def assert_same_run(run, other):
 def test_import_runs_nothing(script, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["pytest", "--no-such-flag"])
     module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")
-    assert callable(module["evaluate"]) and capfd.readouterr() == ("", "")
+    assert callable(module["validate"]) and capfd.readouterr() == ("", "")
     text = (ROOT / f"{script}.py").read_text()
     assert not re.search(rf"^ *(import|from) ({'|'.join(SCRIPTS)})\b", text, re.MULTILINE)  # copied alone
 
@@ -691,7 +691,7 @@ def test_a_protocol_sets_the_evaluation(
     script, protocol, episodes, temperature, limit, size, execute, own, monkeypatch
 ):
     envs = []
-    monkeypatch.setattr(evaluation, "evaluate_only", lambda evaluate, made, *others: envs.append(made))
+    monkeypatch.setattr(runs.Run, "evaluate_only", lambda run: envs.append(run.eval_envs))
     with pytest.raises(SystemExit) as exit_:
         execute(script, evaluate=None, protocol=protocol, num_threads=1, run_dir="run", temperature=1.1)
     args, made = read_json(Path("run/args.json")), envs[0].unwrapped
