@@ -22,6 +22,34 @@ if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # robosuite, our oracle, finds no OpenGL by itself
 
 
+#: Modules whose tests are quick, except those marked ``longer`` or ``slow`` or with a fixture in NEED_MORE.
+QUICK = (
+    "adapters architecture arguments command_line documentation evaluation flow grpo_vla policies ppo_vla"
+    " runs sft_vla shared tasks tgrpo_vla threads"
+).split()
+NEED_MORE = {"execute", "make", "make_vec", "libero", "libero_env", "real_assets"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        more = NEED_MORE & set(item.fixturenames) or {"longer", "slow"} & marks
+        if item.path.stem.removeprefix("test_") in QUICK and not more:
+            item.add_marker("quick")
+
+
+@pytest.fixture(autouse=True)
+def quick_is_quick(request, monkeypatch):
+    """A quick test that makes an environment or starts a process fails."""
+    if request.node.get_closest_marker("quick"):
+
+        def refuse(*_, **__):
+            pytest.fail("a quick test makes no environment and starts no process; mark it longer")
+
+        monkeypatch.setattr("vla_envs.simulation.Simulation.__init__", refuse)
+        monkeypatch.setattr("subprocess.Popen.__init__", refuse)
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c():
     """Scripts that run in this process, in fixtures too, take Ctrl-C over: give it back."""

@@ -36,8 +36,12 @@ def ruin(envs, index, velocity=1e12):
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, 1e12, -1e12, 1e9, 2e4]
 
 
-@pytest.mark.parametrize("velocity", BAD_NUMBERS)
-@pytest.mark.parametrize("settings", [{}, {"action_chunk": 4, "num_threads": 2}], ids=["one", "chunk"])
+CHUNKS = {"action_chunk": 4, "num_threads": 2}
+
+
+@pytest.mark.parametrize(
+    ("velocity", "settings"), [*((number, {}) for number in BAD_NUMBERS), (math.nan, CHUNKS), (2e4, CHUNKS)]
+)
 def test_it_ends_its_episode_and_no_other(make_vec, velocity, settings):
     envs, twins = (make_vec(3, reward="multi_stage", wrist_camera=True, **settings) for _ in range(2))
     shape = envs.action_space.shape

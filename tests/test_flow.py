@@ -78,6 +78,7 @@ def test_shapes_and_the_densities_of_the_stored_chain(noise, temperature):
 
 
 @every_noise
+@pytest.mark.longer
 def test_the_draws_follow_the_densities(noise):
     """Standardised by the step's mean and deviation, 4000 chains' numbers are standard normal."""
     policy = small(noise=noise)
@@ -157,6 +158,7 @@ def test_a_batch_equals_its_members_alone():
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.longer
 def test_flow_matching_learns_two_distinct_actions():
     """From one observation two demonstrations: samples are near one or the other, half and half."""
     policy = small(denoising_steps=10).train()

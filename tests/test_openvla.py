@@ -503,7 +503,7 @@ def test_activations_are_computed_again_with_the_adapters_of_their_task(tiny, ki
     gradients = []
     for again in (True, False):
         torch.manual_seed(0)
-        policy = make_trainable(load_policy(kind, tiny), "lora", rank=4, below=folders).train(again)
+        policy = make_trainable(load_policy(kind, tiny), "lora", rank=4, task_adapters=folders).train(again)
         trained = [p for p in policy.parameters() if p.requires_grad]
         for parameter in trained:
             nn.init.normal_(parameter, std=0.1)
@@ -636,7 +636,7 @@ def test_adapters_of_other_layers_than_ours(tiny, kind, tmp_path, name):
             nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     policy = make_trainable(
-        load_policy(kind, tiny), "lora", below=dict.fromkeys(SENTENCES, tmp_path / "adapter")
+        load_policy(kind, tiny), "lora", task_adapters=dict.fromkeys(SENTENCES, tmp_path / "adapter")
     )
     other = load_policy(kind, tiny)
     plain = loss_of(other)

@@ -139,6 +139,7 @@ def test_the_temperature_divides_the_logits(shipped):
     assert (hot_entropy > cool_entropy).all()
 
 
+@pytest.mark.longer
 def test_samples_follow_the_probabilities():
     """A policy of known probabilities: frequencies of 4000 draws, within five standard errors."""
     policy = with_probabilities([{3: 0.5, 200: 0.3, 255: 0.2}] * 7)

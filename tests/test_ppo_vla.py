@@ -397,6 +397,7 @@ def test_the_critics_error_does_not_change_the_policys_step():
     assert same_bits(policy, weights[0])
 
 
+@pytest.mark.longer
 def test_the_critics_loss_falls():
     parts = learner()
     policy, critic, _, b, args = parts
@@ -413,8 +414,8 @@ def test_values_that_have_moved_by_the_clip_stop():
         policy, critic, _, b, args = learner(value_clip=clip)
         b["returns"].fill_(5.0)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        optimizer.add_param_group({"params": critic.parameters(), "lr": 1e-4})
-        learn(policy, critic, optimizer, b, args, alone=True, passes=300)
+        optimizer.add_param_group({"params": critic.parameters(), "lr": 3e-4})
+        learn(policy, critic, optimizer, b, args, alone=True, passes=100)
         values = critic(ppo_vla.logprobs_of(policy, b, torch.arange(9), args)[2])
         assert least <= values.mean().item() <= most
 

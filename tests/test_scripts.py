@@ -223,7 +223,7 @@ def assert_same_run(run, other):
 def test_import_runs_nothing(script, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["pytest", "--no-such-flag"])
     module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")
-    assert callable(module["evaluate"]) and capfd.readouterr() == ("", "")
+    assert callable(module["validate"]) and capfd.readouterr() == ("", "")
     text = (ROOT / f"{script}.py").read_text()
     assert not re.search(rf"^ *(import|from) ({'|'.join(SCRIPTS)})\b", text, re.MULTILINE)  # copied alone
 
@@ -682,7 +682,8 @@ def test_a_good_policy_against_a_spoilt_one(start, finished):
 @pytest.mark.parametrize(
     ("script", "protocol", "episodes", "temperature", "limit", "size"),
     [
-        *((script, "lerobot", 10, 1.1, 280, 128) for script in SCRIPTS),
+        ("tgrpo_vla", "lerobot", 10, 1.1, 280, 128),
+        ("sft_vla", "lerobot", 10, 1.1, 280, 128),
         ("tgrpo_vla", "openvla", 50, 0.0, 280, 256),
     ],
 )
@@ -690,7 +691,7 @@ def test_a_protocol_sets_the_evaluation(
     script, protocol, episodes, temperature, limit, size, execute, own, monkeypatch
 ):
     envs = []
-    monkeypatch.setattr(evaluation, "evaluate_only", lambda evaluate, made, *others: envs.append(made))
+    monkeypatch.setattr(runs.Run, "evaluate_only", lambda run: envs.append(run.eval_envs))
     with pytest.raises(SystemExit) as exit_:
         execute(script, evaluate=None, protocol=protocol, num_threads=1, run_dir="run", temperature=1.1)
     args, made = read_json(Path("run/args.json")), envs[0].unwrapped
@@ -713,7 +714,7 @@ def test_openvlas_protocol_is_deterministic_only(start):
 # ---- How long a run is -------------------------------------------------------------------------------
 
 
-@every_online_script
+@pytest.mark.parametrize("script", ["grpo_vla", "ppo_vla", pytest.param("tgrpo_vla", marks=pytest.mark.slow)])
 def test_control_steps_end_a_run(script, start):
     run = start(script, num_iterations=20, total_env_steps=100)
     result, logged = read_json(run / "result.json"), scalars(run)
@@ -724,7 +725,7 @@ def test_control_steps_end_a_run(script, start):
     assert values(logged, "charts/learning_rate") == pytest.approx([0.01 * f for f in left])
 
 
-@every_online_script
+@one_online_script
 @pytest.mark.filterwarnings("error:clamping frac")
 def test_the_progress_bar_ends_at_100_percent(script, start):
     """Of 49 control steps four iterations are, summed up, 100 and a rounding error: beyond the bar's end."""
@@ -882,7 +883,7 @@ def test_demonstrations_a_task(start, capfd):
     assert "tasks" not in read_json(run / "result.json")["success"]
 
 
-@every_online_script
+@one_online_script
 def test_several_tasks(script, start, capfd):
     """Groups are dealt to the tasks; each task is reported on the terminal, in TensorBoard, at the end."""
     run = start(script, task_ids=(7, 4), num_groups=2, num_iterations=1)

@@ -309,6 +309,7 @@ def test_a_rollout_in_the_first_environments_only():
 EVALUATION = SimpleNamespace(seed=1, eval_episodes=50, protocol=None)
 
 
+@pytest.mark.longer
 def test_evaluation_counts_successes(tmp_path):
     envs, policy = ScriptedEnvs([1, 2, 3, 9, 9, 9, 1, 1, 2, 2], limit=3), OnesPolicy()
     outcomes = evaluation.play(envs, policy, 0.0, EVALUATION, tmp_path / "film.mp4")
@@ -320,6 +321,7 @@ def test_evaluation_counts_successes(tmp_path):
     assert len(film) == 4 and film[0].shape[:2] == (32, 32)  # two rows of four
 
 
+@pytest.mark.longer
 def test_evaluations_draw_the_same_numbers(tmp_path):
     draws = {}
     for name, seed, disturbance in (("first", 1, 0), ("again", 1, 5), ("other", 2, 0)):
@@ -330,6 +332,7 @@ def test_evaluations_draw_the_same_numbers(tmp_path):
     assert draws["first"] == draws["again"] != draws["other"] and len(set(draws["first"])) == 3
 
 
+@pytest.mark.longer
 def test_evaluation_shows_the_pictures_of_its_protocol(tmp_path):
     policy, args = OnesPolicy(), SimpleNamespace(seed=1, eval_episodes=50, protocol="openvla")
     evaluation.play(ScriptedEnvs([1, 9], 2), policy, 0.0, args, tmp_path / "film.mp4")
@@ -337,6 +340,7 @@ def test_evaluation_shows_the_pictures_of_its_protocol(tmp_path):
     assert imageio.mimread(tmp_path / "film.mp4")[0].shape[:2] == (32, 8)  # its own pictures
 
 
+@pytest.mark.longer
 def test_acting_in_the_simulator(tmp_path):
     """Two members of a group: the same start, then what each of them samples."""
     args = grpo_vla.Args(

@@ -43,7 +43,7 @@ def learn(*rounds, max_rounds=2, minibatch_size=2, **kwargs):
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
     logs = grpo_vla.update(policy, optimizer, b, batches.minibatches(batch, args), args)
     parameters = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    flags = {name: batch[name].tolist() for name in ("kept", "zero_std")}
+    flags = {name: distributed.gather(batch[name]).tolist() for name in ("kept", "zero_std")}
     totals = {name: value for name, value in batch["totals"].items() if name != "policy_s"}
     return {
         "rounds": envs.round,
