@@ -165,7 +165,6 @@ if __name__ == "__main__":
         policy = checkpoints.prepare(policy, args)  # --train says what is trained
         if not args.evaluate:
             samples, held_out = load_samples(policy, args)
-            print(f"{len(samples['actions']):,} samples")
             if new and hasattr(policy, "centre_states"):
                 policy.centre_states(samples["state"])
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -174,6 +173,7 @@ if __name__ == "__main__":
     if args.evaluate:
         raise SystemExit(run.evaluate_only())
 
+    print(f"{len(samples['actions']):,} samples")
     best = run.state.setdefault("best", {"iteration": 0, "nll": None})
     for iteration in run.iterations():  # evaluates on the recorded init states, saves, resumes
         policy.train()
