@@ -29,7 +29,7 @@ from vla_envs.demos import demonstrations
 from vla_envs.policies import SHIPPED, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable, save_adapter
 from vla_envs.tasks import get_task
-from vla_envs.training import checkpoints, evaluation, runs
+from vla_envs.training import arguments, checkpoints, evaluation, runs
 from vla_envs.vector import LiberoVectorEnv
 from vla_envs.workers import LiberoWorkersEnv
 
@@ -235,10 +235,14 @@ def test_help_explains_every_argument(script, execute, monkeypatch, capfd):
         execute(script, help=None)
     out, error = capfd.readouterr()
     assert not exit_.value.code and error == ""
-    tree = ast.parse((ROOT / f"{script}.py").read_text())
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    flags = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
-    helps = [ast.literal_eval(node.value) for node in body if isinstance(node, ast.Expr)]
+    flags, helps = [], []
+    for file, name in ((ROOT / f"{script}.py", "Args"), (arguments.__file__, "CommonArgs")):
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name).body
+        named = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+        texts = [ast.literal_eval(node.value) for node in body if isinstance(node, ast.Expr)]
+        flags += named
+        helps += texts[-len(named) :]  # after the docstring, if there is one
     assert len(flags) == len(helps) > 25
     shown = " ".join(re.sub(r"[^\x20-\x7e]", " ", out).split())
     for flag, text in zip(flags, helps):
@@ -506,14 +510,14 @@ def test_a_full_disk(script, start, resume, finished, monkeypatch, capsys):
 
 def test_stopped_before_the_first_iteration(start, resume, finished, monkeypatch):
     """The first evaluation has been logged, but no state saved since."""
-    run = stop(start, monkeypatch, "tgrpo_vla", stop_at, runs, "seed_all", **FULL)
+    run = stop(start, monkeypatch, "tgrpo_vla", stop_at, runs, "_seed_all", **FULL)
     resume("tgrpo_vla", run)
     assert_same_run(run, finished("tgrpo_vla"))
 
 
 @pytest.mark.parametrize("script", ["tgrpo_vla", "sft_vla"])
 def test_stopped_after_the_last_evaluation(script, start, resume, monkeypatch):
-    run = stop(start, monkeypatch, script, stop_at, runs, "save_policies")
+    run = stop(start, monkeypatch, script, stop_at, checkpoints, "save_policies")
     resume(script, run)
     assert_same_run(run, start(script, "uninterrupted"))
 
