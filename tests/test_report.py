@@ -197,12 +197,12 @@ def test_a_run_that_has_only_begun(folder, tmp_path):
         ("args.json", '{"seed": 1}', "has no eval_episodes"),
         ("args.json", '{"seed": 1, "suite": "x", "task_id": 4, "eval_episodes": null}', "eval_episodes None"),
         ("result.json", "", "result.json' is damaged"),
-        ("result.json", '{"success_after": 3}', "success_after is no result"),
-        ("result.json", '{"success_before": {"rate": 0.5}}', "success_before is no result"),
-        ("result.json", '{"sampled_after": null}', "sampled_after is no result"),
-        ("result.json", '{"before": 3}', "success_before is no result"),
-        ("result.json", '{"after": {"sampled": 3}}', "sampled_after is no result"),
-        ("result.json", '{"sampled": "0/2"}', "sampled_after is no result"),
+        ("result.json", '{"success_after": 3}', "success_after is not the result"),
+        ("result.json", '{"success_before": {"rate": 0.5}}', "success_before is not the result"),
+        ("result.json", '{"sampled_after": null}', "sampled_after is not the result"),
+        ("result.json", '{"before": 3}', "success_before is not the result"),
+        ("result.json", '{"after": {"sampled": 3}}', "sampled_after is not the result"),
+        ("result.json", '{"sampled": "0/2"}', "sampled_after is not the result"),
     ],
 )
 def test_damaged_runs(folder, tmp_path, monkeypatch, capsys, file, contents, words):

@@ -326,14 +326,15 @@ def test_a_file_with_a_dataclass_in_it(tmp_path):
     assert resolve_reward(f"{path}:scaled")({"success": np.ones(2)}).tolist() == [2, 2]
 
 
-def test_a_file_may_import_its_neighbour(tmp_path):
+def test_a_file_may_import_its_neighbour(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "its_neighbour.py").write_text("FACTOR = 3.0\n")
     (tmp_path / "scaled.py").write_text(
         "from its_neighbour import FACTOR\n\n\ndef scaled(facts):\n    return FACTOR * facts['success']\n"
     )
     before = list(sys.path)
     assert resolve_reward(f"{tmp_path / 'scaled.py'}:scaled")({"success": np.ones(2)}).tolist() == [3, 3]
-    assert sys.path == before
+    assert sys.path == [*before, str(tmp_path)]  # last, for what the function itself imports
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
         if args.get("shared_adapter"):
             raise ValueError("its run trains above the adapters of tasks; expected final_task_K, of its end")
         train = args["train"]
-        torch.manual_seed(args["seed"])  # of what a policy of one's own draws
+        torch.manual_seed(args.get("seed", 1))  # of what a policy of one's own draws
         policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
         trained = (
             policy if train == "all" else make_trainable(policy, train, args["lora_rank"], args["last_k"])
@@ -207,7 +207,7 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
             trained.load_state_dict(weights, strict=False)
             if train.startswith("lora"):
                 weights = merged(trained)
-                torch.manual_seed(args["seed"])
+                torch.manual_seed(args.get("seed", 1))
                 policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
                 policy.load_state_dict(weights)
         note_tasks(policy, args["suite"], args["task_ids"])
