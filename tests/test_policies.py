@@ -632,7 +632,7 @@ def test_the_folder_of_a_run_names_its_policy(tmp_path):
     places = tmp_path / "run" / "checkpoints"
     adapters.save_adapter(policy, places / "adapter")
     message = refusal("nano", places / "adapter")
-    assert "it is an adapter, of which --evaluate --train lora --task-ids K --shared-adapter" in message
+    assert "it is an adapter: --evaluate --train lora --task-ids K --shared-adapter" in message
     assert "did you mean" not in message and "did you mean" not in refusal("nano", tmp_path / "run")
     (places / "latest").mkdir()
     assert f"did you mean {str(places / 'latest')!r}?" in refusal("nano", tmp_path / "run")
