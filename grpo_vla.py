@@ -251,6 +251,7 @@ def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Arg
 
 def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
     """One optimiser step per minibatch of sample numbers; the means of what was measured."""
+    clip_low, clip_high = args.clip_low, args.clip_high
     meter, optimizer_steps = runs.Meter(), 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
@@ -258,12 +259,7 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
             newlogprob, entropy, _ = logprobs_of(policy, b, inds, args)  # (B, D), (B, D)
             weights = b["weights"][inds]  # (B,)
             pg_loss, measured = policy_loss(
-                newlogprob,
-                b["old_logprobs"][inds],
-                b["advantages"][inds],
-                weights,
-                args.clip_low,
-                args.clip_high,
+                newlogprob, b["old_logprobs"][inds], b["advantages"][inds], weights, clip_low, clip_high
             )
             loss = pg_loss
             if args.kl_coef:

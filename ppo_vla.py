@@ -274,6 +274,7 @@ def update(
 
     ``alone``: only the critic learns.
     """
+    clip_low, clip_high = args.clip_low, args.clip_high
     meter, optimizer_steps = runs.Meter(), 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
@@ -281,12 +282,7 @@ def update(
             newlogprob, entropy, hidden = logprobs_of(policy, b, inds, args)  # (B, D), (B, D), (B, H)
             weights = b["weights"][inds]  # (B,)
             pg_loss, measured = policy_loss(
-                newlogprob,
-                b["old_logprobs"][inds],
-                b["advantages"][inds],
-                weights,
-                args.clip_low,
-                args.clip_high,
+                newlogprob, b["old_logprobs"][inds], b["advantages"][inds], weights, clip_low, clip_high
             )
             loss = pg_loss
             if args.kl_coef:

@@ -11,6 +11,7 @@ from artifacts import ROOT, write_demos
 from vla_envs.policies import Policy, load_policy, new_policy, save_policy
 from vla_envs.policies.adapters import make_trainable
 from vla_envs.training.checkpoints import load_training_state, save_training_state
+from vla_envs.training.runs import Meter
 
 PAGE = (ROOT / "docs" / "own-policy.md").read_text(encoding="utf-8")
 CODE = re.search(r"```python\n(.*?)```", PAGE, re.S).group(1)
@@ -144,6 +145,8 @@ def test_dropout_and_statistics_are_left_alone(write):
     """It is tried out as it plays, not as it trains."""
     name = write(("nn.Tanh())", "nn.Tanh(), nn.BatchNorm1d(128), nn.Dropout(0.5))"))
     policy = new_policy(name)
+    assert policy.training and policy.body[2].num_batches_tracked == 0
+    Meter().end_update(policy, ["pick"])
     assert policy.training and policy.body[2].num_batches_tracked == 0
 
 

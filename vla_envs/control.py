@@ -142,9 +142,7 @@ class Goal(NamedTuple):
 
     kind: NDArray[np.int64]  # (n,) IN_REGION, ON_REGION, ON_OBJECT or JOINT (Open, Close, TurnOn, TurnOff)
     subject: NDArray[np.int64]  # (n,) body of the object to place, or of the part to open or turn
-    target: NDArray[
-        np.int64
-    ]  # (n,) site of the region, body of the object that it goes on, or address in qpos
+    target: NDArray[np.int64]  # (n,) site of the region, body of the object below, or address in qpos
     # (n, 3) half sizes of the region in its own frame (m), or for JOINT: threshold (m or rad), and +1 where
     # the joint must be above it, -1 below
     parameters: NDArray[np.float64]

@@ -26,9 +26,7 @@ REACH = 0.035  # m; how far below an object's top the fingertips get before the 
 SHIFTS = {"cream": -0.02, "tomato": -0.012, "bbq": -0.008}
 WIDE = 0.09  # m; wider objects are bowls, which are grasped at the rim
 RIM = 0.015  # m; how far inside the rim the hand comes down, so that it hits nothing beside the bowl
-RIM_REACH = (
-    0.012  # m; how far below the rim the fingertips get, so that the palm stays above a drawer's sides
-)
+RIM_REACH = 0.012  # m; how far below the rim the fingertips get, to keep the palm above a drawer's sides
 TURNS = {"wooden_cabinet": 1.12}  # rad about the vertical; puts the fingers along the drawer
 TABLES = ("table_top", "living_room_table")  # how the sites on a table's surface are named
 FLOOR = 0.012  # m above the table or floor; the fingertips stay above it

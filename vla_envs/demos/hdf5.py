@@ -127,10 +127,7 @@ def _obs_before_action(path: Path, demos: list[h5py.Group]) -> bool:
     for demo in demos:
         if "states" in demo and "obs/joint_states" in demo:
             parts = read_parts(demo, {"states": 0, "obs/joint_states": 7})
-            joints, recorded = (
-                parts["obs/joint_states"],
-                parts["states"][:, 1:8],
-            )  # the arm's come after the time
+            joints, recorded = parts["obs/joint_states"], parts["states"][:, 1:8]  # the time comes first
             if recorded.shape == joints.shape:
                 same += float(np.abs(joints[1:] - recorded[1:]).sum())
                 following += float(np.abs(joints[:-1] - recorded[1:]).sum())

@@ -129,14 +129,12 @@ def load_policy(
         if written != _written_name(name):
             raise ValueError(f"its config.json is of policy {written!r}")
         made_for = _check_made_for(config.pop("made_for", None))
-        if is_own(name):
+        # On "meta" nothing is made or read of a size that only one of the files claims.
+        with torch.device("cpu" if is_own(name) else "meta"):
             policy = new_policy(name, config)
-            expected = policy.state_dict()
-        else:  # on "meta", so that nothing is made or read of a size that only one of the files claims
-            with torch.device("meta"):
-                expected = new_policy(name, config).state_dict()
-        tensors = read_tensors(folder / "model.safetensors", expected)
-        policy = policy if is_own(name) else new_policy(name, config)
+        tensors = read_tensors(folder / "model.safetensors", policy.state_dict())
+        if not is_own(name):
+            policy = new_policy(name, config)
         policy.load_state_dict(tensors)
         policy.made_for = made_for
     _check_finite(policy, folder)

@@ -88,6 +88,12 @@ class Policy(Protocol):
     # eval.
 
 
+def blank_observations(policy: Any, count: int) -> dict[str, NDArray[Any]]:
+    """``count`` observations that are zero, of the size that ``policy`` is shown."""
+    size = policy.image_size
+    return {"image": np.zeros((count, size, size, 3), np.uint8), "state": np.zeros((count, 8), np.float32)}
+
+
 def is_own(name: str) -> bool:
     """Whether the name of a policy is that of one's own, ``path/to/file.py:function``."""
     return ".py:" in name
@@ -134,8 +140,8 @@ def validate(policy: Any, name: str) -> None:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"policy {name!r}: {member} is {value!r}; expected a whole number above 0")
         sizes.append(value)
-    chunk, size, width = sizes
-    obs = {"image": np.zeros((2, size, size, 3), np.uint8), "state": np.zeros((2, 8), np.float32)}
+    chunk, _, width = sizes
+    obs = blank_observations(policy, 2)
     words = ["pick up the milk and place it in the basket"] * 2
 
     def call(member: str, *arguments: Any) -> Any:

@@ -26,6 +26,7 @@ from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.files import read_json, write_json
 from vla_envs.inputs import in_short
 from vla_envs.policies import SHIPPED, count_parameters, load_policy
+from vla_envs.policies.protocol import blank_observations
 from vla_envs.training import batches, checkpoints, evaluation
 from vla_envs.training.arguments import HOW_FAST, HOW_LONG, WHERE
 
@@ -108,11 +109,12 @@ class Meter:
             FloatingPointError: When the last step has gone too far for the next rollout.
         """
         distributed.gather_parameters(policy)
-        size = policy.image_size
-        blank = {"image": np.zeros((1, size, size, 3), np.uint8), "state": np.zeros((1, 8), np.float32)}
+        training = policy.training
+        policy.eval()  # as it plays, so that no statistics of a layer change
         for instruction in instructions[:1]:  # none where this process has no samples
-            _, _, logprobs = policy.sample(blank, [instruction], 0.0)
+            _, _, logprobs = policy.sample(blank_observations(policy, 1), [instruction], 0.0)
             check_finite("log-probability of a decision after the update", logprobs.sum())
+        policy.train(training)
 
     def means(self) -> dict[str, float]:
         """The mean of every figure over the minibatches, and the first minibatch's ratio."""
