@@ -37,6 +37,7 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     if assets == "builtin":
         write_builtin(folder)
     libero.libero._assets_path_cache = str(folder)
+    np.random.seed(0)  # noqa: NPY002  (simplified meshes are made from the pose after LIBERO's reset)
     env = ControlEnv(str(task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
     xml = env.model.get_xml()
     spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.arguments import (
+from vla_envs.validation import (
     require_open,
     spaces,
     validate_actions,

@@ -18,7 +18,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.arguments import (
+from vla_envs.validation import (
     require_open,
     spaces,
     validate_actions,

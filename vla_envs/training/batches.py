@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vla_envs import distributed
-from vla_envs.command_line import one_line_errors
 
 #: What a batch holds of each of its S decisions, in order of time: what the policy saw and decided, the
 #: decision step and the environment.
@@ -126,8 +125,10 @@ def join(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
 def totals(batches: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """Sums over the episodes of rollouts of all processes, without the groups that were left out.
 
-    ``diverged`` counts the members whose simulation diverged. Where that leaves no group, the program ends
-    with one line and exit status 1.
+    ``diverged`` counts the members whose simulation diverged.
+
+    Raises:
+        FloatingPointError: When that leaves no group.
     """
     sums: dict[str, Any] = {}
     for batch in batches:
@@ -142,13 +143,12 @@ def totals(batches: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         }
         sums = {name: sums.get(name, 0) + value for name, value in numbers.items()}
     sums = distributed.sums(sums)
-    with one_line_errors():
-        if not sums["episodes"]:
-            played = distributed.total(sum(batch["alive"].shape[1] for batch in batches))
-            raise FloatingPointError(
-                f"the simulations of {sums['diverged']} of {played} episodes diverged, at least one of each"
-                " group; expected a group whose positions and velocities stay finite"
-            )
+    if not sums["episodes"]:
+        played = distributed.total(sum(batch["alive"].shape[1] for batch in batches))
+        raise FloatingPointError(
+            f"the simulations of {sums['diverged']} of {played} episodes diverged, at least one of each"
+            " group; expected a group whose positions and velocities stay finite"
+        )
     return sums
 
 

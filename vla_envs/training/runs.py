@@ -233,8 +233,9 @@ class Run:
         state = self.state
         if self.envs is not None:
             if state["before"] is None:
-                state["before"] = self.evaluate()
-                self.save()
+                with self.iteration_errors():
+                    state["before"] = self.evaluate()
+                    self.save()
             self._environments_figures()  # making them was no iteration's
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         with tqdm(
@@ -247,22 +248,24 @@ class Run:
                 _seed_all(self.args.seed, state["iteration"])  # so that a resumed run draws the same numbers
                 self._iteration_started = time.perf_counter()
                 yield state["iteration"]
-                if self.args.eval_every and state["iteration"] % self.args.eval_every == 0:
-                    self.evaluate()
-                state["wall_s"] = time.perf_counter() - self._started
-                self.save()
+                with self.iteration_errors():
+                    if self.args.eval_every and state["iteration"] % self.args.eval_every == 0:
+                        self.evaluate()
+                    state["wall_s"] = time.perf_counter() - self._started
+                    self.save()
                 self._progress.update(100.0 * self.done() - self._progress.n)
 
     def count(self, *rollouts: dict[str, Any]) -> None:
         """Count the episodes and control steps of the iteration's rollouts, over all processes."""
-        self.totals = batches.totals(rollouts)
+        with self.iteration_errors():
+            self.totals = batches.totals(rollouts)
         self._rollout_s = time.perf_counter() - self._iteration_started
         self.state["env_steps"] += self.totals["control_steps"]
         self.state["episodes"] += self.totals["episodes"]
 
     @contextlib.contextmanager
     def iteration_errors(self) -> Iterator[None]:
-        """Numbers that are not finite end the program with one line that says where the last state is."""
+        """What goes wrong ends the program with one line that says where the last state is."""
         latest = self.folder / "checkpoints" / "latest"
         with one_line_errors(f"iteration {self.state['iteration']}, last good state in {latest}: "):
             yield
@@ -412,11 +415,12 @@ class Run:
     def finish(self) -> None:
         """Evaluate, unless that has just been done; write the trained policy and ``result.json``."""
         state = self.state
-        if state["evaluated"] != state["iteration"]:
-            self.evaluate()
-            state["wall_s"] = time.perf_counter() - self._started
-            self.save()
-        self._write_result()
+        with self.iteration_errors():
+            if state["evaluated"] != state["iteration"]:
+                self.evaluate()
+                state["wall_s"] = time.perf_counter() - self._started
+                self.save()
+            self._write_result()
         distributed.stop()
         for each in (self.envs, self.eval_envs, self._writer):
             if each is not None:
