@@ -1,6 +1,7 @@
 """LIBERO as fast Gymnasium vector environments, and policies to fine-tune on them.
 
-Importing this package registers one id per suite with Gymnasium, for instance ``vla_envs/LiberoObject-v0``.
+Importing this package registers one id per suite with Gymnasium, for instance ``vla_envs/LiberoObject-v0``,
+and ``vla_envs/Libero-v0`` for a suite or a BDDL file of one's own.
 """
 
 import os
@@ -30,11 +31,11 @@ from vla_envs.vector import LiberoVectorEnv
 __version__ = "0.1.0"
 __all__ = ["FactsReward", "LiberoEnv", "LiberoVectorEnv"]
 
-for _suite in SUITES:
+for _suite in (*SUITES, None):  # Libero-v0 is for a suite or a file of one's own
     register(
-        id=f"vla_envs/{_suite}-v0",
+        id=f"vla_envs/{_suite or 'Libero'}-v0",
         entry_point="vla_envs.env:make",
         vector_entry_point="vla_envs.workers:make",
         max_episode_steps=200,
-        kwargs={"suite": _suite},
+        kwargs={"suite": _suite} if _suite else {},
     )

@@ -7,6 +7,7 @@ the user a question and never touches an existing configuration.
 import json
 import logging
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ import numpy as np
 
 from vla_envs.assets.builtin import simple_robot, write_builtin
 from vla_envs.assets.simplify import simplify
-from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, order
-from vla_envs.scene import Placement, digest
-from vla_envs.tasks import Task, get_task, libero_folder, recorded_init_states
+from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, UP, UP_HEIGHT, order
+from vla_envs.scene import Placement, assemble, digest
+from vla_envs.tasks import Task, libero_folder, recorded_init_states
 
 ARENA_BYTES = (
     16 * 2**20
 )  # contact memory per environment; it is virtual, and only what is used becomes resident
+#: Init states for the evaluation of a task without recorded ones, as many as LIBERO has, and the branch of
+#: random numbers that they are drawn from: a placement's seed never leads there.
+FROZEN_STATES, EVALUATION = 50, 1
 
 
 def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> None:
@@ -79,14 +83,29 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
             for name in getattr(env, "visualization_sites_list", [])
             for site, _ in env.get_object(name).object_properties["vis_site_names"].values()
         ],
-        "recorded": recorded_init_states(task)[:, 1 : 1 + model.nq].tolist(),
     }
+    description["recorded"] = _recorded(task, model, description)
     description["sha256"] = digest(blob.tobytes(), description)
     # Files are written beside their place and then renamed, so that they are whole; the digest joins the two.
     for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(description).encode())):
         partial = Path(f"{base}{suffix}.partial")
         partial.write_bytes(content)
         os.replace(partial, f"{base}{suffix}")
+
+
+def _recorded(task: Task, model: mujoco.MjModel, description: dict[str, Any]) -> list[list[float]]:
+    """The task's recorded init states (S, nq), or ones drawn now that training never sees."""
+    if task.init_states_file is None:
+        scene = assemble(task, model, description | {"recorded": []})
+        streams = np.random.SeedSequence(0, spawn_key=(EVALUATION,)).spawn(FROZEN_STATES)
+        return [scene.sample_init_state(np.random.default_rng(stream)).tolist() for stream in streams]
+    states, width = recorded_init_states(task), 1 + model.nq + model.nv
+    if states.shape[1] != width:
+        raise ValueError(
+            f"init states in {task.init_states_file} have {states.shape[1]} numbers each; expected {width}:"
+            " time, joint positions and velocities of this task"
+        )
+    return states[:, 1 : 1 + model.nq].tolist()
 
 
 def _address(model: mujoco.MjModel, joints: list[str]) -> int:
@@ -128,6 +147,9 @@ def _predicate(
             "contact": contact,
         }  # fmt: skip
     body = model.body(thing.root_body).id
+    if predicate == "up":
+        return {"kind": UP, "subject": body, "target": body, "parameters": [UP_HEIGHT, 0.0, 0.0],
+                "contact": contact}  # fmt: skip
     if target in env.object_sites_dict:
         region = env.object_sites_dict[target]
         kind = {"in": IN_REGION, "on": ON_REGION}[predicate]
@@ -228,6 +250,7 @@ def import_robosuite() -> None:
 
 
 if __name__ == "__main__":
-    suite_name, number, assets_argument, quality_argument, *paths = sys.argv[1:]
+    assets_argument, quality_argument, *paths = sys.argv[1:]
     base_path, scratch_path = map(Path, paths)
-    _build(get_task(suite_name, int(number)), assets_argument, quality_argument, base_path, scratch_path)
+    to_build = pickle.loads((scratch_path / "task.pickle").read_bytes())  # from vla_envs.scene
+    _build(to_build, assets_argument, quality_argument, base_path, scratch_path)

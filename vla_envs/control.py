@@ -19,7 +19,8 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-IN_REGION, ON_REGION, ON_OBJECT, JOINT = range(4)  # kinds of predicates
+IN_REGION, ON_REGION, ON_OBJECT, JOINT, UP = range(5)  # kinds of predicates
+UP_HEIGHT = 1.0  # m above the floor, LIBERO's predicates/base_predicates.py
 ARM_DOF = 7
 SUBSTEPS = 25  # 20 Hz control over 500 Hz physics
 POSITION_SCALE = 0.05  # m for an action of 1, robosuite/controllers/config/osc_pose.json
@@ -140,11 +141,15 @@ class Goal(NamedTuple):
     ``envs/objects/articulated_objects.py``.
     """
 
-    kind: NDArray[np.int64]  # (n,) IN_REGION, ON_REGION, ON_OBJECT or JOINT (Open, Close, TurnOn, TurnOff)
+    kind: NDArray[
+        np.int64
+    ]  # (n,) IN_REGION, ON_REGION, ON_OBJECT, UP or JOINT (Open, Close, TurnOn, TurnOff)
     subject: NDArray[np.int64]  # (n,) body of the object to place, or of the part to open or turn
-    target: NDArray[np.int64]  # (n,) site of the region, body of the object below, or address in qpos
-    # (n, 3) half sizes of the region in its own frame (m), or for JOINT: threshold (m or rad), and +1 where
-    # the joint must be above it, -1 below
+    target: NDArray[
+        np.int64
+    ]  # (n,) site of the region, body of the object below or (UP) to lift, or address in qpos
+    # (n, 3) half sizes of the region in its own frame (m); for JOINT: threshold (m or rad), and +1 where the
+    # joint must be above it, -1 below; for UP: height (m)
     parameters: NDArray[np.float64]
     # (n, 2, ngeom) the two sets of geoms that must touch; empty where the predicate asks for no contact
     contact: NDArray[np.bool_]
@@ -317,6 +322,8 @@ def predicate_in_place(goal, k, qpos, xpos, site_xpos, site_xmat):  # type: igno
     if kind == JOINT:
         return parameters[1] * (qpos[target] - parameters[0]) > 0.0
     position = xpos[goal.subject[k]]
+    if kind == UP:
+        return position[2] >= parameters[0]
     if kind == IN_REGION:  # SiteObject.in_box: the region's turned box, made axis-aligned, and 1 cm deeper
         for i in range(3):
             half = 0.0

@@ -37,7 +37,7 @@ class LiberoEnv(FromArguments, gym.Env):
 
     def __init__(
         self,
-        suite: str = "LiberoObject",
+        suite: str | os.PathLike[str] = "LiberoObject",
         task_id: int = 0,
         image_size: int = 128,
         action_chunk: int = 1,
@@ -51,6 +51,8 @@ class LiberoEnv(FromArguments, gym.Env):
         settle_gripper: float = -1.0,
         render_mode: str | None = None,
         cache: bool = True,
+        bddl_file: str | os.PathLike[str] | None = None,
+        init_state_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         self._envs = LiberoVectorEnv(1, **self._arguments)

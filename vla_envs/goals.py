@@ -4,11 +4,21 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.control import IN_REGION, JOINT, ON_OBJECT, ON_REGION, Goal, in_place, predicate_in_place
+from vla_envs.control import (
+    IN_REGION,
+    JOINT,
+    ON_OBJECT,
+    ON_REGION,
+    UP,
+    UP_HEIGHT,
+    Goal,
+    in_place,
+    predicate_in_place,
+)  # fmt: skip
 
 __all__ = [
-    "FACTS", "IN_REGION", "JOINT", "ON_OBJECT", "ON_REGION", "FactReader", "Goal", "in_place", "order",
-    "predicates_met", "touch",
+    "FACTS", "IN_REGION", "JOINT", "ON_OBJECT", "ON_REGION", "UP", "UP_HEIGHT", "FactReader", "Goal",
+    "in_place", "order", "predicates_met", "touch",
 ]  # fmt: skip
 
 
@@ -43,7 +53,8 @@ FACTS = {
     "gripper_to_object_xy": "m, the same in the horizontal plane",
     "object_height": "m, the object's rise above where it lay after the reset",
     "object_peak_height": "m, the greatest rise in this episode",
-    "object_to_goal_xy": "m, horizontal distance from the object to the centre of its goal (0 for a joint)",
+    "object_to_goal_xy": "m, horizontal distance from the object to the centre of its goal (0 for a joint), "
+    "or what is missing of a height",
     "object_above_goal": "m, height of the object above the centre of its goal (0 for a joint)",
     "gripper_opening": "m, distance between the fingertips (0 closed, 0.08 open)",
     "touching": "0 or 1, one of the fingertips touches the object",
@@ -82,6 +93,13 @@ class FactReader:
             joint, self.data.qpos[np.where(joint, goal.target, 0)], self.data.xpos[goal.subject, 2]
         )
 
+    def _goal_position(self, k: int) -> NDArray[np.float64]:
+        """The centre (3, m) of where predicate ``k``, which moves no joint, wants its object."""
+        kind, target, data = self.goal.kind[k], self.goal.target[k], self.data
+        if kind == UP:
+            return np.append(data.xpos[target, :2], self.goal.parameters[k, 0])
+        return (data.xpos if kind == ON_OBJECT else data.site_xpos)[target]
+
     def read(self, origin: NDArray[np.float64], peak: NDArray[np.float64], success: bool) -> dict[str, float]:
         """Read the facts of this moment, and note in ``met`` which predicates hold.
 
@@ -94,7 +112,7 @@ class FactReader:
         met = self.met = predicates_met(goal, data)
         unmet = np.flatnonzero(~met)
         k = int(unmet[0]) if len(unmet) else len(met) - 1
-        joint, target = goal.kind[k] == JOINT, goal.target[k]
+        joint, up, target = goal.kind[k] == JOINT, goal.kind[k] == UP, goal.target[k]
         hand, position = data.site_xpos[self.site], data.xpos[goal.subject[k]]
         if joint:
             parts = data.geom_xpos[self.solid[k]] - hand
@@ -103,7 +121,7 @@ class FactReader:
             progress = (data.qpos[target] - origin[k]) / ((goal.parameters[k, 0] - origin[k]) or 1.0)
         else:
             to_object = data.xipos[goal.subject[k]] - hand
-            to_goal = (data.xpos if goal.kind[k] == ON_OBJECT else data.site_xpos)[target] - position
+            to_goal = self._goal_position(k) - position
             rise, peak_rise = position[2] - origin[k], max(peak[k], position[2]) - origin[k]
             progress = 0.0
         touched = [touch(pad, self.body_geoms[k], data.contact.geom) for pad in self.pads]
@@ -112,7 +130,7 @@ class FactReader:
             "gripper_to_object_xy": float(np.linalg.norm(to_object[:2])),
             "object_height": float(rise),
             "object_peak_height": float(peak_rise),
-            "object_to_goal_xy": float(np.linalg.norm(to_goal[:2])),
+            "object_to_goal_xy": float(max(to_goal[2], 0.0) if up else np.linalg.norm(to_goal[:2])),
             "object_above_goal": float(-to_goal[2]),
             "gripper_opening": float(data.qpos[7] - data.qpos[8]),
             "touching": float(any(touched)),

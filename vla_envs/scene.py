@@ -8,10 +8,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.assets.libero import QUALITIES, resolve_assets, verify_files
+from vla_envs.bddl import KINDS
 from vla_envs.control import Arm
 from vla_envs.goals import Goal
 from vla_envs.inputs import nearest
@@ -76,7 +78,7 @@ class Scene:
         tuple[int, float, float], ...
     ]  # address in qpos, low, high of drawers, doors and knobs
     burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of its knob, where it turns on
-    recorded: NDArray[np.float64]  # (50, nq) joint positions of LIBERO's recorded init states
+    recorded: NDArray[np.float64]  # (S, nq) recorded joint positions, LIBERO has S = 50; or whole init states
 
     def sample_init_state(self, rng: np.random.Generator) -> NDArray[np.float64]:
         """Sample an init state as LIBERO does, unsettled: everything in its BDDL region, and a noisy arm.
@@ -92,10 +94,12 @@ class Scene:
         return self._place(qpos, rng)
 
     def recorded_init_state(self, state_id: int) -> NDArray[np.float64]:
-        """LIBERO's recorded init state ``state_id``, with the fixtures in the middle of their regions.
+        """The recorded init state ``state_id``, with the fixtures in the middle of their regions.
 
         LIBERO's files have only joint positions: they do not record where the fixtures stood.
         """
+        if self.recorded.shape[1] > self.model.nq:  # drawn when the scene was built, so whole
+            return self.recorded[state_id].copy()
         return np.append(self.recorded[state_id], self._place(self.model.qpos0.copy(), None)[self.model.nq :])
 
     def _place(self, qpos: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.float64]:
@@ -132,7 +136,9 @@ class Scene:
                 ):
                     break
             else:
-                raise RuntimeError(f"{item.name} of {self.task.name} found no free place in 5000 tries")
+                raise RuntimeError(
+                    f"{item.name} of {self.task.name} found no free place in 5000 tries: too small a region"
+                )
             quat = _sample_quat(item.rotation, rng)
             if model.body_mocapid[item.body] >= 0:
                 quat = np.roll(quat, 1)  # LIBERO's samplers give fixtures wxyz
@@ -190,8 +196,12 @@ def _key(task: Task, assets: str, quality: str) -> str:
     for package in ("mujoco", "robosuite", "hf-libero"):
         digest.update(f"{package}={importlib.metadata.version(package)};".encode())
     here = Path(__file__).parent
-    for path in (*(here / name for name in BUILD_FILES), task.bddl_file, task.init_states_file):
+    for path in (here / name for name in BUILD_FILES):
         digest.update(path.read_bytes())
+    if task.problem is None and task.init_states_file:
+        for path in (task.bddl_file, task.init_states_file):
+            digest.update(path.read_bytes())
+    digest.update(task.digest.encode())
     digest.update(f"{assets};{quality}".encode())
     if assets != "builtin":
         for path in sorted(Path(assets).rglob("*")):
@@ -203,19 +213,27 @@ def _key(task: Task, assets: str, quality: str) -> str:
 def load_scene(
     suite: str, task_id: int, assets: str = "builtin", quality: str = "exact", cache: bool = True
 ) -> Scene:
+    """``scene_of`` the task ``task_id`` (from 0) of ``suite``.
+
+    Raises:
+        ValueError, RuntimeError: As ``scene_of``; also when the task does not exist.
+    """
+    return scene_of(get_task(suite, task_id), assets, quality, cache)
+
+
+def scene_of(task: Task, assets: str = "builtin", quality: str = "exact", cache: bool = True) -> Scene:
     """The compiled scene of a task, which is in use already, read from the cache on disk, or built now.
 
     Args:
-        suite: Suite of the task.
-        task_id: Task in the suite, from 0.
+        task: The task.
         assets: ``"builtin"``, ``"libero"`` or a folder of LIBERO's assets.
         quality: How LIBERO's assets are rendered: ``"exact"`` (its own pixels) or ``"fast"`` (simplified
             meshes, no multisampling). The built-in assets have only one quality.
         cache: Whether to read and write the cache on disk; without it, a scene that is not in use is built.
 
     Raises:
-        ValueError: When the task, the assets or the quality do not exist, or files of the assets are missing
-            or damaged.
+        ValueError: When the assets or the quality do not exist, files of the assets are missing or damaged,
+            or the assets lack a thing of the task.
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     require_mujoco()
@@ -224,8 +242,20 @@ def load_scene(
         raise ValueError(
             f"quality is {quality!r}; expected {expected}{nearest(str(quality), list(QUALITIES))}"
         )
-    task, assets = get_task(suite, task_id), resolve_assets(assets)
+    assets = resolve_assets(assets)
+    if assets == "builtin" and task.problem:
+        _require_built_in(task)
     return _load(task, assets, "exact" if assets == "builtin" else quality, cache)
+
+
+def _require_built_in(task: Task) -> None:
+    """Refuse a task with things that the built-in assets lack."""
+    for name, kind in (task.problem.fixtures + task.problem.objects) if task.problem else ():
+        if kind in KINDS and not KINDS[kind].built_in:
+            raise ValueError(
+                f"{task.name} has {name}, and the built-in assets have no {kind}; expected assets='libero' or"
+                " a folder that has it"
+            )
 
 
 #: Every scene in use: two environments of a task share one, however many scenes are open.
@@ -247,7 +277,8 @@ def _read_or_build(task: Task, assets: str, quality: str, cache: bool) -> Scene:
             folder = cache_folder()
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vla_envs-")))
-        base = folder / f"{task.suite}_{task.task_id}_{_key(task, assets, quality)}"
+        label = f"{task.suite}_{task.task_id}" if task.problem is None else task.name[:60]
+        base = folder / f"{label}_{_key(task, assets, quality)}"
         stack.enter_context(filelock.FileLock(f"{base}.lock"))
         cached = _read(base)
         if cached is None:
@@ -255,7 +286,11 @@ def _read_or_build(task: Task, assets: str, quality: str, cache: bool) -> Scene:
             cached = _read(base)
     if cached is None:
         raise RuntimeError(f"the compiled scene at {base}.mjb cannot be read back")
-    model, description = cached
+    return assemble(task, *cached)
+
+
+def assemble(task: Task, model: mujoco.MjModel, description: dict[str, Any]) -> Scene:
+    """The scene of a compiled model and of the description stored with it."""
     return Scene(
         task=task,
         model=model,
@@ -298,25 +333,19 @@ def digest(blob: bytes, description: dict[str, Any]) -> str:
 
 
 def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
-    if assets != "builtin":
-        verify_files(Path(assets), task.bddl_file)
+    shown = f"{task.suite} task {task.task_id}" if task.problem is None else task.name
     print(
-        f"Building the scene of {task.suite} task {task.task_id}; this happens once and takes about 10 s.",
-        file=sys.stderr,
-        flush=True,
+        f"Building the scene of {shown}; this happens once and takes about 10 s.", file=sys.stderr, flush=True
     )
     with tempfile.TemporaryDirectory(prefix="vla_envs-") as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "vla_envs.build_scene",
-            task.suite,
-            str(task.task_id),
-            assets,
-            quality,
-            str(base),
-            scratch,
-        ]
+        if task.problem:  # LIBERO's parser gets what ours has understood
+            text = task.problem.text()
+            task = replace(task, bddl_file=Path(scratch) / "task.bddl")
+            task.bddl_file.write_text(text, encoding="utf-8")
+        if assets != "builtin":
+            verify_files(Path(assets), task.bddl_file)
+        (Path(scratch) / "task.pickle").write_bytes(pickle.dumps(task))
+        command = [sys.executable, "-m", "vla_envs.build_scene", assets, quality, str(base), scratch]
         environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}
         path = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))

@@ -1,12 +1,15 @@
-"""LIBERO's suites and tasks: names, instructions, BDDL files and recorded init states.
+"""Suites and tasks, LIBERO's and one's own: names, instructions, BDDL files and init states.
 
-They are read from the installed ``hf-libero`` package without importing it, because its import asks a
-question on the terminal when no configuration file exists.
+LIBERO's are read from the installed ``hf-libero`` package without importing it, because its import asks a
+question on the terminal when no configuration file exists. A folder of BDDL files is a suite of one's own,
+and so is a single file.
 """
 
+import hashlib
 import importlib.util
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs import bddl
 from vla_envs.inputs import in_short, nearest
 
 SUITES = {
@@ -24,19 +28,25 @@ SUITES = {
     "Libero90": "libero_90",
 }
 MOST_BYTES = 2**20  # per file of init states; LIBERO's have up to 59 kB
+INIT_STATE_FILES = (".npy", ".npz", ".pruned_init", ".init")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One LIBERO task.
+    """One task, LIBERO's or one's own.
 
     Attributes:
-        suite: The suite's name as in the Gymnasium id, for instance ``"LiberoObject"``.
-        task_id: Position in the suite, from 0, in LIBERO's order (``libero_suite_task_map.py``).
-        name: LIBERO's name of the task.
-        instruction: The sentence that a policy is given; as in LIBERO, it is made from the file name.
-        bddl_file: LIBERO's description of the scene and the goal.
-        init_states_file: The recorded init states, LIBERO's ``*.pruned_init``.
+        suite: The suite's name as in the Gymnasium id, for instance ``"LiberoObject"``, or the path of a
+            folder of BDDL files or of one such file.
+        task_id: Position in the suite, from 0: in LIBERO's order (``libero_suite_task_map.py``), or in the
+            order of a folder's file names.
+        name: LIBERO's name of the task, or the file's without its ending.
+        instruction: The sentence that a policy is given: as in LIBERO made from its file's name, or the
+            ``:language`` of one's own file.
+        bddl_file: The description of the scene and the goal.
+        init_states_file: Its recorded init states (LIBERO's ``*.pruned_init``); None where none are recorded.
+        problem: What one's own file asks for; None for LIBERO's tasks, which its own parser reads.
+        digest: Of the contents of one's own files.
     """
 
     suite: str
@@ -44,7 +54,9 @@ class Task:
     name: str
     instruction: str
     bddl_file: Path
-    init_states_file: Path
+    init_states_file: Path | None
+    problem: bddl.Problem | None = None
+    digest: str = ""
 
 
 def libero_folder() -> Path:
@@ -65,24 +77,51 @@ def _task_map() -> dict[str, list[str]]:
     return module.libero_task_map
 
 
-def num_tasks(suite: str) -> int:
+def _own_files(suite: str | os.PathLike[str]) -> list[Path]:
+    """The BDDL files of a suite of one's own, in order of their names; none if it is not a path.
+
+    Raises:
+        ValueError: When the path does not exist, or the folder has no BDDL files.
+    """
+    text = os.fspath(suite)
+    path = Path(text)
+    if path.suffix == ".bddl":
+        if not path.is_file():
+            beside = [each.name for each in path.parent.glob("*.bddl")] if path.parent.is_dir() else []
+            raise ValueError(f"BDDL file {text!r} does not exist{nearest(path.name, beside)}")
+        return [path]
+    if not (path.is_dir() or os.sep in text or "/" in text):
+        return []
+    if not path.is_dir():
+        raise ValueError(f"suite {text!r} is not a folder; expected one of BDDL files, or {list(SUITES)}")
+    files = sorted(path.glob("*.bddl"), key=lambda file: file.name)
+    if not files:
+        raise ValueError(f"folder {text!r} has no BDDL files; expected at least one *.bddl")
+    return files
+
+
+def num_tasks(suite: str | os.PathLike[str]) -> int:
     """The number of tasks in a suite.
 
     Raises:
         ValueError: When the suite does not exist.
     """
+    if isinstance(suite, str | os.PathLike) and suite not in SUITES and (files := _own_files(suite)):
+        return len(files)
     if not isinstance(suite, str) or suite not in SUITES:
         papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
         hint = nearest(papers_name, list(SUITES))
-        raise ValueError(f"suite {suite!r} is unknown; expected one of {list(SUITES)}{hint}")
+        raise ValueError(
+            f"suite {suite!r} is unknown; expected one of {list(SUITES)}, or a folder of BDDL files{hint}"
+        )
     return len(_task_map()[SUITES[suite]])
 
 
-def get_task(suite: str, task_id: int) -> Task:
-    """The task ``task_id`` (from 0) of a suite.
+def get_task(suite: str | os.PathLike[str], task_id: int) -> Task:
+    """The task ``task_id`` (from 0) of a suite: one of LIBERO's, or the path of a folder or a BDDL file.
 
     Raises:
-        ValueError: When the suite or the task id does not exist.
+        ValueError: When the suite or the task id does not exist, or one's own file has a mistake.
     """
     count = num_tasks(suite)
     if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
@@ -92,6 +131,12 @@ def get_task(suite: str, task_id: int) -> Task:
         raise ValueError(
             f"task_id {task_id} does not exist in {suite}; expected 0 to {count - 1}, nearest {closest}"
         )
+    if suite not in SUITES:
+        file = _own_files(suite)[task_id]
+        problem = bddl.read(file)
+        digest = hashlib.sha256(problem.text().encode()).hexdigest()
+        return Task(os.fspath(suite), int(task_id), file.stem, problem.language, file, None, problem, digest)
+    suite = str(suite)
     folder = SUITES[suite]
     name = _task_map()[folder][task_id]
     # LIBERO-90 and LIBERO-10 names begin with the scene: KITCHEN_SCENE3_turn_on_the_stove.
@@ -107,16 +152,58 @@ def get_task(suite: str, task_id: int) -> Task:
     )
 
 
-def recorded_init_states(task: Task) -> NDArray[np.float64]:
-    """LIBERO's recorded init states, ``(50, 1 + nq + nv)``: time (s), joint positions, velocities.
+def with_init_states(task: Task, file: str | os.PathLike[str]) -> Task:
+    """One's own ``task`` with the recorded init states in ``file``.
 
-    Every published evaluation uses these; training samples placements of its own. The files are pickles, so
-    a restricted reader reads them, which builds arrays and nothing else. It reads them once, when a scene is
-    built, and the scene keeps them (``Scene.recorded``).
+    Raises:
+        ValueError: When the task is LIBERO's, or the file does not exist or has another ending.
+    """
+    if task.problem is None:
+        raise ValueError("init_state_file is for a bddl_file of one's own; LIBERO's tasks have theirs")
+    path = Path(file)
+    if not path.is_file() or path.suffix not in INIT_STATE_FILES:
+        raise ValueError(
+            f"init_state_file is {os.fspath(file)!r}; expected a file that ends in one of {INIT_STATE_FILES}"
+        )
+    digest = hashlib.sha256(task.digest.encode() + path.read_bytes()).hexdigest()
+    return replace(task, init_states_file=path, digest=digest)
+
+
+def recorded_init_states(task: Task) -> NDArray[np.float64]:
+    """The recorded init states, ``(S, 1 + nq + nv)``: time (s), joint positions, velocities.
+
+    Every published evaluation uses LIBERO's; training samples placements of its own. Its files are pickles,
+    so a restricted reader reads them, which builds arrays and nothing else. It reads them once, when a scene
+    is built, and the scene keeps them (``Scene.recorded``). One's own can be a ``.npy``, or a ``.npz`` with
+    one array, as well.
 
     Raises:
         ValueError: When the file is missing or damaged, or has anything else.
     """
+    file = task.init_states_file
+    if file is None:
+        raise ValueError(f"{task.name} has no recorded init states")
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has {file.stat().st_size} bytes; expected at most {MOST_BYTES}")
+        states = np.asarray(_array(file), dtype=np.float64)
+        if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
+            raise ValueError(f"it has shape {states.shape}; expected rows of finite numbers")
+    except Exception as error:  # torch, pickle, NumPy and zip files raise different ones
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the recorded init states {str(file)!r} cannot be read: {reason}") from error
+    return states
+
+
+def _array(file: Path) -> Any:
+    """The one array in a file of init states."""
+    if file.suffix in (".npy", ".npz"):
+        loaded = np.load(file, allow_pickle=False)
+        if file.suffix == ".npy":
+            return loaded
+        if len(loaded.files) != 1:
+            raise ValueError(f"it has {len(loaded.files)} arrays; expected one")
+        return loaded[loaded.files[0]]
     import torch
     from numpy._core.multiarray import _reconstruct
 
@@ -126,15 +213,5 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
         np.dtype,
         type(np.dtype(np.float64)),
     ]
-    file = task.init_states_file
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has {file.stat().st_size} bytes; expected at most {MOST_BYTES}")
-        with torch.serialization.safe_globals(allowed):
-            states = np.asarray(torch.load(file, weights_only=True), dtype=np.float64)
-        if states.ndim != 2 or not np.isfinite(states).all():
-            raise ValueError(f"it has shape {states.shape}; expected rows of finite numbers")
-    except Exception as error:  # torch, pickle and zip files raise different ones
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the recorded init states {str(file)!r} cannot be read: {reason}") from error
-    return states
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(file, weights_only=True)

@@ -1,5 +1,6 @@
 """What environments are given: their arguments, seeds, reset options and actions, validated."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_array, as_numbers, in_short
 from vla_envs.rewards import warn_of_recorded_states
-from vla_envs.tasks import get_task
+from vla_envs.tasks import Task, get_task, with_init_states
 
 LARGEST_IMAGE = 4096  # pixels, of observed images
 
@@ -24,19 +25,45 @@ def validate_int(name: str, value: Any, least: int, most: int | None = None) -> 
         raise ValueError(f"{name} is {in_short(value)}; expected an int {expected}")
 
 
-def validate_tasks(suite: str, task_id: Any, num_envs: int) -> list[Any]:
-    """One task id per environment, from the ``task_id`` that ``LiberoVectorEnv`` takes.
+def validate_tasks(
+    suite: str | os.PathLike[str], task_id: Any, bddl_file: Any, init_state_file: Any, num_envs: int
+) -> list[Task]:
+    """One task per environment, from the arguments that ``LiberoVectorEnv`` takes.
 
     Raises:
-        ValueError: When a task does not exist, or there are not ``num_envs`` of them.
+        ValueError: When a task or a file does not exist, there are not ``num_envs`` of them, or arguments
+            leave one another without effect.
     """
-    several = isinstance(task_id, Sequence) or (isinstance(task_id, np.ndarray) and task_id.ndim > 0)
-    task_ids = list(task_id) if several else [task_id] * num_envs
-    for each in task_ids:
-        get_task(suite, each)
-    if len(task_ids) != num_envs:
-        raise ValueError(f"task_id has {len(task_ids)} entries; expected one per environment, {num_envs}")
-    return task_ids
+    if bddl_file is None:
+        ids = _one_per_environment("task_id", task_id, num_envs)
+        found = {each: get_task(suite, each) for each in dict.fromkeys(ids)}
+        tasks = [found[each] for each in ids]
+    else:
+        if suite != "LiberoObject" or not (np.ndim(task_id) == 0 and task_id == 0):
+            raise ValueError(
+                f"bddl_file is given beside suite {os.fspath(suite)!r} and task_id {in_short(task_id)};"
+                " expected it alone, with the id vla_envs/Libero-v0"
+            )
+        files = _one_per_environment("bddl_file", bddl_file, num_envs)
+        for file in files:
+            if not isinstance(file, str | os.PathLike) or not os.fspath(file).endswith(".bddl"):
+                raise ValueError(f"bddl_file is {in_short(file)}; expected the path of a *.bddl file")
+        read = {file: get_task(file, 0) for file in dict.fromkeys(files)}
+        tasks = [read[file] for file in files]
+    if init_state_file is None:
+        return tasks
+    files = _one_per_environment("init_state_file", init_state_file, num_envs)
+    with_states = {pair: with_init_states(*pair) for pair in dict.fromkeys(zip(tasks, files))}
+    return [with_states[pair] for pair in zip(tasks, files)]
+
+
+def _one_per_environment(name: str, value: Any, num_envs: int) -> list[Any]:
+    """``value`` for each of ``num_envs`` environments, or its entries if it is a sequence of them."""
+    several = (isinstance(value, Sequence) and not isinstance(value, str)) or np.ndim(value) > 0
+    values = list(value) if several else [value] * num_envs
+    if len(values) != num_envs:
+        raise ValueError(f"{name} has {len(values)} entries; expected one per environment, {num_envs}")
+    return values
 
 
 def require_open(envs: VectorEnv) -> None:

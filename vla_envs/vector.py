@@ -14,6 +14,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from vla_envs.control import require_compiled
+from vla_envs.goals import FACTS, JOINT
+from vla_envs.inputs import in_short
+from vla_envs.machine import available_cores
+from vla_envs.render import Renderer, opengl
+from vla_envs.rewards import Reward, all_stage_names, binary, compute_reward, resolve_reward
+from vla_envs.scene import scene_of
+from vla_envs.simulation import Settled, Simulation
+from vla_envs.threads import Crew, exclusive
 from vla_envs.validation import (
     require_open,
     spaces,
@@ -24,15 +33,6 @@ from vla_envs.validation import (
     validate_tasks,
     warn_when_all_are_frozen,
 )
-from vla_envs.control import require_compiled
-from vla_envs.goals import FACTS, JOINT
-from vla_envs.inputs import in_short
-from vla_envs.machine import available_cores
-from vla_envs.render import Renderer, opengl
-from vla_envs.rewards import Reward, all_stage_names, binary, compute_reward, resolve_reward
-from vla_envs.scene import load_scene
-from vla_envs.simulation import Settled, Simulation
-from vla_envs.threads import Crew, exclusive
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 FRAME_SIZE = 256  # pixels of the images that ``render`` returns
@@ -59,7 +59,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     Args:
         num_envs: Number of environments.
-        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``.
+        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``, or
+            a folder of BDDL files, whose tasks are in the order of the files' names.
         task_id: The task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the images in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
@@ -77,6 +78,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         autoreset_mode: A ``gymnasium.vector.AutoresetMode``.
         render_mode: ``"rgb_array"`` or None.
         cache: Whether compiled scenes are read from the cache on disk and kept there.
+        bddl_file: Instead of a suite: a BDDL file of one's own, or a list with one per environment.
+        init_state_file: Recorded init states of one's own tasks, as ``vla_envs.tasks.recorded_init_states``
+            reads them, or a list with one file per environment; by default 50 are drawn that no seed gives.
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright and mirrored: see ``vla_envs/render.py``). The state is
@@ -96,7 +100,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        suite: str = "LiberoObject",
+        suite: str | os.PathLike[str] = "LiberoObject",
         task_id: int | Sequence[int] = 0,
         image_size: int = 128,
         action_chunk: int = 1,
@@ -111,6 +115,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
         render_mode: str | None = None,
         cache: bool = True,
+        bddl_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        init_state_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         require_compiled()
@@ -133,7 +139,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             raise ValueError(f"render_mode is {in_short(render_mode)}; expected 'rgb_array' or None")
         if not isinstance(assets, str | os.PathLike):
             raise ValueError(f"assets is {in_short(assets)}; expected 'builtin', 'libero' or a folder")
-        task_ids = validate_tasks(suite, task_id, num_envs)
+        self.tasks = validate_tasks(suite, task_id, bddl_file, init_state_file, num_envs)
         modes = [mode.value for mode in AutoresetMode]
         if not isinstance(autoreset_mode, AutoresetMode) and not (
             isinstance(autoreset_mode, str) and autoreset_mode in modes
@@ -160,11 +166,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         }
         self._crew = Crew(num_threads)
         self.set_reward(reward)
-        scenes = {
-            task: load_scene(suite, task, str(assets), quality, cache) for task in dict.fromkeys(task_ids)
-        }
-        self.simulations = [Simulation(scenes[task]) for task in task_ids]
-        self.tasks = [simulation.scene.task for simulation in self.simulations]
+        scenes = {task: scene_of(task, str(assets), quality, cache) for task in dict.fromkeys(self.tasks)}
+        self.simulations = [Simulation(scenes[task]) for task in self.tasks]
         self.instructions = [task.instruction for task in self.tasks]
         self._cameras = {
             name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])

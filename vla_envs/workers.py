@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import inspect
 import multiprocessing
+import os
 import pickle
 import signal
 from collections import Counter
@@ -18,6 +19,10 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from vla_envs.inputs import nearest
+from vla_envs.machine import available_cores
+from vla_envs.rewards import Reward
+from vla_envs.threads import Crew, exclusive
 from vla_envs.validation import (
     require_open,
     spaces,
@@ -28,10 +33,6 @@ from vla_envs.validation import (
     validate_tasks,
     warn_when_all_are_frozen,
 )
-from vla_envs.inputs import nearest
-from vla_envs.machine import available_cores
-from vla_envs.rewards import Reward
-from vla_envs.threads import Crew, exclusive
 from vla_envs.vector import FromArguments, LiberoVectorEnv
 
 
@@ -77,13 +78,15 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         num_envs: int,
         workers: int,
         *,
-        suite: str = "LiberoObject",
+        suite: str | os.PathLike[str] = "LiberoObject",
         task_id: int | Sequence[int] = 0,
         image_size: int = 128,
         action_chunk: int = 1,
         wrist_camera: bool = False,
         num_threads: int | None = None,
         reward: str | Reward = "binary",
+        bddl_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        init_state_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         **arguments: Any,
     ) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "arguments")} | arguments
@@ -92,7 +95,10 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
             raise ValueError(
                 f"num_envs is {num_envs}; expected at least one environment per worker, {workers}"
             )
-        task_ids = validate_tasks(suite, task_id, num_envs)
+        self.tasks = validate_tasks(suite, task_id, bddl_file, init_state_file, num_envs)
+        ids = [task.task_id for task in self.tasks]
+        files = None if bddl_file is None else [task.bddl_file for task in self.tasks]
+        states = None if init_state_file is None else [task.init_states_file for task in self.tasks]
         _require_picklable(reward)
         if num_threads is None:
             num_threads = max(1, available_cores() // workers)
@@ -125,7 +131,9 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
                     target=_work,
                     args=(theirs, memory, self.observation_space, part),
                     kwargs=arguments
-                    | {"num_envs": part.stop - part.start, "suite": suite, "task_id": task_ids[part]}
+                    | {"num_envs": part.stop - part.start, "suite": suite}
+                    | {"task_id": ids[part] if files is None else 0, "bddl_file": files and files[part]}
+                    | {"init_state_file": states and states[part]}
                     | {"image_size": image_size, "action_chunk": action_chunk}
                     | {"wrist_camera": wrist_camera, "num_threads": num_threads, "reward": reward},
                     daemon=True,
@@ -145,7 +153,6 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self.metadata = facts[0]["metadata"]
         self.autoreset_mode, self.render_mode = facts[0]["autoreset_mode"], facts[0]["render_mode"]
         self.max_episode_steps = facts[0]["max_episode_steps"]
-        self.tasks = [task for each in facts for task in each["tasks"]]
         self.instructions = [task.instruction for task in self.tasks]
         self._recorded = [count for each in facts for count in each["recorded"]]
         self._learning = reward != "binary"
@@ -392,7 +399,7 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
         return
     facts = {
         "metadata": envs.metadata, "autoreset_mode": envs.autoreset_mode, "render_mode": envs.render_mode,
-        "max_episode_steps": envs.max_episode_steps, "tasks": envs.tasks, "stages": dict(envs.stages),
+        "max_episode_steps": envs.max_episode_steps, "stages": dict(envs.stages),
         "recorded": [len(simulation.scene.recorded) for simulation in envs.simulations],
     }  # fmt: skip
 
