@@ -4,8 +4,14 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def some_tasks():
+    """LIBERO-Object's tasks as parameters; all but three are slow, for each scene takes time to build."""
+    return [pytest.param(k, marks=[] if k in (0, 4, 7) else [pytest.mark.slow]) for k in range(10)]
 
 
 def words_of(flags):

@@ -278,10 +278,8 @@ def test_two_processes_imitate_what_one_does(policy, minibatch_size, tmp_path, e
     assert one | {"wall_s": 0} == two | {"wall_s": 0}
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["grpo_vla", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tgrpo_vla", "ppo_vla", "sft_vla"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "sft_vla"])
 def test_two_processes_that_share_a_policy_learn_what_one_does(script, tmp_path, execute, reward, demos):
     """With numbers of micro-batches that differ; of behaviour cloning's minibatches one has no sample."""
     online = TINY | OWN.get(script, {}) | {"reward": reward, "micro_batch_size": 1}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,40 @@ def test_a_number_that_is_not_finite_is_named():
     runs.check_finite("loss", torch.tensor(-1e38, requires_grad=True))
     with pytest.raises(FloatingPointError, match="loss is nan"):
         runs.check_finite("loss", torch.tensor(float("nan")))
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(capfd):
+    """As a program, and resumed, in test_scripts.py."""
+    run = object.__new__(runs.Run)
+    run._leaving = False
+    run._leave_on_interrupt()
+    signal.raise_signal(signal.SIGINT)
+    assert run._leaving and "again: now" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        signal.raise_signal(signal.SIGINT)
+    assert exit_.value.code == command_line.INTERRUPTED
+
+
+# ---- An evaluation that fails ------------------------------------------------------------------------
+
+
+def test_an_evaluation_that_fails_is_one_line(tmp_path, capfd):
+    """It says where the last state is."""
+    run = object.__new__(runs.Run)
+    run.folder, run.state = tmp_path, {"evaluated": 0, "iteration": 2}
+
+    def evaluate():
+        raise OSError("the video does not fit")
+
+    run.evaluate = evaluate
+    with pytest.raises(SystemExit) as exit_:
+        run.finish()
+    error = capfd.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    assert f"iteration 2, last good state in {tmp_path}" in error and "does not fit" in error
 
 
 # ---- Arguments that do not fit -----------------------------------------------------------------------

@@ -332,7 +332,7 @@ def test_what_sft_logs(finished):
     assert best["nll"] == pytest.approx(min(held_out)) == pytest.approx(held_out[best["iteration"] - 1])
 
 
-@every_script
+@one_script
 def test_the_seed_decides(script, start, finished):
     """The same seed gives the same bits in another process, on more threads; another seed is another run."""
     assert_same_run(start(script, **FULL, num_threads=2), finished(script))
@@ -340,6 +340,7 @@ def test_the_seed_decides(script, start, finished):
     assert not same(tensors(other, FINAL), tensors(finished(script), FINAL))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(start, finished, monkeypatch):
     """Environments in two processes give the same bits as in one."""
     made, make_vec = [], gym.make_vec
@@ -422,7 +423,8 @@ def test_stopped_while_saving(script, start, resume, finished, monkeypatch):
     assert_same_run(run, finished(script))
 
 
-@one_script
+@pytest.mark.slow
+@every_script
 def test_killed_at_any_moment(script, tmp_path, own, resume, finished):
     running = process(script, tmp_path, own, **FULL)
     counters = tmp_path / "run" / "checkpoints" / "latest" / "counters.json"
@@ -463,6 +465,7 @@ def test_interrupted(start, resume, finished, monkeypatch, capsys):
     assert_same_run(run, finished("sft_vla"))
 
 
+@pytest.mark.slow
 def test_interrupted_twice(tmp_path, own, resume, finished):
     """The run ends at once."""
     running = process("grpo_vla", tmp_path, own, **FULL)

@@ -277,8 +277,7 @@ def _read_or_build(task: Task, assets: str, quality: str, cache: bool) -> Scene:
             folder = cache_folder()
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vla_envs-")))
-        label = f"{task.suite}_{task.task_id}" if task.problem is None else task.name[:60]
-        base = folder / f"{label}_{_key(task, assets, quality)}"
+        base = folder / f"{task.label[:60]}_{_key(task, assets, quality)}"
         stack.enter_context(filelock.FileLock(f"{base}.lock"))
         cached = _read(base)
         if cached is None:

@@ -58,6 +58,11 @@ class Task:
     problem: bddl.Problem | None = None
     digest: str = ""
 
+    @property
+    def label(self) -> str:
+        """What files about the task are named after: ``"LiberoObject_4"``, or the name of one's own file."""
+        return f"{self.suite}_{self.task_id}" if self.problem is None else self.name
+
 
 def libero_folder() -> Path:
     """The folder of the installed ``libero.libero`` package."""
@@ -167,6 +172,15 @@ def with_init_states(task: Task, file: str | os.PathLike[str]) -> Task:
         )
     digest = hashlib.sha256(task.digest.encode() + path.read_bytes()).hexdigest()
     return replace(task, init_states_file=path, digest=digest)
+
+
+def num_init_states(task: Task) -> int:
+    """How many init states evaluations of a task can start from: LIBERO records 50, and so many are drawn.
+
+    Raises:
+        ValueError: When its file of init states cannot be read.
+    """
+    return 50 if task.problem is None or task.init_states_file is None else len(recorded_init_states(task))
 
 
 def recorded_init_states(task: Task) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ def load_demonstrations(
     if (folder / "meta" / "info.json").is_file():
         demos = read_lerobot(folder, task, episodes, least)
     else:
-        paths = [folder / f"{task.suite}_{task.task_id}_demo.hdf5", folder / f"{task.name}_demo.hdf5"]
+        paths = [folder / f"{task.label}_demo.hdf5", folder / f"{task.name}_demo.hdf5"]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise ValueError(
@@ -70,7 +70,7 @@ def samples(tasks: list[Task], demonstrations: list[list[Episode]]) -> dict[str,
     for task, demo in flat:
         if demo["image"].shape[1] != size:
             raise ValueError(
-                f"images of {task.suite} {task.task_id} have {demo['image'].shape[1]} pixels;"
+                f"images of {task.label} have {demo['image'].shape[1]} pixels;"
                 f" expected {size}, like those of {flat[0][0].suite} {flat[0][0].task_id}"
             )
     result: dict[str, Any] = {

@@ -13,7 +13,7 @@ from vla_envs.command_line import check_numbers, one_line_errors, parse_args, re
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
 from vla_envs.policies import SHIPPED, is_own, load_policy
-from vla_envs.tasks import get_task
+from vla_envs.tasks import SUITES, get_task, num_init_states, with_init_states
 from vla_envs.training.evaluation import PROTOCOLS
 
 ArgsT = TypeVar("ArgsT")
@@ -54,11 +54,15 @@ class CommonArgs:
 
     # ---- Environment ----
     suite: str = "LiberoObject"
-    """LIBERO suite"""
+    """LIBERO suite, or a folder of BDDL files: tasks of one's own"""
     task_id: int | None = None
     """Task in the suite, from 0 [4]"""
     task_ids: tuple[int, ...] = ()
     """Several tasks at once, for one policy [--task-id]"""
+    bddl_file: Path | None = None
+    """A task of one's own, instead of --suite and --task-id"""
+    init_state_file: Path | None = None
+    """Recorded init states of a task of one's own, for evaluations [50 that training never sees]"""
     assets: str = "builtin"
     """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
     quality: str = "exact"
@@ -193,7 +197,7 @@ def _check_together(args: Any) -> None:
         protocol = PROTOCOLS[args.protocol]
         its_own = {"eval_temperature": protocol.temperature}
         if args.evaluate:  # else the limit is that of training's episodes
-            its_own["max_episode_steps"] = protocol.max_episode_steps[args.suite]
+            its_own["max_episode_steps"] = protocol.limit(args.suite)
         for name, value in its_own.items():
             if value is not None and getattr(args, name) not in (None, value):
                 raise ValueError(
@@ -227,27 +231,33 @@ def complete(args: ArgsT) -> ArgsT:
     Raises:
         ValueError: When they do not fit.
     """
-    given: Any = args
+    given: Any = _own_task(args)
     task_ids = given.task_ids or (4 if given.task_id is None else given.task_id,)
-    if len({get_task(given.suite, task_id) for task_id in task_ids}) < len(task_ids):
+    tasks = {get_task(given.suite, task_id) for task_id in task_ids}
+    if len(tasks) < len(task_ids):
         raise ValueError(f"task_ids are {task_ids}; expected each task once")
+    if given.init_state_file:
+        if len(tasks) > 1:
+            raise ValueError(f"init_state_file is of one task; expected one of {task_ids}")
+        tasks = {with_init_states(task, given.init_state_file) for task in tasks}
+    init_states = min(map(num_init_states, tasks))
     _check_together(given)
     check_numbers(args, "eval_temperature", above=False)
     protocol = PROTOCOLS[given.protocol] if given.protocol else None
     temperature = protocol.temperature if protocol else None
     defaults: dict[str, Any] = {
-        "eval_episodes": protocol.episodes if protocol else 50,
+        "eval_episodes": min(protocol.episodes, init_states) if protocol else init_states,
         "eval_temperature": given.temperature if temperature is None else temperature,
-        "max_episode_steps": protocol.max_episode_steps[given.suite] if protocol and given.evaluate else 200,
+        "max_episode_steps": protocol.limit(given.suite) if protocol and given.evaluate else 200,
         "lora_rank": 32 if "lora" in given.train else None,
         "last_k": 1 if "last-k" in given.train else None,
         "adapter": "adapter" if "lora" in given.train else None,
     }
     open_ = {name: value for name, value in defaults.items() if getattr(given, name) is None}
     given = dataclasses.replace(given, **open_)
-    if not 1 <= given.eval_episodes <= 50:
+    if not 1 <= given.eval_episodes <= init_states:
         raise ValueError(
-            f"eval_episodes is {given.eval_episodes}; expected 1 to 50, the recorded init states"
+            f"eval_episodes is {given.eval_episodes}; expected 1 to {init_states}, the recorded init states"
         )
     if given.compare and not given.evaluate:
         raise ValueError("compare names a second checkpoint; expected it with --evaluate")
@@ -273,6 +283,25 @@ def complete(args: ArgsT) -> ArgsT:
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, train=train, device=distributed.device(device)
     )
+
+
+def _own_task(args: ArgsT) -> ArgsT:
+    """``args`` with ``--bddl-file`` as the suite, which has that one task.
+
+    Raises:
+        ValueError: When ``--suite`` or a task is given beside it.
+    """
+    given: Any = args
+    if given.bddl_file is None:
+        own = given.suite not in SUITES and given.task_id is None and not given.task_ids
+        return dataclasses.replace(given, task_id=0) if own else args
+    for name, default in (("suite", "LiberoObject"), ("task_id", None), ("task_ids", ())):
+        itself = {"suite": str(given.bddl_file), "task_id": 0, "task_ids": (0,)}[name]
+        if getattr(given, name) not in (default, itself):
+            raise ValueError(f"{name} is {getattr(given, name)} beside bddl_file; expected one of the two")
+    if given.bddl_file.suffix != ".bddl":
+        raise ValueError(f"bddl_file is {str(given.bddl_file)!r}; expected the path of a *.bddl file")
+    return dataclasses.replace(given, suite=str(given.bddl_file), task_id=0, task_ids=(0,))
 
 
 def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:

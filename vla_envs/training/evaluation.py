@@ -37,6 +37,10 @@ class Protocol:
     image_size: int = 128
     openvla_images: bool = False
 
+    def limit(self, suite: str) -> int:
+        """Control steps per episode of ``suite``; of one's own the most that any suite has."""
+        return self.max_episode_steps.get(suite, max(self.max_episode_steps.values()))
+
 
 _OPENVLA_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400)))
 #: By name: TGRPO's paper, OpenVLA's LIBERO evaluation, SimpleVLA-RL, RLinf, LeRobot.
@@ -59,7 +63,7 @@ def settings(protocol: str | None, suite: str, policy: Any = None) -> dict[str, 
         return wanted
     chosen = PROTOCOLS[protocol]
     return {
-        "max_episode_steps": chosen.max_episode_steps[suite],
+        "max_episode_steps": chosen.limit(suite),
         "settle_steps": chosen.settle_steps,
         "settle_gripper": chosen.settle_gripper,
         "image_size": chosen.image_size,

@@ -54,8 +54,9 @@ def _make_envs(args: Any, tasks: list[int], reward: str, **settings: Any) -> Any
     threads = distributed.num_threads(args.num_threads)  # this process's share
     settings = {"max_episode_steps": args.max_episode_steps, "num_threads": threads} | settings
     envs: Any = gym.make_vec(
-        f"vla_envs/{args.suite}-v0", num_envs=len(tasks), task_id=tasks, reward=reward, assets=args.assets,
-        quality=args.quality, cache=args.cache, action_chunk=args.action_chunk, **settings,
+        "vla_envs/Libero-v0", num_envs=len(tasks), suite=args.suite, task_id=tasks, reward=reward,
+        assets=args.assets, quality=args.quality, cache=args.cache, action_chunk=args.action_chunk,
+        init_state_file=args.init_state_file, **settings,
     )  # fmt: skip
     envs.reset(seed=[0] * len(tasks))  # a scene or a reward that fails does so now
     return envs
@@ -478,7 +479,7 @@ def _make_folder(args: Any, script: str) -> Path:
         OSError: When nothing can be written there.
     """
     tasks = "-".join(map(str, args.task_ids))
-    name = f"{args.suite}_{tasks}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{Path(args.suite).stem}_{tasks}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / name if args.run_dir is None else args.run_dir
     if (folder / "args.json").exists():
         raise ValueError(

@@ -46,8 +46,9 @@ def action_statistics(
     if not isinstance(stored, dict):
         raise ValueError(f"the norm_stats in its {file.name} are {in_short(stored)}; expected an object")
     keys = [key for key in stored if key.startswith("libero")] if len(stored) > 1 else list(stored)
-    wanted = "one LIBERO suite" if suite is None else SUITES[suite]
-    its = [key for key in keys if suite and (key == SUITES[suite] or key.startswith(f"{SUITES[suite]}_"))]
+    liberos = SUITES.get(suite or "")  # its name there; none of a suite of one's own
+    wanted = liberos or "one LIBERO suite"
+    its = [key for key in keys if liberos and (key == liberos or key.startswith(f"{liberos}_"))]
     chosen = min(its, key=len) if its else keys[0] if len(keys) == 1 else None
     if chosen is None:
         raise ValueError(f"it has action statistics of {sorted(stored)}; expected {wanted}")
