@@ -120,7 +120,11 @@ class Problem:
         """The file anew, for LIBERO's parser: validated names, and numbers written out."""
 
         def things(pairs: tuple[tuple[str, str], ...]) -> str:
-            return "".join(f"    {name} - {kind}\n" for name, kind in pairs)
+            """A line for each class, since LIBERO forgets all but the last of a class's lines."""
+            names: dict[str, list[str]] = {}
+            for name, kind in pairs:
+                names.setdefault(kind, []).append(name)
+            return "".join(f"    {' '.join(its)} - {kind}\n" for kind, its in names.items())
 
         def predicates(given: tuple[Predicate, ...]) -> str:
             return " ".join(f"({' '.join(words)})" for words in given)
@@ -284,6 +288,11 @@ def _regions(items: "list[_Word | _List]", things: dict[str, str], arena: Arena)
                     name.line,
                     f"attribute {in_short(str(name))} is unknown; expected some of {known}"
                     + nearest(str(name), list(known)),
+                )
+            if len(attribute.items) != 2:
+                raise BDDLError(
+                    attribute.line,
+                    f"{name} has {len(attribute.items) - 1} parts; expected one, as ({name} ...)",
                 )
             given[str(name)] = attribute
         if ":target" not in given:
@@ -464,7 +473,9 @@ def parse(text: str) -> Problem:
     _validate_placements(init, things, by_name, arena, sections[":init"][0])
 
     line, items = sections[":goal"]
-    (outer,) = _sub_lists(items, "(:goal (And ...))")[:1] or [_List(line)]
+    outer, *more = _sub_lists(items, "(:goal (And ...))") or [_List(line)]
+    if more:
+        raise BDDLError(more[0].line, "the goal has several parts; expected one, (And ...)")
     if not outer.items or outer.items[0] != "and":
         word = str(outer.items[0]) if outer.items else ""
         raise BDDLError(outer.line, f"the goal begins with {in_short(word)}; expected (And ...)")

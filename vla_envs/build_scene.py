@@ -4,6 +4,7 @@ In that process LIBERO may import what it likes and finds a configuration of its
 the user a question and never touches an existing configuration.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -35,14 +36,12 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     write_libero_config(scratch)
     import_robosuite()
     import libero.libero
-    from libero.libero.envs.env_wrapper import ControlEnv
 
     folder = scratch / "assets" if assets == "builtin" else Path(assets)
     if assets == "builtin":
         write_builtin(folder)
     libero.libero._assets_path_cache = str(folder)
-    np.random.seed(0)  # noqa: NPY002  (simplified meshes are made from the pose after LIBERO's reset)
-    env = ControlEnv(str(task.bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
+    env = _liberos_env(task.bddl_file)
     xml = env.model.get_xml()
     spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)
     # Sparse algebra and no sensors give the same motion in less time. robosuite solves a substep's contacts
@@ -91,6 +90,22 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
         partial = Path(f"{base}{suffix}.partial")
         partial.write_bytes(content)
         os.replace(partial, f"{base}{suffix}")
+
+
+def _liberos_env(bddl_file: Path) -> Any:
+    """LIBERO's own environment, reset; always to the same placements, in which meshes are simplified.
+
+    Raises:
+        ValueError: When things find no free place.
+    """
+    from libero.libero.envs.env_wrapper import ControlEnv
+    from robosuite.utils.errors import RandomizationError
+
+    for seed in range(10):
+        np.random.seed(seed)  # noqa: NPY002  (what LIBERO places things with)
+        with contextlib.suppress(RandomizationError):
+            return ControlEnv(str(bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
+    raise ValueError("its things found no free place in their regions; expected larger ones")
 
 
 def _recorded(task: Task, model: mujoco.MjModel, description: dict[str, Any]) -> list[list[float]]:

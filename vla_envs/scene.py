@@ -361,4 +361,5 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
             raise RuntimeError(f"LIBERO did not build {task.name} within {BUILD_TIMEOUT_S} s") from None
     if result.returncode:
         words = result.stderr.strip().splitlines() or ["it said nothing"]
-        raise RuntimeError(f"LIBERO could not build {task.name}: {words[-1]}")
+        reason = words[-1].removeprefix("ValueError: ")
+        raise RuntimeError(f"LIBERO could not build {task.name}: {reason}")

@@ -157,6 +157,21 @@ def get_task(suite: str | os.PathLike[str], task_id: int) -> Task:
     )
 
 
+def suite_or_file(suite: str, bddl_file: Path | None) -> str:
+    """The suite that a program was asked for: ``suite``, or the one task of ``bddl_file``.
+
+    Raises:
+        ValueError: When another suite is given beside the file, or it is no BDDL file.
+    """
+    if bddl_file is None:
+        return suite
+    if suite not in ("LiberoObject", str(bddl_file)):
+        raise ValueError(f"suite is {suite!r} beside bddl_file; expected one of the two")
+    if bddl_file.suffix != ".bddl":
+        raise ValueError(f"bddl_file is {str(bddl_file)!r}; expected the path of a *.bddl file")
+    return str(bddl_file)
+
+
 def with_init_states(task: Task, file: str | os.PathLike[str]) -> Task:
     """One's own ``task`` with the recorded init states in ``file``.
 

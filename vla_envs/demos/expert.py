@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.goals import IN_REGION, ON_OBJECT
-from vla_envs.tasks import SUITES, get_task
+from vla_envs.tasks import SUITES, Task, get_task
 from vla_envs.vector import LiberoVectorEnv
 
 #: Ids of the tasks that the expert plays.
@@ -19,7 +19,7 @@ COVERED = {
     "LiberoGoal": (1, 2, 4, 6, 8, 9),
     "Libero10": (0, 7),
 }
-#: Control steps after which an attempt has failed.
+#: Control steps after which an attempt has failed; see ``limit``.
 LIMITS = dict.fromkeys(SUITES, 200) | {"Libero10": 400}
 REACH = 0.035  # m; how far below an object's top the fingertips get before the palm touches it
 #: m along x, in LIBERO-Object: keeps the hand off a neighbour that it would hit.
@@ -49,14 +49,31 @@ DROP = Delivery(0.12, 6, 0.03, 0.03, (3, 4))  # into a wide basket; the hand goe
 PLACE = Delivery(0.06, 13, 0.01, 0.0, (3, 4, 5))  # onto its place; thin rims take longest to grip
 
 
+def plays(task: Task) -> bool:
+    """Whether the expert plays ``task``: of LIBERO's those tried, of one's own those that place things."""
+    if task.problem is None:
+        return task.task_id in COVERED.get(task.suite, ())
+    return all(predicate in ("on", "in") for predicate, *_ in task.problem.goal)
+
+
+def limit(task: Task) -> int:
+    """Control steps after which an attempt at ``task`` has failed."""
+    return LIMITS[task.suite] if task.problem is None else 200 * len(task.problem.goal)
+
+
 def require_covered(suite: str, task_id: int) -> None:
     """Refuse a task that the expert does not play.
 
     Raises:
         ValueError: When the task does not exist or is not covered; names the tasks that are.
     """
-    name = get_task(suite, task_id).name
-    if task_id not in COVERED.get(suite, ()):
+    task = get_task(suite, task_id)
+    if task.problem and not plays(task):
+        raise ValueError(
+            f"{task.name} is not pick-and-place; expected a goal of On and In, which the expert plays"
+        )
+    if not plays(task):
+        name = task.name
         known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in COVERED.items())
         raise ValueError(f"{suite} {task_id} ({name}) has no scripted expert; expected one of {known}")
 

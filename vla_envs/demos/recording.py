@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vla_envs.command_line import check_numbers
-from vla_envs.demos.expert import COVERED, LIMITS, ScriptedExpert, require_covered
+from vla_envs.demos.expert import ScriptedExpert, limit, plays, require_covered
 from vla_envs.demos.hdf5 import write_hdf5
 from vla_envs.files import whole
+from vla_envs.tasks import get_task, num_tasks, suite_or_file
 from vla_envs.vector import LiberoVectorEnv
 
 
@@ -46,9 +47,11 @@ class Args:
     out: Path = Path("demos")
     """Folder for <suite>_<task id>_demo.hdf5"""
     suite: str = "LiberoObject"
-    """LIBERO suite"""
+    """LIBERO suite, or a folder of BDDL files"""
     task_ids: tuple[int, ...] = ()
     """Tasks of the suite, from 0; by default all that the expert plays"""
+    bddl_file: Path | None = None
+    """A task of one's own, instead of --suite and --task-ids"""
     assets: str = "builtin"
     """builtin, libero (LIBERO's own, from the folder in LIBERO_ASSETS or downloaded) or a folder"""
     episodes: int = 8
@@ -67,13 +70,17 @@ def main(args: Args) -> None:
     """Record the demonstrations that ``args`` asks for, task by task."""
     check_numbers(args, "episodes", "image_size", above=True)
     check_numbers(args, "noise", "seed", above=False)
-    task_ids = args.task_ids or COVERED.get(args.suite, (0,))
-    for task_id in task_ids:
-        require_covered(args.suite, task_id)
-    for task_id in tqdm(task_ids, desc="demonstrations", unit="task"):
+    if args.bddl_file and args.task_ids:
+        raise ValueError(f"task_ids are {args.task_ids} beside bddl_file; expected one of the two")
+    suite = suite_or_file(args.suite, args.bddl_file)
+    tasks = [get_task(suite, k) for k in args.task_ids or range(num_tasks(suite))]
+    tasks = tasks if args.task_ids or args.bddl_file else [task for task in tasks if plays(task)] or tasks[:1]
+    for task in tasks:
+        require_covered(task.suite, task.task_id)
+    for task in tqdm(tasks, desc="demonstrations", unit="task"):
         envs = LiberoVectorEnv(
-            min(args.episodes, 16), args.suite, task_id, image_size=args.image_size, assets=args.assets,
-            max_episode_steps=LIMITS[args.suite],
+            min(args.episodes, 16), suite, task.task_id, image_size=args.image_size, assets=args.assets,
+            max_episode_steps=limit(task),
         )  # fmt: skip
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -83,15 +90,13 @@ def main(args: Args) -> None:
         seed = args.seed
         while len(episodes) < args.episodes:
             if seed > args.seed + 20 * args.episodes + 100:
-                raise RuntimeError(
-                    f"the expert succeeds too rarely at task {task_id} with noise {args.noise}"
-                )
+                raise RuntimeError(f"the expert succeeds too rarely at {task.label} with noise {args.noise}")
             episodes += record(envs, list(range(seed, seed + envs.num_envs)), args.noise)
             seed += envs.num_envs
         episodes = episodes[: args.episodes]
-        write_hdf5(args.out / f"{args.suite}_{task_id}_demo.hdf5", envs.tasks[0], episodes)
+        write_hdf5(args.out / f"{task.label}_demo.hdf5", task, episodes)
         if args.videos:
             frames = np.concatenate([episode["image"] for episode in episodes[:4]])
-            with whole(args.out / f"{args.suite}_{task_id}.mp4") as partial:
+            with whole(args.out / f"{task.label}.mp4") as partial:
                 imageio.mimwrite(partial, list(frames), fps=20, macro_block_size=8)
         envs.close()

@@ -14,7 +14,7 @@ from vla_envs.rewards import resolve_reward
 from vla_envs.rewards.check import as_text, check, plot, validate_plot
 from vla_envs.rewards.episodes import collect
 from vla_envs.rewards.prompt import prompt
-from vla_envs.tasks import get_task
+from vla_envs.tasks import SUITES, get_task, suite_or_file
 
 
 @dataclass
@@ -26,9 +26,11 @@ class Args:
     """
 
     suite: str = "LiberoObject"
-    """LIBERO suite"""
-    task_id: int = 4
-    """Task in the suite, from 0"""
+    """LIBERO suite, or a folder of BDDL files"""
+    task_id: int | None = None
+    """Task in the suite, from 0 [4; of a suite of one's own 0]"""
+    bddl_file: Path | None = None
+    """A task of one's own, instead of --suite and --task-id"""
     check: str | None = None
     """Reward to check instead of printing the prompt: FILE.py:FUNCTION, binary or multi_stage"""
     demonstrations: Path | None = None
@@ -43,7 +45,10 @@ class Args:
 
 def main(args: Args) -> bool:
     """Do what ``args`` says, and return whether all rules are kept."""
-    task = get_task(args.suite, args.task_id)
+    suite = suite_or_file(args.suite, args.bddl_file)
+    if args.bddl_file and args.task_id:
+        raise ValueError(f"task_id is {args.task_id} beside bddl_file; expected one of the two")
+    task = get_task(suite, (4 if suite in SUITES else 0) if args.task_id is None else args.task_id)
     if args.check is None:
         for name in ("plot", "demonstrations", "episodes", "seed"):
             if getattr(args, name) != getattr(Args, name):
@@ -56,7 +61,7 @@ def main(args: Args) -> bool:
     if args.plot:
         validate_plot(args.plot)
     rules, seen = check(reward, collect(task, args.episodes, args.seed, args.demonstrations))
-    print(f"{args.check} on {task.suite} task {task.task_id}: {task.instruction}\n{as_text(rules, seen)}")
+    print(f"{args.check} on {task.label}: {task.instruction}\n{as_text(rules, seen)}")
     if args.plot and seen:
         plot(seen, args.plot, f"{args.check}: {task.instruction}")
     return all(rule.kept is not False for rule in rules)

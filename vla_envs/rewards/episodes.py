@@ -9,7 +9,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.demos.expert import COVERED, LIMITS, ScriptedExpert
+from vla_envs.demos.expert import ScriptedExpert, plays
+from vla_envs.demos.expert import limit as limit_of
 from vla_envs.demos.hdf5 import open_hdf5, read_parts
 from vla_envs.goals import FACTS
 from vla_envs.rewards import Facts
@@ -38,15 +39,14 @@ def collect(task: Task, episodes: int, seed: int = 0, file: Path | None = None) 
     Raises:
         ValueError: When there is no expert, the file does not fit, or no demonstration reaches the goal.
     """
-    if file is None and task.task_id not in COVERED.get(task.suite, ()):
+    if file is None and not plays(task):
         raise ValueError(
-            f"the scripted expert does not play {task.suite} {task.task_id}; expected"
-            " --demonstrations FILE.hdf5"
+            f"the scripted expert does not play {task.label}; expected --demonstrations FILE.hdf5"
         )
     demos = _read(file, task, episodes) if file else []
     count = len(demos) or episodes
     placements = list(range(seed, seed + count))
-    limit = max([len(demo["actions"]) for demo in demos], default=LIMITS[task.suite])
+    limit = max([len(demo["actions"]) for demo in demos], default=limit_of(task))
     envs = LiberoVectorEnv(count, task.suite, task.task_id, image_size=8, max_episode_steps=limit)
     with contextlib.closing(envs):
         if demos and "states" in demos[0]:

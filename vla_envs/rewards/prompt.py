@@ -13,6 +13,7 @@ WORDS = {
     "close": "{} is closed",
     "turnon": "{} is turned on",
     "turnoff": "{} is turned off",
+    "up": "{} is lifted, at least 1 m above the floor",
 }
 
 PROMPT = """\
@@ -56,7 +57,8 @@ SEVERAL = """ The conditions are met one by one: go on counting where `facts["go
 
 def goal_in_words(task: Task) -> list[str]:
     """The predicates of LIBERO's goal, in our order: ``["ketchup 1 is in basket 1 contain region"]``."""
-    goal = task.bddl_file.read_text().partition("(:goal")[2]
+    text = task.bddl_file.read_text() if task.problem is None else task.problem.text()
+    goal = text.partition("(:goal")[2]
     predicates = re.findall(rf"\(\s*({'|'.join(WORDS)})((?:\s+\w+)+)\s*\)", goal, re.IGNORECASE)
     return [
         WORDS[name.lower()].format(*(thing.replace("_", " ") for thing in things.split()))

@@ -13,7 +13,7 @@ from vla_envs.command_line import check_numbers, one_line_errors, parse_args, re
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
 from vla_envs.policies import SHIPPED, is_own, load_policy
-from vla_envs.tasks import SUITES, get_task, num_init_states, with_init_states
+from vla_envs.tasks import SUITES, get_task, num_init_states, suite_or_file, with_init_states
 from vla_envs.training.evaluation import PROTOCOLS
 
 ArgsT = TypeVar("ArgsT")
@@ -295,13 +295,11 @@ def _own_task(args: ArgsT) -> ArgsT:
     if given.bddl_file is None:
         own = given.suite not in SUITES and given.task_id is None and not given.task_ids
         return dataclasses.replace(given, task_id=0) if own else args
-    for name, default in (("suite", "LiberoObject"), ("task_id", None), ("task_ids", ())):
-        itself = {"suite": str(given.bddl_file), "task_id": 0, "task_ids": (0,)}[name]
+    for name, default, itself in (("task_id", None, 0), ("task_ids", (), (0,))):
         if getattr(given, name) not in (default, itself):
             raise ValueError(f"{name} is {getattr(given, name)} beside bddl_file; expected one of the two")
-    if given.bddl_file.suffix != ".bddl":
-        raise ValueError(f"bddl_file is {str(given.bddl_file)!r}; expected the path of a *.bddl file")
-    return dataclasses.replace(given, suite=str(given.bddl_file), task_id=0, task_ids=(0,))
+    suite = suite_or_file(given.suite, given.bddl_file)
+    return dataclasses.replace(given, suite=suite, task_id=0, task_ids=(0,))
 
 
 def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
