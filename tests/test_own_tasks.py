@@ -1,5 +1,6 @@
 """Environments and programs on BDDL files of one's own, beside LIBERO's own environment on the same files."""
 
+import re
 import subprocess
 import sys
 
@@ -215,6 +216,24 @@ def test_stages_of_a_lift(files, make):
     data.qpos[start + 2] = 1.2
     _, reward, terminated, _, info = envs.step(np.zeros((1, 7)))
     assert terminated[0] and reward[0] == 16 and info["stage_name"][0] == "placed"
+
+
+# ---- The page ----------------------------------------------------------------------------------------
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    """Its file, its program, and how many classes it says there are."""
+    page = (ROOT / "docs" / "own-scene.md").read_text(encoding="utf-8")
+    scene, program = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("", "python"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "butter.bddl").write_text(scene)
+    exec(program, {})
+    assert capsys.readouterr().out == "put the butter on the plate\n"
+    built_in = sum(kind.built_in for kind in bddl.KINDS.values())
+    assert f"LIBERO's {len(bddl.KINDS)}. Of these the built-in assets have {built_in};" in page
+    for name, kind in bddl.KINDS.items():
+        if kind.regions:
+            assert f"`{name}`" in page and all(f"`{region}`" in page for region in kind.regions[:1])
 
 
 # ---- As programs -------------------------------------------------------------------------------------

@@ -160,29 +160,8 @@ GRAPHS = {"cudagraphs": True, "policy": "openvla", "device": "cuda", "train": "l
 
 
 @dataclasses.dataclass
-class Evaluation:
-    suite: str = "LiberoObject"
-    task_id: int | None = None
-    task_ids: tuple[int, ...] = ()
-    protocol: str | None = None
-    eval_episodes: int | None = None
-    eval_temperature: float | None = None
+class Evaluation(arguments.CommonArgs):
     temperature: float = 0.7
-    policy: str = "nano"
-    device: str | None = None
-    compare: Path | None = None
-    evaluate: bool = False
-    resume: Path | None = None
-    assets: str = "builtin"
-    quality: str = "exact"
-    max_episode_steps: int | None = None
-    train: str = "all"
-    lora_rank: int | None = None
-    last_k: int | None = None
-    adapter: str | None = None
-    merge: bool = True
-    cudagraphs: bool = False
-    shared_adapter: tuple[Path, ...] = ()
 
 
 @pytest.mark.parametrize(

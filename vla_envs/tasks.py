@@ -95,7 +95,7 @@ def _own_files(suite: str | os.PathLike[str]) -> list[Path]:
             beside = [each.name for each in path.parent.glob("*.bddl")] if path.parent.is_dir() else []
             raise ValueError(f"BDDL file {text!r} does not exist{nearest(path.name, beside)}")
         return [path]
-    if not (path.is_dir() or os.sep in text or "/" in text):
+    if not text or not (path.is_dir() or os.sep in text or "/" in text):
         return []
     if not path.is_dir():
         raise ValueError(f"suite {text!r} is not a folder; expected one of BDDL files, or {list(SUITES)}")
