@@ -1,6 +1,7 @@
 """How fast: this package against LIBERO's own vector environment, measured in one run.
 
     python benchmarks/throughput.py                                   # built-in assets on both sides
+    python benchmarks/throughput.py --perturb noise:3                 # perturbed scenes beside plain ones
     LIBERO_ASSETS=/path/to/libero_assets python benchmarks/throughput.py   # and both on LIBERO's own assets
 
 LIBERO's side is its ``SubprocVectorEnv`` of ``OffScreenRenderEnv``, at the best of several worker counts.
@@ -46,6 +47,8 @@ class Args:
     """Control steps of each of LIBERO's measurements"""
     workers: tuple[int, ...] = (2, 3, 4)
     """Worker counts tried for LIBERO; the best counts"""
+    perturb: str | None = None
+    """Measure perturbed scenes beside plain ones instead, as camera:3,light:3"""
 
 
 # ---- LIBERO's side -----------------------------------------------------------------------------------
@@ -224,8 +227,44 @@ def memory_per_environment(args: Args) -> float:
     return (resident(72) - resident(8)) / 64
 
 
+def perturbed(args: Args) -> None:
+    """Print the speed of perturbed scenes over that of plain ones, measured in turns: medians and ranges."""
+    actions = np.random.default_rng(0).uniform(-0.5, 0.5, (20, 8, 8, 7))
+    for chunk in (1, 8):
+        pair = [
+            gym.make_vec(
+                "vla_envs/LiberoObject-v0", num_envs=8, task_id=args.task_id, action_chunk=chunk,
+                max_episode_steps=100_000, perturb=perturb,
+            )
+            for perturb in (args.perturb, None)
+        ]  # fmt: skip
+        ratios: dict[str, list[float]] = {"steps": [], "resets": []}
+        for repeat in range(4 * args.repeats + 1):
+            reset_s, step_s = [], []
+            for envs in pair:
+                start = time.perf_counter()
+                envs.reset(seed=[8 * repeat + i for i in range(8)])
+                reset_s.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                for action in actions:
+                    envs.step(action[:, 0] if chunk == 1 else action)
+                step_s.append(time.perf_counter() - start)
+            if repeat:  # the first warms up
+                ratios["steps"].append(step_s[1] / step_s[0])
+                ratios["resets"].append(reset_s[1] / reset_s[0])
+        for what, its in ratios.items():
+            print(
+                f"{args.perturb}, an image every {chunk} control steps: {what} at {np.median(its):.2f} of the"
+                f" plain speed ({min(its):.2f} to {max(its):.2f})"
+            )
+        for envs in pair:
+            envs.close()
+
+
 def main(args: Args) -> None:
     """Measure both sides and print the table."""
+    if args.perturb:
+        return perturbed(args)
     # LIBERO's import asks a question unless it finds a configuration: give it one of its own.
     temporary = tempfile.TemporaryDirectory(prefix="vla_envs-")
     scratch = Path(temporary.name)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,12 @@ from vla_envs.vector import FromArguments, LiberoVectorEnv
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:
     """The first environment's entries of a vector environment's info, as Python values."""
-    return {key: _first(value) if isinstance(value, dict) else value[0].item() for key, value in info.items()}
+    return {key: _first(value) if isinstance(value, dict) else _own(value[0]) for key, value in info.items()}
+
+
+def _own(value: Any) -> Any:
+    """A value of NumPy's as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class LiberoEnv(FromArguments, gym.Env):
@@ -53,6 +59,7 @@ class LiberoEnv(FromArguments, gym.Env):
         cache: bool = True,
         bddl_file: str | os.PathLike[str] | None = None,
         init_state_file: str | os.PathLike[str] | None = None,
+        perturb: str | Mapping[str, int] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         self._envs = LiberoVectorEnv(1, **self._arguments)

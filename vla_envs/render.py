@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, can_cull
 from vla_envs.inputs import nearest
+from vla_envs.perturbations import Look
 
 EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
 EMPTY = '<mujoco><visual><global offwidth="1" offheight="1"/><quality shadowsize="0"/></visual></mujoco>'
@@ -348,13 +349,13 @@ class Renderer:
         with self._opengl.current() as context:  # it fails here if it cannot be made
             self._canvases[context] = _Canvas(model, size, burners, self._opengl.software)
 
-    def draw(self, data: mujoco.MjData, camera: str) -> NDArray[np.uint8]:
-        """Draw what ``camera`` sees of ``data``; the image is a new array."""
+    def draw(self, data: mujoco.MjData, camera: str, look: Look | None = None) -> NDArray[np.uint8]:
+        """Draw what ``camera`` sees of ``data``, perturbed by ``look``; the image is a new array."""
         with self._opengl.current() as context:
             if context not in self._canvases:
                 self._canvases[context] = _Canvas(self.model, self.size, self.burners, self._opengl.software)
             number = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-            return self._canvases[context].draw(data, number)
+            return self._canvases[context].draw(data, number, look)
 
     def close(self) -> None:
         """Free what the graphics driver holds for this model."""
@@ -365,6 +366,40 @@ class Renderer:
     def __del__(self) -> None:
         if not sys.is_finalizing() and hasattr(self, "_canvases"):
             self.close()
+
+
+@contextlib.contextmanager
+def _perturbed(model: mujoco.MjModel, data: mujoco.MjData, look: Look | None) -> Iterator[None]:
+    """The model, which threads share, and the data, with the camera, lights and colours of ``look``."""
+    if look is None:
+        yield
+        return
+    changed: list[tuple[NDArray[Any], Any, NDArray[Any]]] = []  # arrays, where, what was there
+
+    def change(array: NDArray[Any], where: Any, values: Any) -> None:
+        changed.append((array, where, array[where].copy()))
+        array[where] = values
+
+    if look.camera >= 0:
+        change(data.cam_xpos, look.camera, look.position)
+        change(data.cam_xmat, look.camera, look.rotation)
+    if look.lit:
+        every, headlight = slice(None), model.vis.headlight
+        change(model.light_diffuse, every, model.light_diffuse * look.diffuse)
+        change(model.light_ambient, every, model.light_ambient * look.diffuse)
+        change(model.light_specular, every, model.light_specular * look.specular)
+        change(headlight.diffuse, every, headlight.diffuse * look.diffuse)
+        change(headlight.ambient, every, headlight.ambient * look.diffuse)
+        directions = data.light_xdir + look.tilt
+        change(data.light_xdir, every, directions / np.linalg.norm(directions, axis=1, keepdims=True))
+    for geoms, materials, factor in look.tints:
+        change(model.geom_rgba, (geoms, slice(3)), model.geom_rgba[geoms, :3] * factor)
+        change(model.mat_rgba, (materials, slice(3)), model.mat_rgba[materials, :3] * factor)
+    try:
+        yield
+    finally:
+        for array, where, values in reversed(changed):
+            array[where] = values
 
 
 class _Canvas:
@@ -391,9 +426,9 @@ class _Canvas:
         if exact and software and can_cull(model):
             self.culling = Culling(model, size, _sample_positions())
 
-    def draw(self, data: mujoco.MjData, camera: int) -> NDArray[np.uint8]:
+    def draw(self, data: mujoco.MjData, camera: int, look: Look | None) -> NDArray[np.uint8]:
         self.camera.fixedcamid = camera
-        with _model_lock:
+        with _model_lock, _perturbed(self.model, data, look):
             for site, address, threshold in self.burners:
                 self.model.site_rgba[site, 3] = float(data.qpos[address] > threshold)
             mujoco.mjv_updateScene(
@@ -406,7 +441,8 @@ class _Canvas:
                 self.geoms,
             )
         if self.culling is not None:
-            self.culling.mark(data, camera)
+            with _perturbed(self.model, data, look and look.camera_alone()):
+                self.culling.mark(data, camera)
             with _model_lock:
                 self.culling.upload(self.buffers)
         # Models share an OpenGL context, and the last one drawn has left its own buffer bound.

@@ -4,6 +4,7 @@ LIBERO's own code builds the scene and parses the goal once (``vla_envs.build_sc
 """
 
 import contextlib
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -12,10 +13,12 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import filelock
@@ -29,16 +32,27 @@ from vla_envs.control import Arm
 from vla_envs.goals import Goal
 from vla_envs.inputs import nearest
 from vla_envs.machine import cache_folder
+from vla_envs.perturbations import Parts, parts_of
 from vla_envs.tasks import Task, get_task
 
+Moves: TypeAlias = Mapping[str, Sequence[float]]
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
+SHORTENINGS = 15  # of moves that leave no free place, until nothing is moved
 ARM_NOISE = 0.02  # rad; standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
 BUILD_FILES = (
     "build_scene.py", "control.py", "goals.py", "assets/appearance.py", "assets/builtin.py",
     "assets/physics.json", "assets/simplify.py",
 )  # fmt: skip
+
+
+class NoFreePlaceError(RuntimeError):
+    """The thing ``name`` cannot be placed without touching another."""
+
+    def __init__(self, name: str, words: str) -> None:
+        super().__init__(f"{name} {words}")
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -80,18 +94,85 @@ class Scene:
     burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of its knob, where it turns on
     recorded: NDArray[np.float64]  # (S, nq) recorded joint positions, LIBERO has S = 50; or whole init states
 
-    def sample_init_state(self, rng: np.random.Generator) -> NDArray[np.float64]:
+    @cached_property
+    def movable(self) -> tuple[str, ...]:
+        """The objects that stand on the room's surface, and not on one another."""
+        mocap = self.model.body_mocapid
+        return tuple(item.name for item in self.placements if item.reference < 0 and mocap[item.body] < 0)
+
+    def clip_arm(self, qpos: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The arm's joints (7,), within their ranges (rad)."""
+        low, high = self.model.jnt_range[:7].T
+        return np.clip(qpos, low, high)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The parts of the background."""
+        return parts_of(self.model)
+
+    def sample_init_state(
+        self, rng: np.random.Generator, moves: dict[str, list[float]] | None = None
+    ) -> NDArray[np.float64]:
         """Sample an init state as LIBERO does, unsettled: everything in its BDDL region, and a noisy arm.
 
         The distribution is that of the recorded init states (LIBERO's ``_reset_internal`` and robosuite's
         Gaussian ``initialization_noise``).
+
+        Args:
+            rng: What decides.
+            moves: How far the regions of ``movable`` objects are moved, x and y (m), by name. If that leaves
+                no free place, they are halved in this dict until it does.
         """
         qpos = self.model.qpos0.copy()
         qpos[:7] = self.arm.reset_qpos + ARM_NOISE * rng.standard_normal(7)
         qpos[7:9] = GRIPPER_QPOS
         for address, low, high in self.joint_ranges:
             qpos[address] = low + (high - low) * rng.random()
+        moves = {} if moves is None else moves
+        for _ in range(SHORTENINGS) if moves else ():
+            attempt = copy.deepcopy(rng)
+            try:
+                state = self._place(qpos.copy(), attempt, moves, tries=100)
+                stuck = self._overlapping(state)
+            except NoFreePlaceError as error:
+                stuck = {error.name}
+            if not stuck:
+                rng.bit_generator.state = attempt.bit_generator.state
+                return state
+            _shorten(moves, stuck)
+        moves.update({name: [0.0, 0.0] for name in moves})
         return self._place(qpos, rng)
+
+    def moved(self, state: NDArray[np.float64], moves: dict[str, list[float]]) -> NDArray[np.float64]:
+        """The init state with ``movable`` objects, and what stands on them, moved; ``moves`` as above."""
+        for _ in range(SHORTENINGS) if moves else ():
+            other, shifts = state.copy(), list[NDArray[np.float64]]()
+            for item in self.placements:
+                own = np.array(moves.get(item.name, (0.0, 0.0)))
+                shifts.append(own if item.reference < 0 else shifts[item.reference])
+                if self.model.body_mocapid[item.body] < 0:
+                    start = self.model.jnt_qposadr[self.model.body_jntadr[item.body]]
+                    other[start : start + 2] += shifts[-1]
+            if not (stuck := self._overlapping(other)):
+                return other
+            _shorten(moves, stuck)
+        moves.update({name: [0.0, 0.0] for name in moves})
+        return state
+
+    def _overlapping(self, state: NDArray[np.float64]) -> set[str]:
+        """The things on the room's surface that are inside one another, and would be flung apart."""
+        data = mujoco.MjData(self.model)
+        data.qpos[:], fixtures = np.split(state, [self.model.nq])
+        data.mocap_pos[:], data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
+        mujoco.mj_forward(self.model, data)
+        names: dict[int, str] = {}  # of what each body stands on, by the body
+        for item in self.placements:
+            below = self.placements[item.reference].body if item.reference >= 0 else -1
+            names[item.body] = names[below] if below in names else item.name
+        deep = data.contact.geom[data.contact.dist < -5e-4]  # (n, 2)
+        roots = self.model.body_rootid[self.model.geom_bodyid[deep]]
+        pairs = [(names.get(one, ""), names.get(other, "")) for one, other in roots.tolist()]
+        return {name for pair in pairs if all(pair) and pair[0] != pair[1] for name in pair}
 
     def recorded_init_state(self, state_id: int) -> NDArray[np.float64]:
         """The recorded init state ``state_id``, with the fixtures in the middle of their regions.
@@ -102,7 +183,13 @@ class Scene:
             return self.recorded[state_id].copy()
         return np.append(self.recorded[state_id], self._place(self.model.qpos0.copy(), None)[self.model.nq :])
 
-    def _place(self, qpos: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.float64]:
+    def _place(
+        self,
+        qpos: NDArray[np.float64],
+        rng: np.random.Generator | None,
+        moves: Moves = MappingProxyType({}),
+        tries: int = 5000,
+    ) -> NDArray[np.float64]:
         """The init state with everything at random or, without ``rng``, in the middle of its region."""
         model = self.model
         sites = self._region_positions(qpos)
@@ -118,7 +205,8 @@ class Scene:
                     mujoco.mju_rotVecQuat(offset, sites[item.site], quat / np.linalg.norm(quat))
                     base = base + offset
             base[2] -= item.bottom
-            for _ in range(5000):
+            base[:2] += moves.get(item.name, (0.0, 0.0))
+            for _ in range(tries):
                 k = rng.integers(len(item.x_ranges)) if rng else 0
                 # LIBERO keeps the object's radius inside the region, even where that reverses the range.
                 low = np.array([item.x_ranges[k][0], item.y_ranges[k][0]]) + item.margin
@@ -136,9 +224,8 @@ class Scene:
                 ):
                     break
             else:
-                raise RuntimeError(
-                    f"{item.name} of {self.task.name} found no free place in 5000 tries: too small a region"
-                )
+                words = f"of {self.task.name} found no free place in its region in {tries} tries"
+                raise NoFreePlaceError(item.name, words)
             quat = _sample_quat(item.rotation, rng)
             if model.body_mocapid[item.body] >= 0:
                 quat = np.roll(quat, 1)  # LIBERO's samplers give fixtures wxyz
@@ -157,6 +244,13 @@ class Scene:
         data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, data)
         return data.site_xpos
+
+
+def _shorten(moves: dict[str, list[float]], stuck: set[str]) -> None:
+    """Halve the moves of things that are ``stuck``, or all moves if theirs are short already."""
+    long = {name for name in stuck if np.hypot(*moves.get(name, (0.0, 0.0))) > 5e-3}
+    for name in long or moves:
+        moves[name] = [x / 2 for x in moves[name]]
 
 
 def _sample_quat(

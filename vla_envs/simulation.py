@@ -7,7 +7,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.control import ControllerMemory, Views, execute_chunk
+from vla_envs.control import Arm, ControllerMemory, Views, execute_chunk
 from vla_envs.goals import FactReader, predicates_met
 from vla_envs.scene import Scene
 
@@ -33,6 +33,7 @@ class Settled:
     memory: ControllerMemory
     images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     reason: str = ""  # why it could not be settled; it is then the init state itself
+    arm: Arm | None = None  # of the controller, where it is not the scene's
 
 
 class Simulation:
@@ -43,6 +44,7 @@ class Simulation:
         self.data = mujoco.MjData(scene.model)
         self.views = Views.of(self.data)
         self.memory = ControllerMemory.new(len(scene.goal.kind))
+        self.arm = scene.arm  # what the controller knows; another where the arm starts in another pose
         self.just_restored = False
         self.facts = FactReader(scene.model, self.data, scene.goal)
         self.hand = mujoco.mj_name2id(scene.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_right_hand")
@@ -58,7 +60,7 @@ class Simulation:
         mujoco.mj_resetData(self.scene.model, self.data)
         self.data.qpos[:], fixtures = np.split(init_state, [self.scene.model.nq])
         self.data.mocap_pos[:], self.data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
-        self.memory.goal_rotation[...] = self.scene.arm.reset_rotation
+        self.memory.goal_rotation[...] = self.arm.reset_rotation
         self.memory.gripper[:] = 0.0
         self.just_restored = True
 
@@ -69,7 +71,7 @@ class Simulation:
             steps, met = execute_chunk(
                 *self._addresses,
                 self.views,
-                self.scene.arm,
+                self.arm,
                 self.memory,
                 self.scene.goal,
                 actions[done:],
@@ -118,8 +120,18 @@ class Simulation:
         mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
         mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
 
-    def settle(self, init_state: NDArray[np.float64], steps: int, gripper: float) -> Settled:
-        """Restore an init state, then hold still for ``steps`` control steps and command ``gripper``."""
+    def settle(
+        self, init_state: NDArray[np.float64], steps: int, gripper: float, arm: Arm | None = None
+    ) -> Settled:
+        """Restore an init state, then hold still for ``steps`` control steps and command ``gripper``.
+
+        Args:
+            init_state: As ``Scene`` has them.
+            steps: Control steps.
+            gripper: From -1 to 1.
+            arm: What the controller knows [the scene's].
+        """
+        self.arm = arm or self.scene.arm
         self.restore(init_state)
         while steps:  # executing actions stops when the goal is met
             steps -= self.execute(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (steps, 1)))[0]
@@ -127,7 +139,7 @@ class Simulation:
         if reason:
             self.restore(init_state)
         self.keep()
-        return Settled(self.last_good.copy(), self.memory.copy(), reason=reason)
+        return Settled(self.last_good.copy(), self.memory.copy(), reason=reason, arm=arm)
 
     def copy_from(self, settled: Settled, just_restored: bool) -> None:
         """Start from a settled init state."""
@@ -135,6 +147,7 @@ class Simulation:
         mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
         self.last_good[:] = settled.physics
         self.memory.assign(settled.memory)
+        self.arm = settled.arm or self.scene.arm
         self.just_restored = just_restored
         self.origin = self.facts.origin()
         self.memory.peak[:] = self.data.xpos[self.scene.goal.subject, 2]

@@ -10,10 +10,13 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.inputs import as_array, as_numbers, in_short
+from vla_envs.inputs import as_array, as_numbers, in_short, nearest
+from vla_envs.perturbations import Perturbation
+from vla_envs.perturbations import validate as validate_perturbation
 from vla_envs.rewards import warn_of_recorded_states
 from vla_envs.tasks import Task, get_task, with_init_states
 
+RESET_OPTIONS = ("init_state_id", "reset_mask", "perturbation")
 LARGEST_IMAGE = 4096  # pixels, of observed images
 
 
@@ -73,14 +76,17 @@ def require_open(envs: VectorEnv) -> None:
 
 
 def validate_reset(
-    seed: Any, options: Any, recorded: Sequence[int], learning: bool
-) -> tuple[NDArray[np.bool_], list[int | None], list[int | None]]:
-    """What ``reset`` has to do: the mask ``(N,)``, and per environment an init state or None, a seed or None.
+    seed: Any, options: Any, recorded: Sequence[int], movable: Sequence[tuple[str, ...]], learning: bool
+) -> tuple[NDArray[np.bool_], list[int | None], list[int | None], list[Perturbation | None]]:
+    """What ``reset`` has to do: the mask ``(N,)``, and per environment an init state, a seed, a perturbation.
+
+    Each of these three can be None.
 
     Args:
         seed: As in ``LiberoVectorEnv.reset``.
         options: As in ``LiberoVectorEnv.reset``.
         recorded: How many recorded init states each of the N environments has.
+        movable: The objects of each that a perturbed layout can move.
         learning: Whether the reward is for learning; recorded init states then give a warning.
 
     Raises:
@@ -90,12 +96,13 @@ def validate_reset(
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise ValueError(
-            f"reset options are {in_short(options)}; expected a dict with init_state_id or reset_mask"
+            f"reset options are {in_short(options)}; expected a dict with {', '.join(RESET_OPTIONS)}"
         )
-    unknown = [key for key in options if key not in ("init_state_id", "reset_mask")]
+    unknown = [key for key in options if key not in RESET_OPTIONS]
     if unknown:
         raise ValueError(
-            f"reset options {in_short(unknown)} are unknown; expected init_state_id or reset_mask"
+            f"reset options {in_short(unknown)} are unknown; expected some of {list(RESET_OPTIONS)}"
+            + nearest(str(unknown[0]), list(RESET_OPTIONS))
         )
     all_envs = np.ones(num_envs, bool)
     mask = as_array(
@@ -129,7 +136,14 @@ def validate_reset(
             raise ValueError(f"seed is {in_short(s)}; expected an int of at least 0")
     if learning and any(ids[i] is not None for i in np.flatnonzero(mask)):
         warn_of_recorded_states(stacklevel=5)
-    return mask, ids, [None if s is None else int(s) for s in seeds]
+    asked: list[Perturbation | None] = [None] * num_envs
+    if (wanted := options.get("perturbation")) is not None:
+        several = isinstance(wanted, Sequence | np.ndarray) and len(wanted) == num_envs
+        if not (several or isinstance(wanted, Mapping)):
+            raise ValueError(f"perturbation is {in_short(wanted)}; expected a dict, or a list of {num_envs}")
+        each = wanted if several else [wanted] * num_envs
+        asked = [validate_perturbation(one, names) for one, names in zip(each, movable)]
+    return mask, ids, [None if s is None else int(s) for s in seeds], asked
 
 
 def validate_actions(

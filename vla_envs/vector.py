@@ -1,10 +1,11 @@
 """``LiberoVectorEnv``: many LIBERO environments in one process."""
 
+import copy
 import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs.control import require_compiled
+from vla_envs import noise, perturbations
+from vla_envs.control import Arm, require_compiled
 from vla_envs.goals import FACTS, JOINT
 from vla_envs.inputs import in_short
 from vla_envs.machine import available_cores
+from vla_envs.perturbations import Look, Perturbation, look_of
 from vla_envs.render import Renderer, opengl
 from vla_envs.rewards import Reward, all_stage_names, binary, compute_reward, resolve_reward
 from vla_envs.scene import scene_of
@@ -81,6 +84,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         bddl_file: Instead of a suite: a BDDL file of one's own, or a list with one per environment.
         init_state_file: Recorded init states of one's own tasks, as ``vla_envs.tasks.recorded_init_states``
             reads them, or a list with one file per environment; by default 50 are drawn that no seed gives.
+        perturb: How far each episode's scene differs from LIBERO's: ``"camera:3,light:2"``, ``"all:1"`` or a
+            dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed decides what is
+            drawn, and ``info["perturbation"]`` says it.
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright and mirrored: see ``vla_envs/render.py``). The state is
@@ -117,6 +123,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         cache: bool = True,
         bddl_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         init_state_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        perturb: str | Mapping[str, int] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         require_compiled()
@@ -164,6 +171,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "render_fps": 20 / action_chunk,
             "autoreset_mode": self.autoreset_mode,
         }
+        self._levels = perturbations.parse(perturb)
         self._crew = Crew(num_threads)
         self.set_reward(reward)
         scenes = {task: scene_of(task, str(assets), quality, cache) for task in dict.fromkeys(self.tasks)}
@@ -173,7 +181,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])
         }
         self._renderers: dict[tuple[int, int], Renderer] = {}
-        self._settled: OrderedDict[tuple[int, bytes], Settled] = OrderedDict()
+        self._settled: OrderedDict[tuple[int, bytes, str], Settled] = OrderedDict()
+        self._perturbations: list[Perturbation] = [{} for _ in range(num_envs)]
+        self._looks: list[Look | None] = [None] * num_envs
         self._renderers_lock = threading.Lock()
         #: Seconds spent so far by kind of work; shared out in proportion to the threads' time.
         self.seconds = {"physics": 0.0, "render": 0.0}
@@ -267,8 +277,14 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     def _images(self, i: int) -> dict[str, NDArray[np.uint8]]:
         """Draw what each camera sees of environment ``i``."""
-        renderer, data = self._renderer(i, self.image_size), self.simulations[i].data
-        return {name: renderer.draw(data, camera) for name, camera in self._cameras.items()}
+        return {name: self._image(i, self.image_size, name) for name in self._cameras}
+
+    def _image(self, i: int, size: int, name: str) -> NDArray[np.uint8]:
+        """Draw one image; noise is on the camera that is not on the arm, as in LIBERO-Plus."""
+        image = self._renderer(i, size).draw(self.simulations[i].data, CAMERAS[name], self._looks[i])
+        if name == "image" and (its := self._perturbations[i].get("noise")):
+            image = noise.apply(image, **its, step=int(self._steps[i]))
+        return image
 
     def _observe(self, i: int) -> None:
         simulation = self.simulations[i]
@@ -290,7 +306,15 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "instruction": np.array(self.instructions),
             "diverged": np.array([bool(reason) for reason in self._reason]),
             "reason": np.array(self._reason),
-        }
+        } | self._perturbation_info()
+
+    def _perturbation_info(self) -> dict[str, Any]:
+        """What each scene is perturbed by (N,), if any ever was."""
+        if not (self._levels or any(self._perturbations)):
+            return {}
+        drawn = np.full(self.num_envs, None, object)
+        drawn[:] = [copy.deepcopy(its) for its in self._perturbations]
+        return {"perturbation": drawn}
 
     @exclusive
     def set_reward(self, reward: str | Reward) -> None:
@@ -311,36 +335,61 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
                 init state, which is a new placement in LIBERO's regions, so a repeated seed makes a group.
             options: ``init_state_id`` names recorded init states (0 to 49) instead, one per environment or
                 one for all; they are for evaluation, and give a warning when the reward is for learning.
-                ``reset_mask``, ``(N,)`` bool, chooses the environments to reset.
+                ``reset_mask``, ``(N,)`` bool, chooses the environments to reset. ``perturbation`` asks for
+                one in the form of ``info["perturbation"]``, or for a list of one per environment.
 
         Raises:
             ValueError: When seeds, ids or the mask do not fit; nothing has changed then.
             RuntimeError: When another call has not ended, or in a forked process, as in every method.
         """
         require_open(self)
-        recorded = [len(simulation.scene.recorded) for simulation in self.simulations]
-        mask, ids, seeds = validate_reset(seed, options, recorded, self._reward is not binary)
-        self._reset(np.flatnonzero(mask), seeds, ids)
+        scenes = [simulation.scene for simulation in self.simulations]
+        recorded, movable = [len(scene.recorded) for scene in scenes], [scene.movable for scene in scenes]
+        mask, ids, seeds, asked = validate_reset(seed, options, recorded, movable, self._reward is not binary)
+        self._reset(np.flatnonzero(mask), ids, seeds, asked)
         return self._observation(), self._info()
 
-    def _reset(self, indices: Iterable[int], seeds: Sequence[int | None], ids: Sequence[int | None]) -> None:
+    def _restart(self, indices: NDArray[np.int64]) -> None:
+        """Reset ``indices`` to placements that their generators decide."""
+        nothing = [None] * self.num_envs
+        self._reset(indices, nothing, nothing, nothing)
+
+    def _reset(
+        self,
+        indices: Iterable[int],
+        ids: Sequence[int | None],
+        seeds: Sequence[int | None],
+        asked: Sequence[Perturbation | None],
+    ) -> None:
         """Reset ``indices``: settle and draw init states not seen lately, copy them, and read the facts."""
         indices = list(indices)
         self._ready[indices] = False  # until everything is done
-        keys: dict[int, tuple[int, bytes]] = {}
-        to_settle: dict[tuple[int, bytes], tuple[int, NDArray[np.float64]]] = {}
+        keys: dict[int, tuple[int, bytes, str]] = {}
+        to_settle: dict[tuple[int, bytes, str], tuple[int, NDArray[np.float64]]] = {}
+        looks: dict[str, Look | None] = {}
         for i in indices:
             scene, state_id = self.simulations[i].scene, ids[i]
             rng = self._rngs[i]
             if rng is None or seeds[i] is not None:
                 rng, self._seeds[i] = seeding.np_random(seeds[i])
                 self._rngs[i] = rng
+            perturbation = asked[i]
+            if perturbation is None:
+                entropy = perturbations.entropy_of(rng, state_id) if self._levels else []
+                perturbation = perturbations.draw(self._levels, entropy, scene.movable)
+            moves = perturbation.get("layout", {})
             if state_id is None:
-                state = scene.sample_init_state(rng)
+                state = scene.sample_init_state(rng, moves)
             else:
-                state = scene.recorded_init_state(state_id)
+                state = scene.moved(scene.recorded_init_state(state_id), moves)
+            if "robot" in perturbation:
+                state[:7] = scene.clip_arm(state[:7] + perturbation["robot"]["joints"])
             self._init_state_id[i] = -1 if state_id is None else state_id
-            keys[i] = (id(scene), state.tobytes())
+            words = repr(perturbation) if perturbation else ""
+            keys[i] = (id(scene), state.tobytes(), words)
+            if words not in looks:
+                looks[words] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
+            self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks[words], 0
             if keys[i] not in self._settled:
                 to_settle.setdefault(keys[i], (i, state))
 
@@ -350,7 +399,11 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         def settle(i: int) -> tuple[float, float]:
             (key, state), simulation = work[i], self.simulations[i]
             start = time.perf_counter()
-            settled = simulation.settle(state, self.settle_steps, self.settle_gripper)
+            arm, robot = None, self._perturbations[i].get("robot")
+            if robot:
+                posture = simulation.scene.clip_arm(simulation.scene.arm.reset_qpos + robot["joints"])
+                arm = Arm.of(simulation.scene.model, posture)
+            settled = simulation.settle(state, self.settle_steps, self.settle_gripper, arm)
             simulation.copy_from(settled, self.settle_steps == 0)
             settled_at = time.perf_counter()
             settled.images = self._images(i)
@@ -364,7 +417,6 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             self.simulations[i].copy_from(settled, self.settle_steps == 0)
             for name, image in settled.images.items():
                 self._obs[name][i] = image
-            self._steps[i] = 0
             self._reason[i] = settled.reason  # nothing can be played in a scene that cannot settle
             self._terminated[i], self._truncated[i] = False, bool(settled.reason)
             self._observe(i)
@@ -413,7 +465,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         frozen = self.frozen
         restarted = frozen & (self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP)
         if restarted.any():
-            self._reset(np.flatnonzero(restarted), [None] * self.num_envs, [None] * self.num_envs)
+            self._restart(np.flatnonzero(restarted))
         alive = np.flatnonzero(~frozen).tolist()
 
         def advance(i: int) -> tuple[float, float]:
@@ -447,7 +499,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         extra: dict[str, Any] = {}
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and self.frozen.any():
             extra = self._final()
-            self._reset(np.flatnonzero(self.frozen), [None] * self.num_envs, [None] * self.num_envs)
+            self._restart(np.flatnonzero(self.frozen))
         self._ready[:] = True
         return self._observation(), reward, terminated, truncated, self._info() | extra
 
@@ -472,7 +524,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         opengl()  # the calling thread has to make it
 
         def draw(i: int) -> NDArray[np.uint8]:
-            return self._renderer(i, FRAME_SIZE).draw(self.simulations[i].data, CAMERAS["image"])
+            return self._image(i, FRAME_SIZE, "image")
 
         return tuple(self._crew.do(draw, range(self.num_envs)))
 

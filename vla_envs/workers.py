@@ -155,6 +155,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self.max_episode_steps = facts[0]["max_episode_steps"]
         self.instructions = [task.instruction for task in self.tasks]
         self._recorded = [count for each in facts for count in each["recorded"]]
+        self._movable = [names for each in facts for names in each["movable"]]
         self._learning = reward != "binary"
         #: Seconds spent so far by kind of work, averaged over the workers.
         self.seconds = {"physics": 0.0, "render": 0.0}
@@ -281,9 +282,9 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
-        mask, ids, seeds = validate_reset(seed, options, self._recorded, self._learning)
+        mask, *what = validate_reset(seed, options, self._recorded, self._movable, self._learning)
         self._ready &= ~mask  # until everything is done
-        answers = self._call("reset", self._split(mask), self._split(ids), self._split(seeds))
+        answers = self._call("reset", self._split(mask), *map(self._split, what))
         observation, info = self._observe(answers)
         self._ready |= mask
         return observation, info
@@ -401,6 +402,7 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
         "metadata": envs.metadata, "autoreset_mode": envs.autoreset_mode, "render_mode": envs.render_mode,
         "max_episode_steps": envs.max_episode_steps, "stages": dict(envs.stages),
         "recorded": [len(simulation.scene.recorded) for simulation in envs.simulations],
+        "movable": [simulation.scene.movable for simulation in envs.simulations],
     }  # fmt: skip
 
     def answer(obs: dict[str, NDArray[Any]], info: dict[str, Any], *results: NDArray[Any]) -> dict[str, Any]:
@@ -414,8 +416,8 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
             "stages": stages, "seconds": seconds,
         }  # fmt: skip
 
-    def reset(mask: NDArray[np.bool_], ids: list[int | None], seeds: list[int | None]) -> dict[str, Any]:
-        envs._reset(np.flatnonzero(mask), seeds, ids)
+    def reset(mask: NDArray[np.bool_], *what: list[Any]) -> dict[str, Any]:
+        envs._reset(np.flatnonzero(mask), *what)
         return answer(envs._observation(), envs._info())
 
     def step(actions: NDArray[np.float64]) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class CommonArgs:
     """A task of one's own, instead of --suite and --task-id"""
     init_state_file: Path | None = None
     """Recorded init states of a task of one's own, for evaluations [50 that training never sees]"""
+    perturb: str | None = None
+    """Train in perturbed scenes: camera:3,light:2 or all:1, levels 1 to 5 by axis"""
+    eval_perturb: str | None = None
+    """Evaluate in perturbed scenes, the same ones every time"""
     assets: str = "builtin"
     """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
     quality: str = "exact"

@@ -39,14 +39,14 @@ COUNTERS = ("iteration", "env_steps", "episodes", "wall_s", "evaluated")
 def make_envs(args: Any, policy: Any) -> Any:
     """The environments that this process trains in; of a run that only evaluates one, to try the reward."""
     tasks = [args.task_id] if args.evaluate else batches.tasks_of_environments(args)
-    return _make_envs(args, tasks, args.reward, image_size=policy.image_size)
+    return _make_envs(args, tasks, args.reward, image_size=policy.image_size, perturb=args.perturb)
 
 
 @distributed.first_only
 def make_eval_envs(args: Any, policy: Any) -> Any:
     """The environments of evaluations, one per recorded init state of each task; in the first process."""
     tasks = np.repeat(args.task_ids, args.eval_episodes).tolist()
-    settings = evaluation.settings(args.protocol, args.suite, policy)
+    settings = evaluation.settings(args.protocol, args.suite, policy) | {"perturb": args.eval_perturb}
     return _make_envs(args, tasks, "binary", num_threads=args.num_threads, **settings)  # the others wait
 
 

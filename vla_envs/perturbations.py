@@ -1,0 +1,321 @@
+"""Perturbations: how an episode's scene differs from LIBERO's, drawn from its seed at levels from 1 to 5.
+
+The axes, and the numbers where they are formulas, are LIBERO-Plus's (Fei et al. 2025, arXiv 2510.13626;
+package ``liberoplus``): the camera's orbits, distances and turns, the size of the arm's offset, the kinds of
+image noise, how far objects are moved. In the place of its lights and backgrounds, which are files, there are
+ranges of our own, and how an axis is shared out over the levels is ours too. So these are its kinds of
+perturbations, and not its 10,030 tasks.
+
+What is drawn is a dict of plain values, axis by axis, as ``info["perturbation"]`` has it.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_envs.inputs import in_short, nearest
+from vla_envs.noise import KINDS as NOISES
+
+LEVELS = range(1, 6)
+PIVOT = np.array([0.0, 0.0, 0.8])  # m; what the camera orbits, and what distances are measured from
+#: Degrees that the camera orbits the vertical, either way: LIBERO-Plus has all directions, shared out by us.
+AZIMUTHS = ((3.0, 10.0), (10.0, 25.0), (25.0, 60.0), (60.0, 120.0), (120.0, 180.0))
+ELEVATIONS = (0.0, 15.0)  # degrees, one of them
+SCALE = 0.17  # of the distance, per level: from 1.15 to 2.0
+TURN = 2.0  # degrees that the camera turns in place, per level: up to 10
+JOINTS = 0.1  # rad; length of the arm's offset (7,), per level
+MOVE = 0.03  # m that an object is moved at most, per level
+DIM = 0.14  # share of a light's brightness that is lost or gained, per level; ours
+TILT = 0.12  # that is added to a light's direction, a unit vector, per level; ours
+TINT = 0.17  # share of a colour that is taken away at most, per level; ours
+PARTS = ("floor", "walls", "table")
+
+Perturbation = dict[str, Any]
+
+
+def _sign(rng: np.random.Generator) -> float:
+    return float(rng.choice([-1.0, 1.0]))
+
+
+def _camera(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+    """An orbit, another distance, or a turn in place; the one camera that is not on the arm."""
+    drawn = {"azimuth": 0.0, "elevation": 0.0, "scale": 1.0, "pan": 0.0, "tilt": 0.0}
+    kind = rng.integers(3)
+    if kind == 0:
+        drawn["azimuth"] = _sign(rng) * rng.uniform(*AZIMUTHS[level - 1])
+        drawn["elevation"] = float(rng.choice(ELEVATIONS))
+    elif kind == 1:
+        drawn["scale"] = 1.15 + SCALE * (level - 1 + rng.random())
+    else:
+        drawn["pan"], drawn["tilt"] = (_sign(rng) * TURN * (level - 1 + rng.random()) for _ in range(2))
+    return drawn
+
+
+def _robot(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+    """Another pose of the arm, in which the controller takes it to rest."""
+    direction = rng.standard_normal(7)
+    return {"joints": (JOINTS * level * direction / np.linalg.norm(direction)).tolist()}
+
+
+def _light(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+    """Brighter or darker, of another colour, from elsewhere, with weaker or stronger reflections."""
+    brightness = 1.0 + _sign(rng) * DIM * (level - 1 + rng.random())
+    colour = 1.0 - 0.05 * level * rng.random(3)
+    direction = rng.standard_normal(3)
+    tilt = TILT * level * direction / np.linalg.norm(direction)
+    return {
+        "diffuse": (brightness * colour).tolist(),
+        "specular": float(rng.uniform(1.0 - 0.2 * level, 1.0 + 0.2 * level)),
+        "tilt": tilt.tolist(),
+    }
+
+
+def _background(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+    """Colours that the floor's, the walls' and the table's are multiplied by."""
+    taken = rng.random((len(PARTS), 3))
+    taken *= TINT * (level - 1 + rng.random((len(PARTS), 1))) / taken.max(axis=1, keepdims=True)
+    return dict(zip(PARTS, (1.0 - taken).tolist()))
+
+
+def _noise(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+    """One of five filters of the finished image; LIBERO-Plus's ten severities, two per level."""
+    return {
+        "kind": str(rng.choice(list(NOISES))),
+        "severity": int(2 * level - rng.integers(2)),
+        "seed": int(rng.integers(2**31)),
+    }
+
+
+def _layout(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+    """How far each object's region is moved (m); what stands on something else goes with it."""
+    moves = {}
+    for name in movable:
+        angle, size = rng.uniform(0.0, 2.0 * math.pi), MOVE * level * rng.random()
+        moves[name] = [size * math.cos(angle), size * math.sin(angle)]
+    return moves
+
+
+DRAWS: dict[str, Callable[[int, np.random.Generator, tuple[str, ...]], dict[str, Any]]] = {
+    "camera": _camera, "robot": _robot, "light": _light, "background": _background, "noise": _noise,
+    "layout": _layout,
+}  # fmt: skip
+
+
+def parse(value: Any) -> dict[str, int]:
+    """The level of each axis, from what ``perturb`` takes: ``"camera:3,light:2"``, ``"all:1"`` or a dict.
+
+    Raises:
+        ValueError: When an axis or a level does not exist.
+    """
+    if value is None:
+        return {}
+    form = "expected 'camera:3,light:2', 'all:1' or a dict of levels"
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, str) and value:
+        pairs = [
+            (axis, level) for axis, _, level in (part.strip().partition(":") for part in value.split(","))
+        ]
+    else:
+        raise ValueError(f"perturb is {in_short(value)}; {form}")
+    levels: dict[str, int] = {}
+    for axis, level in pairs:
+        if axis not in ("all", *DRAWS):
+            names = ["all", *DRAWS]
+            raise ValueError(
+                f"perturb has the axis {in_short(axis)}; expected some of {names}{nearest(str(axis), names)}"
+            )
+        number = int(level) if isinstance(level, str) and level.isdecimal() else level
+        if isinstance(number, bool) or number not in LEVELS:
+            raise ValueError(f"perturb has {axis} at level {in_short(level)}; expected an int from 1 to 5")
+        for each in DRAWS if axis == "all" else (axis,):
+            if each in levels:
+                raise ValueError(f"perturb has {each} twice; expected each axis once")
+            levels[each] = int(number)
+    return levels
+
+
+def draw(levels: dict[str, int], entropy: list[int], movable: tuple[str, ...]) -> Perturbation:
+    """What an episode's scene is perturbed by; each axis depends on its own level and on ``entropy`` alone.
+
+    Args:
+        levels: Of ``parse``.
+        entropy: What decides; see ``entropy_of``.
+        movable: Names of the objects that a layout moves.
+    """
+    drawn = {}
+    for number, (axis, make) in enumerate(DRAWS.items()):
+        if axis in levels:
+            stream = np.random.SeedSequence(entropy, spawn_key=(2, number))
+            drawn[axis] = make(levels[axis], np.random.default_rng(stream), movable)
+    return drawn
+
+
+def entropy_of(rng: np.random.Generator | None, state_id: int | None) -> list[int]:
+    """What decides an episode's perturbation: its init state's number, or where its generator stands.
+
+    The generator is not advanced, so that the placement of a seed is the same with and without perturbations.
+    """
+    if state_id is not None:
+        return [0, state_id]
+    assert rng is not None
+    state = repr(rng.bit_generator.state).encode()
+    return [1, *np.frombuffer(hashlib.sha256(state).digest(), np.uint32).tolist()]
+
+
+# ---- One that is asked for ---------------------------------------------------------------------------
+
+#: What each axis holds: numbers by their count, least and greatest.
+_FIELDS: dict[str, dict[str, tuple[int, float, float]]] = {
+    "camera": {
+        "azimuth": (0, -360, 360), "elevation": (0, -89, 89), "scale": (0, 0.2, 5), "pan": (0, -90, 90),
+        "tilt": (0, -90, 90),
+    },
+    "robot": {"joints": (7, -1, 1)},
+    "light": {"diffuse": (3, 0, 5), "specular": (0, 0, 5), "tilt": (3, -2, 2)},
+    "background": dict.fromkeys(PARTS, (3, 0, 1)),
+    "noise": {"severity": (0, 1, 10), "seed": (0, 0, 2**31)},
+}  # fmt: skip
+
+
+def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
+    """``value`` as a perturbation that ``reset`` is asked for, in the form of ``info["perturbation"]``.
+
+    Raises:
+        ValueError: When a name does not exist, or a number does not fit; names the first.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"perturbation is {in_short(value)}; expected a dict, as info['perturbation'] has it"
+        )
+    chosen: Perturbation = {}
+    for axis, given in value.items():
+        _require_known(axis, list(DRAWS), "perturbation has the axis")
+        fields = dict.fromkeys(movable, (2, -1.0, 1.0)) if axis == "layout" else _FIELDS[axis]
+        known = [*fields, "kind"] if axis == "noise" else list(fields)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"perturbation has {axis} {in_short(given)}; expected a dict of {known}")
+        for name in given:
+            _require_known(name, known, f"perturbation's {axis} has")
+        missing = [name for name in known if name not in given and axis != "layout"]
+        if missing:
+            raise ValueError(f"perturbation's {axis} has no {missing[0]}; expected all of {known}")
+        chosen[axis] = {name: _numbers(f"{axis}'s {name}", x, *fields[name]) for name, x in given.items()
+                        if name != "kind"}  # fmt: skip
+        if axis == "noise":
+            _require_known(given["kind"], list(NOISES), "perturbation's noise has the kind")
+            chosen[axis] = {"kind": given["kind"]} | {name: int(x) for name, x in chosen[axis].items()}
+    return chosen
+
+
+def _require_known(name: Any, known: list[str], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{what} {in_short(name)}; expected some of {known}{nearest(str(name), known)}")
+
+
+def _numbers(what: str, value: Any, count: int, least: float, most: float) -> Any:
+    """``value`` as a number, or a list of ``count`` of them."""
+    array = np.asarray(value) if np.ndim(value) <= 1 else np.empty(0, object)
+    fits = array.dtype.kind in "iuf" and array.shape == ((count,) if count else ())
+    if not fits or not np.isfinite(array).all() or array.min() < least or array.max() > most:
+        numbers = f"{count} numbers" if count else "a number"
+        raise ValueError(
+            f"perturbation has {what} {in_short(value)}; expected {numbers} from {least:g} to {most:g}"
+        )
+    return array.tolist()
+
+
+# ---- How it looks ------------------------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    """How a perturbed scene is drawn, worked out for one model."""
+
+    camera: int  # the camera that is moved; -1 for none
+    position: NDArray[np.float64]  # (3,) of it, m
+    rotation: NDArray[np.float64]  # (9,) of it, row by row
+    lit: bool  # whether the lights are changed
+    diffuse: NDArray[np.float64]  # (3,) what all lights' colours are multiplied by
+    specular: float
+    tilt: NDArray[np.float64]  # (3,) what is added to the direction of each light
+    # Geoms, their materials, and what their colours are multiplied by.
+    tints: tuple[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]], ...]
+
+    def camera_alone(self) -> "Look":
+        """The same without lights and colours."""
+        return self._replace(lit=False, tints=())
+
+
+Parts = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+
+def parts_of(model: mujoco.MjModel) -> Parts:
+    """The background's geoms and their materials by part, found by the names in LIBERO's scenes."""
+    geoms: dict[str, list[int]] = {part: [] for part in PARTS}
+    for geom in np.flatnonzero(model.geom_group).tolist():
+        name, body = model.geom(geom).name, model.body(model.geom_bodyid[geom]).name
+        if name == "floor":
+            geoms["floor"].append(geom)
+        elif name.startswith("wall_"):
+            geoms["walls"].append(geom)
+        elif name.startswith("table_") or "table" in body:
+            geoms["table"].append(geom)
+    parts = {}
+    for part, its in geoms.items():
+        # MuJoCo draws a geom in its material's colour unless it has one of its own, another than this gray.
+        own = [
+            g for g in its if model.geom_matid[g] < 0 or (model.geom_rgba[g] != [0.5, 0.5, 0.5, 1.0]).any()
+        ]
+        materials = {int(model.geom_matid[g]) for g in its} - {-1}
+        parts[part] = np.array(own, np.int64), np.array(sorted(materials), np.int64)
+    return parts
+
+
+def look_of(model: mujoco.MjModel, parts: Parts, perturbation: Perturbation, camera: str) -> Look | None:
+    """How ``perturbation`` looks, or None if it does not show in a drawn scene.
+
+    Args:
+        model: The scene's.
+        parts: ``parts_of`` it.
+        perturbation: What is drawn or asked for.
+        camera: The name of the camera that is moved.
+    """
+    if not {"camera", "light", "background"} & set(perturbation):
+        return None
+    number, position, rotation = -1, np.zeros(3), np.eye(3)
+    if "camera" in perturbation:
+        number = model.camera(camera).id
+        position, rotation = _moved_camera(model, number, perturbation["camera"])
+    light = perturbation.get("light", {"diffuse": [1.0] * 3, "specular": 1.0, "tilt": [0.0] * 3})
+    background = perturbation.get("background", {})
+    tints = [(*parts[part], np.array(factor)) for part, factor in background.items()]
+    return Look(
+        number, position, rotation.flatten(), "light" in perturbation, np.array(light["diffuse"]),
+        float(light["specular"]), np.array(light["tilt"]), tuple(tints),
+    )  # fmt: skip
+
+
+def _moved_camera(
+    model: mujoco.MjModel, number: int, moved: dict[str, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Position (3, m) and rotation (3, 3) of a fixed camera, as LIBERO-Plus's ``_setup_camera`` moves it."""
+    position, rotation = model.cam_pos[number].copy(), np.empty(9)
+    mujoco.mju_quat2Mat(rotation, model.cam_quat[number])
+    up, around = _turn("y", -moved["elevation"]), _turn("z", moved["azimuth"])
+    position = around @ (PIVOT + up @ (position - PIVOT))
+    position = PIVOT + moved["scale"] * (position - PIVOT)
+    turned = _turn("y", -moved["tilt"]) @ _turn("z", moved["pan"]) @ around @ up
+    return position, turned @ rotation.reshape(3, 3)
+
+
+def _turn(axis: str, degrees: float) -> NDArray[np.float64]:
+    """The rotation (3, 3) by an angle about an axis of the world."""
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    if axis == "z":
+        return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+    return np.array([[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]])
