@@ -377,7 +377,7 @@ def test_pictures_of_two_sizes(tmp_path):
     write_demos(tmp_path / "LiberoObject_4_demo.hdf5", lengths=(5,))
     write_demos(tmp_path / "LiberoObject_7_demo.hdf5", lengths=(2,), size=16)
     demos = [load_demonstrations(tmp_path, task, 1, chunk=2) for task in (KETCHUP, MILK)]
-    with pytest.raises(ValueError, match="LiberoObject 7 have 16 pixels; expected 32, like those of"):
+    with pytest.raises(ValueError, match="LiberoObject_7 have 16 pixels; expected 32, like those of"):
         samples([KETCHUP, MILK], demos)
 
 

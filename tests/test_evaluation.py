@@ -372,7 +372,7 @@ def evaluate_once(tmp_path, monkeypatch):
     run.mkdir()
     chosen = {"policy": "nano", "compare": None, "device": "cpu", "suite": "LiberoObject", "task_id": 4}
     chosen |= {"task_ids": (4,), "cudagraphs": False, "checkpoint": None, "max_episode_steps": 200}
-    chosen |= {"seed": 7, "protocol": None, "eval_temperature": 0.5}
+    chosen |= {"seed": 7, "protocol": None, "eval_temperature": 0.5, "eval_perturb": None}
 
     def evaluate_once(**changes):
         calls, args = [], SimpleNamespace(**chosen | changes)

@@ -44,7 +44,9 @@ def test_one_control_step(libero_env, make_vec, task_id):
     assert gap(env, envs) < 1e-9 < 1e-3 < np.abs(envs.unwrapped.qpos[0] - before).max()
 
 
-@pytest.mark.parametrize(("task_id", "state_id"), [(1, 49), (4, 17), (8, 0)])
+@pytest.mark.parametrize(
+    ("task_id", "state_id"), [(4, 17), *(pytest.param(*k, marks=pytest.mark.slow) for k in ((1, 49), (8, 0)))]
+)
 def test_a_hundred_control_steps(libero_env, make_vec, task_id, state_id):
     env, envs = libero_env(task_id), make_vec(1, task_id=task_id)
     start(env, task_id, state_id)
@@ -131,7 +133,7 @@ def real_env(libero, real_assets, monkeypatch):
         env.close()
 
 
-@pytest.mark.parametrize("task_id", [4, 7])
+@pytest.mark.parametrize("task_id", [4, pytest.param(7, marks=pytest.mark.slow)])
 def test_builtin_physics_are_liberos(real_env, make_vec, task_id):
     """Nothing of the primitives that we draw is felt: LIBERO's meshes give the same motion."""
     env, envs = real_env(task_id), make_vec(1, task_id=task_id)

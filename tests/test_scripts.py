@@ -401,7 +401,10 @@ def stop(start, monkeypatch, script, moment, *details, **flags):
     return Path("run").absolute()
 
 
-@every_script
+@pytest.mark.parametrize(
+    "script",
+    ["tgrpo_vla", "ppo_vla", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grpo_vla", "sft_vla"))],
+)
 @pytest.mark.parametrize("iteration", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     script, iteration, start, resume, finished, monkeypatch
@@ -518,7 +521,7 @@ def test_stopped_before_the_first_iteration(start, resume, finished, monkeypatch
     assert_same_run(run, finished("tgrpo_vla"))
 
 
-@pytest.mark.parametrize("script", ["tgrpo_vla", "sft_vla"])
+@pytest.mark.parametrize("script", [pytest.param("tgrpo_vla", marks=pytest.mark.slow), "sft_vla"])
 def test_stopped_after_the_last_evaluation(script, start, resume, monkeypatch):
     run = stop(start, monkeypatch, script, stop_at, checkpoints, "save_policies")
     resume(script, run)
@@ -644,7 +647,7 @@ def test_weights_that_have_run_away(start, capfd):
 # ---- Only evaluating ---------------------------------------------------------------------------------
 
 
-@every_script
+@one_script
 def test_evaluate_only(script, start, finished, capfd):
     """The same episodes as in the last evaluation of the run; compared with itself a policy is no better."""
     run = finished(script)

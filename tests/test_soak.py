@@ -39,6 +39,7 @@ print(*held())
 """
 
 
+@pytest.mark.slow
 def test_twenty_cycles_hold_nothing():
     """In a process of their own: the memory of this one is other tests' too."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -14,12 +14,12 @@ from vla_envs.tasks import SUITES, get_task, num_tasks, recorded_init_states
 from vla_envs.vector import LiberoVectorEnv
 
 FEW = {
-    "LiberoSpatial": (0, 3, 7),  # on the table, in the drawer, on the stove
-    "LiberoGoal": (0, 2, 7),  # Open, On with a wine bottle, TurnOn
-    "Libero10": (3, 5, 9),  # a drawer to close, a desk caddy, a microwave
-    "Libero90": (5, 21, 40),
+    "LiberoSpatial": (4,),  # a bowl in a drawer
+    "LiberoGoal": (0, 7),  # Open, TurnOn
+    "Libero10": (3, 9),  # a drawer to close, a microwave
+    "Libero90": (40,),
 }
-ONE = {suite: ids[:1] for suite, ids in FEW.items()} | {"LiberoSpatial": (0, 4)}  # 4: a bowl in a drawer
+ONE = {suite: ids[:1] for suite, ids in FEW.items()}
 ALL = [(suite, k) for suite in SUITES for k in range(num_tasks(suite))]
 
 

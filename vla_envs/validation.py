@@ -39,8 +39,7 @@ def validate_tasks(
     """
     if bddl_file is None:
         ids = _one_per_environment("task_id", task_id, num_envs)
-        found = {each: get_task(suite, each) for each in dict.fromkeys(ids)}
-        tasks = [found[each] for each in ids]
+        tasks = [get_task(suite, each) for each in ids]
     else:
         if suite != "LiberoObject" or not (np.ndim(task_id) == 0 and task_id == 0):
             raise ValueError(
@@ -51,13 +50,11 @@ def validate_tasks(
         for file in files:
             if not isinstance(file, str | os.PathLike) or not os.fspath(file).endswith(".bddl"):
                 raise ValueError(f"bddl_file is {in_short(file)}; expected the path of a *.bddl file")
-        read = {file: get_task(file, 0) for file in dict.fromkeys(files)}
-        tasks = [read[file] for file in files]
+        tasks = [get_task(file, 0) for file in files]
     if init_state_file is None:
         return tasks
     files = _one_per_environment("init_state_file", init_state_file, num_envs)
-    with_states = {pair: with_init_states(*pair) for pair in dict.fromkeys(zip(tasks, files))}
-    return [with_states[pair] for pair in zip(tasks, files)]
+    return [with_init_states(task, file) for task, file in zip(tasks, files)]
 
 
 def _one_per_environment(name: str, value: Any, num_envs: int) -> list[Any]:

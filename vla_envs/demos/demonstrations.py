@@ -71,7 +71,7 @@ def samples(tasks: list[Task], demonstrations: list[list[Episode]]) -> dict[str,
         if demo["image"].shape[1] != size:
             raise ValueError(
                 f"images of {task.label} have {demo['image'].shape[1]} pixels;"
-                f" expected {size}, like those of {flat[0][0].suite} {flat[0][0].task_id}"
+                f" expected {size}, like those of {flat[0][0].label}"
             )
     result: dict[str, Any] = {
         name: np.concatenate([demo[name] for _, demo in flat]) for name in ("image", "state", "actions")
