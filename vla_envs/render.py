@@ -380,22 +380,22 @@ def _perturbed(model: mujoco.MjModel, data: mujoco.MjData, look: Look | None) ->
         changed.append((array, where, array[where].copy()))
         array[where] = values
 
-    if look.camera >= 0:
-        change(data.cam_xpos, look.camera, look.position)
-        change(data.cam_xmat, look.camera, look.rotation)
-    if look.lit:
-        every, headlight = slice(None), model.vis.headlight
-        change(model.light_diffuse, every, model.light_diffuse * look.diffuse)
-        change(model.light_ambient, every, model.light_ambient * look.diffuse)
-        change(model.light_specular, every, model.light_specular * look.specular)
-        change(headlight.diffuse, every, headlight.diffuse * look.diffuse)
-        change(headlight.ambient, every, headlight.ambient * look.diffuse)
-        directions = data.light_xdir + look.tilt
-        change(data.light_xdir, every, directions / np.linalg.norm(directions, axis=1, keepdims=True))
-    for geoms, materials, factor in look.tints:
-        change(model.geom_rgba, (geoms, slice(3)), model.geom_rgba[geoms, :3] * factor)
-        change(model.mat_rgba, (materials, slice(3)), model.mat_rgba[materials, :3] * factor)
     try:
+        if look.camera >= 0:
+            change(data.cam_xpos, look.camera, look.position)
+            change(data.cam_xmat, look.camera, look.rotation)
+        if look.lit:
+            every, headlight = slice(None), model.vis.headlight
+            change(model.light_diffuse, every, model.light_diffuse * look.diffuse)
+            change(model.light_ambient, every, model.light_ambient * look.diffuse)
+            change(model.light_specular, every, model.light_specular * look.specular)
+            change(headlight.diffuse, every, headlight.diffuse * look.diffuse)
+            change(headlight.ambient, every, headlight.ambient * look.diffuse)
+            directions = data.light_xdir + look.tilt
+            change(data.light_xdir, every, directions / np.linalg.norm(directions, axis=1, keepdims=True))
+        for geoms, materials, factor in look.tints:
+            change(model.geom_rgba, (geoms, slice(3)), model.geom_rgba[geoms, :3] * factor)
+            change(model.mat_rgba, (materials, slice(3)), model.mat_rgba[materials, :3] * factor)
         yield
     finally:
         for array, where, values in reversed(changed):
