@@ -20,10 +20,13 @@ FEW = [
     ("LiberoSpatial", 0),
     ("LiberoObject", 3),
     ("Libero10", 0),
+    ("Libero10", 2),
     ("Libero10", 3),
     ("Libero10", 9),
     ("Libero90", 40),
+    ("Libero90", 60),
     ("Libero90", 81),
+    ("Libero90", 86),
 ]
 # What a collision, a step or LIBERO's predicates depend on; of geoms those that can collide.
 PHYSICS = {

@@ -26,7 +26,7 @@ def image(**kwargs):
 def size_of(axis, drawn):
     """How far what is drawn of an axis is from nothing."""
     if axis == "camera":
-        off = [drawn["azimuth"] / 180, (drawn["scale"] - 1), drawn["pan"] / 10, drawn["tilt"] / 10]
+        off = [drawn["azimuth"] / 75, (drawn["scale"] - 1), drawn["pan"] / 10, drawn["tilt"] / 10]
         return np.abs(off).max()
     if axis == "robot":
         return np.linalg.norm(drawn["joints"])
@@ -53,11 +53,11 @@ def test_levels_are_ordered(axis):
 
 
 def test_liberopluss_numbers():
-    """Extremes that its files have: azimuths all around, elevation 15, scales to 2, turns to 10 degrees."""
+    """Extremes of its task names: azimuths to 75, elevation 15, scales to 2, turns to 10 degrees."""
     drawn = [perturbations.draw({axis: level for axis in AXES}, [k, level], ("a",))
              for level in perturbations.LEVELS for k in range(300)]  # fmt: skip
     camera = {name: np.array([each["camera"][name] for each in drawn]) for name in drawn[0]["camera"]}
-    assert 170 < np.abs(camera["azimuth"]).max() <= 180 and set(camera["elevation"]) == {0.0, 15.0}
+    assert 74 < np.abs(camera["azimuth"]).max() <= 75 and set(camera["elevation"]) == {0.0, 15.0}
     scales = camera["scale"][camera["scale"] != 1]
     assert 1.15 <= scales.min() < 1.2 and 1.95 < scales.max() <= 2.0
     assert 9 < np.abs(camera["pan"]).max() <= 10 and 9 < np.abs(camera["tilt"]).max() <= 10
@@ -92,6 +92,9 @@ def test_what_perturb_takes():
         ("all:1,noise:2", "noise twice"),
         ({"light": True}, "level True"),
         ({"light": 1.5}, "level 1.5"),
+        ({"light": 3.0}, "level 3.0"),
+        ({"light": np.array([1, 2])}, "level array"),
+        ("distractors:1", "'distractors', not available yet"),
         (3, "perturb is 3"),
         ("", "is ''"),
     ],
@@ -110,10 +113,13 @@ def test_what_perturb_does_not_take(value, words):
         ({"robot": {}}, "robot has no joints"),
         ({"robot": {"joints": [0.1] * 6}}, "joints .*; expected 7 numbers from -1 to 1"),
         ({"robot": {"joints": [np.nan] * 7}}, "expected 7 numbers"),
+        ({"robot": {"joints": [0.1, [0.2, 0.3]]}}, "expected 7 numbers"),
+        ({"robot": {"joints": [0.1] * 7, "reading": "write back"}}, "'write back'.*mean 'written back'"),
         ({"robot": {"joint": [0] * 7}}, "has 'joint'; .*mean 'joints'"),
         ({"camera": 3}, "has camera 3; expected a dict"),
         ({"noise": {"kind": "snow", "severity": 1, "seed": 0}}, "kind 'snow'"),
-        ({"noise": {"kind": "fog", "severity": 11, "seed": 0}}, "severity 11; expected a number from 1"),
+        ({"noise": {"kind": "fog", "severity": 11, "seed": 0}}, "severity 11; expected an int from 1"),
+        ({"noise": {"kind": "fog", "severity": 1.7, "seed": 0}}, "severity 1.7; expected an int"),
         ({"background": {"floor": "red", "walls": [1, 1, 1], "table": [1, 1, 1]}}, "floor 'red'"),
         ({"layout": {"ketchup_2": [0, 0]}}, "layout has 'ketchup_2'; .*mean 'ketchup_1'"),
     ],
@@ -234,6 +240,36 @@ def test_the_arm_rests_where_it_starts(seen):
 
 
 @pytest.mark.longer
+def test_the_recorded_joints_can_be_written_back(make_vec):
+    """The arm starts where it was recorded; the controller alone holds and rests in the other pose."""
+    envs = make_vec(3, settle_steps=0).unwrapped
+    joints = [0.1, -0.1, 0.1, -0.1, 0.1, -0.1, 0.1]
+    asked = [{}, *({"robot": {"joints": joints, "reading": reading}} for reading in ("written back", "kept"))]
+    envs.reset(options={"init_state_id": 0, "perturbation": asked})
+    plain, written, kept = envs.qpos[:, :7]
+    assert np.array_equal(plain, written) and np.allclose(kept - plain, joints, atol=1e-9)
+    rest = [simulation.arm.reset_qpos for simulation in envs.simulations]
+    assert np.allclose(rest[1] - rest[0], joints) and np.array_equal(rest[1], rest[2])
+    goals = [simulation.memory.goal_rotation for simulation in envs.simulations]
+    assert np.array_equal(goals[1], goals[2]) and not np.allclose(goals[0], goals[1], atol=1e-2)
+    for _ in range(10):
+        envs.step(np.zeros((3, 7)))
+    assert np.abs(envs.qpos[1, :7] - written).max() > 0.02 > np.abs(envs.qpos[0, :7] - plain).max()
+
+
+@pytest.mark.longer
+def test_workers_of_which_one_is_perturbed(make_vec):
+    """Their infos are those of one process."""
+    for workers in (0, 2):
+        envs = make_vec(2, image_size=32, **({"workers": workers} if workers else {}))
+        envs.reset(seed=[1, 2])
+        asked = {"robot": {"joints": [0.1] * 7, "reading": "kept"}}
+        options = {"reset_mask": np.array([True, False]), "perturbation": asked}
+        assert envs.reset(options=options)[1]["perturbation"].tolist() == [asked, {}]
+        assert envs.step(np.zeros((2, 7)))[4]["perturbation"].tolist() == [asked, {}]
+
+
+@pytest.mark.longer
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_autoresets_draw_anew(mode, make_vec):
     envs = make_vec(2, perturb="camera:4", autoreset_mode=mode, max_episode_steps=2)
@@ -256,7 +292,7 @@ def test_workers_and_single_environments(seen, make, make_vec):
     obs, alone = env.reset(seed=4)
     assert alone["perturbation"] == info["perturbation"][2]
     assert np.array_equal(obs["image"], first["image"][2])
-    asked = {"perturbation": {"robot": {"joints": [0.05] * 7}}}
+    asked = {"perturbation": {"robot": {"joints": [0.05] * 7, "reading": "kept"}}}
     assert env.reset(seed=4, options=asked)[1]["perturbation"] == asked["perturbation"]
     with pytest.raises(ValueError, match="perturbation is 3; expected a dict, or a list of 1"):
         env.reset(options={"perturbation": 3})
@@ -296,6 +332,21 @@ def test_the_camera_is_where_liberoplus_puts_it(moved, make_vec):
     rotation = Rotation.from_rotvec(np.radians(-moved["tilt"]) * np.array([0, 1, 0])) * rotation
     assert look.camera == camera and np.allclose(look.position, position)
     assert np.allclose(look.rotation.reshape(3, 3), rotation.as_matrix())
+
+
+@pytest.mark.longer
+def test_each_task_has_the_look_of_its_own_scene(make_vec):
+    """Tasks of two arenas side by side, from the same init state, draw the same perturbation."""
+
+    def second(*task_ids):
+        envs = make_vec(
+            len(task_ids), suite="Libero10", task_id=list(task_ids), perturb="camera:3,background:4"
+        )
+        obs, info = envs.reset(options={"init_state_id": 0})
+        return obs["image"][-1], info["perturbation"][-1]
+
+    (beside, drawn), (alone, its) = second(0, 2), second(2)  # a living room, a kitchen
+    assert drawn == its and np.array_equal(beside, alone)
 
 
 @pytest.mark.longer

@@ -23,8 +23,9 @@ from vla_envs.noise import KINDS as NOISES
 
 LEVELS = range(1, 6)
 PIVOT = np.array([0.0, 0.0, 0.8])  # m; what the camera orbits, and what distances are measured from
-#: Degrees that the camera orbits the vertical, either way: LIBERO-Plus has all directions, shared out by us.
-AZIMUTHS = ((3.0, 10.0), (10.0, 25.0), (25.0, 60.0), (60.0, 120.0), (120.0, 180.0))
+#: Degrees that the camera orbits the vertical, either way, per level: LIBERO-Plus's orbits reach 75. Its own
+#: levels come from measured success, and each has orbits of all sizes, so these are shared out by us.
+AZIMUTH = 15.0
 ELEVATIONS = (0.0, 15.0)  # degrees, one of them
 SCALE = 0.17  # of the distance, per level: from 1.15 to 2.0
 TURN = 2.0  # degrees that the camera turns in place, per level: up to 10
@@ -34,6 +35,9 @@ DIM = 0.14  # share of a light's brightness that is lost or gained, per level; o
 TILT = 0.12  # that is added to a light's direction, a unit vector, per level; ours
 TINT = 0.17  # share of a colour that is taken away at most, per level; ours
 PARTS = ("floor", "walls", "table")
+#: Whether the arm starts in the other pose, as a reset of LIBERO-Plus's environments gives it, or whether its
+#: recorded joints are written back, as its evaluators do, and the controller alone keeps the other pose.
+READINGS = ("kept", "written back")
 
 Perturbation = dict[str, Any]
 
@@ -47,7 +51,7 @@ def _camera(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> d
     drawn = {"azimuth": 0.0, "elevation": 0.0, "scale": 1.0, "pan": 0.0, "tilt": 0.0}
     kind = rng.integers(3)
     if kind == 0:
-        drawn["azimuth"] = _sign(rng) * rng.uniform(*AZIMUTHS[level - 1])
+        drawn["azimuth"] = _sign(rng) * AZIMUTH * (level - 1 + rng.random())
         drawn["elevation"] = float(rng.choice(ELEVATIONS))
     elif kind == 1:
         drawn["scale"] = 1.15 + SCALE * (level - 1 + rng.random())
@@ -59,7 +63,10 @@ def _camera(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> d
 def _robot(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
     """Another pose of the arm, in which the controller takes it to rest."""
     direction = rng.standard_normal(7)
-    return {"joints": (JOINTS * level * direction / np.linalg.norm(direction)).tolist()}
+    return {
+        "joints": (JOINTS * level * direction / np.linalg.norm(direction)).tolist(),
+        "reading": READINGS[0],
+    }
 
 
 def _light(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
@@ -125,13 +132,17 @@ def parse(value: Any) -> dict[str, int]:
         raise ValueError(f"perturb is {in_short(value)}; {form}")
     levels: dict[str, int] = {}
     for axis, level in pairs:
+        if axis == "distractors":
+            raise ValueError(
+                f"perturb has the axis 'distractors', not available yet; expected some of {list(DRAWS)}"
+            )
         if axis not in ("all", *DRAWS):
             names = ["all", *DRAWS]
             raise ValueError(
                 f"perturb has the axis {in_short(axis)}; expected some of {names}{nearest(str(axis), names)}"
             )
         number = int(level) if isinstance(level, str) and level.isdecimal() else level
-        if isinstance(number, bool) or number not in LEVELS:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number not in LEVELS:
             raise ValueError(f"perturb has {axis} at level {in_short(level)}; expected an int from 1 to 5")
         for each in DRAWS if axis == "all" else (axis,):
             if each in levels:
@@ -181,6 +192,12 @@ _FIELDS: dict[str, dict[str, tuple[int, float, float]]] = {
     "background": dict.fromkeys(PARTS, (3, 0, 1)),
     "noise": {"severity": (0, 1, 10), "seed": (0, 0, 2**31)},
 }  # fmt: skip
+_WHOLE = ("severity", "seed")
+#: What else they hold: one of some words.
+_WORDS: dict[str, dict[str, list[str]]] = {
+    "robot": {"reading": list(READINGS)},
+    "noise": {"kind": list(NOISES)},
+}
 
 
 def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
@@ -197,19 +214,23 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
     for axis, given in value.items():
         _require_known(axis, list(DRAWS), "perturbation has the axis")
         fields = dict.fromkeys(movable, (2, -1.0, 1.0)) if axis == "layout" else _FIELDS[axis]
-        known = [*fields, "kind"] if axis == "noise" else list(fields)
+        words = _WORDS.get(axis, {})
+        known = [*fields, *words]
         if not isinstance(given, Mapping):
             raise ValueError(f"perturbation has {axis} {in_short(given)}; expected a dict of {known}")
         for name in given:
             _require_known(name, known, f"perturbation's {axis} has")
+        given = {"reading": READINGS[0], **given} if axis == "robot" else given
         missing = [name for name in known if name not in given and axis != "layout"]
         if missing:
             raise ValueError(f"perturbation's {axis} has no {missing[0]}; expected all of {known}")
-        chosen[axis] = {name: _numbers(f"{axis}'s {name}", x, *fields[name]) for name, x in given.items()
-                        if name != "kind"}  # fmt: skip
-        if axis == "noise":
-            _require_known(given["kind"], list(NOISES), "perturbation's noise has the kind")
-            chosen[axis] = {"kind": given["kind"]} | {name: int(x) for name, x in chosen[axis].items()}
+        chosen[axis] = {}
+        for name, x in given.items():
+            if name in words:
+                _require_known(x, words[name], f"perturbation's {axis} has the {name}")
+                chosen[axis][name] = str(x)
+            else:
+                chosen[axis][name] = _numbers(f"{axis}'s {name}", x, *fields[name], whole=name in _WHOLE)
     return chosen
 
 
@@ -218,12 +239,15 @@ def _require_known(name: Any, known: list[str], what: str) -> None:
         raise ValueError(f"{what} {in_short(name)}; expected some of {known}{nearest(str(name), known)}")
 
 
-def _numbers(what: str, value: Any, count: int, least: float, most: float) -> Any:
+def _numbers(what: str, value: Any, count: int, least: float, most: float, whole: bool) -> Any:
     """``value`` as a number, or a list of ``count`` of them."""
-    array = np.asarray(value) if np.ndim(value) <= 1 else np.empty(0, object)
-    fits = array.dtype.kind in "iuf" and array.shape == ((count,) if count else ())
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.empty(0)
+    fits = array.dtype.kind in ("iu" if whole else "iuf") and array.shape == ((count,) if count else ())
     if not fits or not np.isfinite(array).all() or array.min() < least or array.max() > most:
-        numbers = f"{count} numbers" if count else "a number"
+        numbers = f"{count} numbers" if count else "an int" if whole else "a number"
         raise ValueError(
             f"perturbation has {what} {in_short(value)}; expected {numbers} from {least:g} to {most:g}"
         )

@@ -392,7 +392,8 @@ def _perturbed(model: mujoco.MjModel, data: mujoco.MjData, look: Look | None) ->
             change(headlight.diffuse, every, headlight.diffuse * look.diffuse)
             change(headlight.ambient, every, headlight.ambient * look.diffuse)
             directions = data.light_xdir + look.tilt
-            change(data.light_xdir, every, directions / np.linalg.norm(directions, axis=1, keepdims=True))
+            lengths = np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
+            change(data.light_xdir, every, directions / lengths)
         for geoms, materials, factor in look.tints:
             change(model.geom_rgba, (geoms, slice(3)), model.geom_rgba[geoms, :3] * factor)
             change(model.mat_rgba, (materials, slice(3)), model.mat_rgba[materials, :3] * factor)

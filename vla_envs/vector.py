@@ -366,7 +366,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         self._ready[indices] = False  # until everything is done
         keys: dict[int, tuple[int, bytes, str]] = {}
         to_settle: dict[tuple[int, bytes, str], tuple[int, NDArray[np.float64]]] = {}
-        looks: dict[str, Look | None] = {}
+        looks: dict[tuple[int, str], Look | None] = {}
         for i in indices:
             scene, state_id = self.simulations[i].scene, ids[i]
             rng = self._rngs[i]
@@ -382,14 +382,15 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
                 state = scene.sample_init_state(rng, moves)
             else:
                 state = scene.moved(scene.recorded_init_state(state_id), moves)
-            if "robot" in perturbation:
+            if perturbation.get("robot", {}).get("reading") == "kept":
                 state[:7] = scene.clip_arm(state[:7] + perturbation["robot"]["joints"])
             self._init_state_id[i] = -1 if state_id is None else state_id
             words = repr(perturbation) if perturbation else ""
             keys[i] = (id(scene), state.tobytes(), words)
-            if words not in looks:
-                looks[words] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
-            self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks[words], 0
+            look = (id(scene), words)  # geoms and the camera's own pose differ from scene to scene
+            if look not in looks:
+                looks[look] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
+            self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks[look], 0
             if keys[i] not in self._settled:
                 to_settle.setdefault(keys[i], (i, state))
 

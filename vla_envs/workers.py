@@ -351,7 +351,7 @@ def _arrays(memory: dict[str, Any], space: Any) -> dict[str, NDArray[Any]]:
 
 
 def _join(infos: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
-    """Join the infos of several environments; what one of them lacks is zero or None there."""
+    """Join the infos of several environments; what one of them lacks is zero, None or {} there."""
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for info in infos for name in info):
         values = [info.get(name) for info in infos]
@@ -359,7 +359,8 @@ def _join(infos: list[dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
         if isinstance(model, dict):
             joined[name] = _join([value or {} for value in values], sizes)
         else:
-            empty = None if model.dtype == object else model.dtype.type()
+            nothing: Any = {} if name == "perturbation" else None
+            empty = nothing if model.dtype == object else model.dtype.type()
             joined[name] = np.concatenate(
                 [
                     np.full((size, *model.shape[1:]), empty, model.dtype) if value is None else value
