@@ -17,7 +17,7 @@ MOST_BYTES = 2**18  # LIBERO's own files have up to 6 kB
 MOST_DEPTH = 16  # of parentheses; LIBERO's own have 6
 MOST_THINGS = 40  # objects and fixtures; LIBERO's own have up to 8
 MOST_REGIONS = 200
-MOST_PREDICATES = 40  # of the goal, and of :init beyond one per thing
+MOST_PREDICATES = 40  # of the goal; LIBERO's own have up to 3
 
 
 class Arena(NamedTuple):

@@ -14,7 +14,7 @@ from vla_envs.control import (
     Goal,
     in_place,
     predicate_in_place,
-)  # fmt: skip
+)
 
 __all__ = [
     "FACTS", "IN_REGION", "JOINT", "ON_OBJECT", "ON_REGION", "UP", "UP_HEIGHT", "FactReader", "Goal",
@@ -93,7 +93,7 @@ class FactReader:
             joint, self.data.qpos[np.where(joint, goal.target, 0)], self.data.xpos[goal.subject, 2]
         )
 
-    def _goal_position(self, k: int) -> NDArray[np.float64]:
+    def goal_position(self, k: int) -> NDArray[np.float64]:
         """The centre (3, m) of where predicate ``k``, which moves no joint, wants its object."""
         kind, target, data = self.goal.kind[k], self.goal.target[k], self.data
         if kind == UP:
@@ -121,7 +121,7 @@ class FactReader:
             progress = (data.qpos[target] - origin[k]) / ((goal.parameters[k, 0] - origin[k]) or 1.0)
         else:
             to_object = data.xipos[goal.subject[k]] - hand
-            to_goal = self._goal_position(k) - position
+            to_goal = self.goal_position(k) - position
             rise, peak_rise = position[2] - origin[k], max(peak[k], position[2]) - origin[k]
             progress = 0.0
         touched = [touch(pad, self.body_geoms[k], data.contact.geom) for pad in self.pads]

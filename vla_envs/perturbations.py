@@ -11,8 +11,8 @@ What is drawn is a dict of plain values, axis by axis, as ``info["perturbation"]
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import mujoco
 import numpy as np
@@ -257,6 +257,9 @@ def _numbers(what: str, value: Any, count: int, least: float, most: float, whole
 # ---- How it looks ------------------------------------------------------------------------------------
 
 
+Change: TypeAlias = tuple[NDArray[Any], Any, Any]  # an array, where in it, and what is there instead
+
+
 class Look(NamedTuple):
     """How a perturbed scene is drawn, worked out for one model."""
 
@@ -270,9 +273,26 @@ class Look(NamedTuple):
     # Geoms, their materials, and what their colours are multiplied by.
     tints: tuple[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]], ...]
 
-    def camera_alone(self) -> "Look":
-        """The same without lights and colours."""
-        return self._replace(lit=False, tints=())
+    def of_data(self, data: mujoco.MjData) -> Iterator[Change]:
+        """What is drawn differently of an environment's state: the camera, and where light comes from."""
+        if self.camera >= 0:
+            yield data.cam_xpos, self.camera, self.position
+            yield data.cam_xmat, self.camera, self.rotation
+        if self.lit:
+            directions = data.light_xdir + self.tilt
+            lengths = np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
+            yield data.light_xdir, slice(None), directions / lengths
+
+    def of_model(self, model: mujoco.MjModel) -> Iterator[Change]:
+        """What is drawn differently of the model: the colours of lights and of the background."""
+        if self.lit:
+            every, headlight = slice(None), model.vis.headlight
+            for array in (model.light_diffuse, model.light_ambient, headlight.diffuse, headlight.ambient):
+                yield array, every, array * self.diffuse
+            yield model.light_specular, every, model.light_specular * self.specular
+        for geoms, materials, factor in self.tints:
+            yield model.geom_rgba, (geoms, slice(3)), model.geom_rgba[geoms, :3] * factor
+            yield model.mat_rgba, (materials, slice(3)), model.mat_rgba[materials, :3] * factor
 
 
 Parts = dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]

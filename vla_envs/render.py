@@ -13,7 +13,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, can_cull
 from vla_envs.inputs import nearest
-from vla_envs.perturbations import Look
+from vla_envs.perturbations import Change, Look
 
 EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
 EMPTY = '<mujoco><visual><global offwidth="1" offheight="1"/><quality shadowsize="0"/></visual></mujoco>'
@@ -369,37 +369,16 @@ class Renderer:
 
 
 @contextlib.contextmanager
-def _perturbed(model: mujoco.MjModel, data: mujoco.MjData, look: Look | None) -> Iterator[None]:
-    """The model, which threads share, and the data, with the camera, lights and colours of ``look``."""
-    if look is None:
-        yield
-        return
-    changed: list[tuple[NDArray[Any], Any, NDArray[Any]]] = []  # arrays, where, what was there
-
-    def change(array: NDArray[Any], where: Any, values: Any) -> None:
-        changed.append((array, where, array[where].copy()))
-        array[where] = values
-
+def _changed(changes: Iterable[Change]) -> Iterator[None]:
+    """Write values into arrays, one after another, until the end of the block."""
+    before: list[Change] = []
     try:
-        if look.camera >= 0:
-            change(data.cam_xpos, look.camera, look.position)
-            change(data.cam_xmat, look.camera, look.rotation)
-        if look.lit:
-            every, headlight = slice(None), model.vis.headlight
-            change(model.light_diffuse, every, model.light_diffuse * look.diffuse)
-            change(model.light_ambient, every, model.light_ambient * look.diffuse)
-            change(model.light_specular, every, model.light_specular * look.specular)
-            change(headlight.diffuse, every, headlight.diffuse * look.diffuse)
-            change(headlight.ambient, every, headlight.ambient * look.diffuse)
-            directions = data.light_xdir + look.tilt
-            lengths = np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
-            change(data.light_xdir, every, directions / lengths)
-        for geoms, materials, factor in look.tints:
-            change(model.geom_rgba, (geoms, slice(3)), model.geom_rgba[geoms, :3] * factor)
-            change(model.mat_rgba, (materials, slice(3)), model.mat_rgba[materials, :3] * factor)
+        for array, where, values in changes:
+            before.append((array, where, array[where].copy()))
+            array[where] = values
         yield
     finally:
-        for array, where, values in reversed(changed):
+        for array, where, values in reversed(before):
             array[where] = values
 
 
@@ -429,7 +408,12 @@ class _Canvas:
 
     def draw(self, data: mujoco.MjData, camera: int, look: Look | None) -> NDArray[np.uint8]:
         self.camera.fixedcamid = camera
-        with _model_lock, _perturbed(self.model, data, look):
+        with _changed(look.of_data(data) if look else ()):  # an environment's own, unlike its model
+            self._draw(data, camera, look)
+        return self.pixels[::-1, ::-1].copy()
+
+    def _draw(self, data: mujoco.MjData, camera: int, look: Look | None) -> None:
+        with _model_lock, _changed(look.of_model(self.model) if look else ()):
             for site, address, threshold in self.burners:
                 self.model.site_rgba[site, 3] = float(data.qpos[address] > threshold)
             mujoco.mjv_updateScene(
@@ -442,12 +426,10 @@ class _Canvas:
                 self.geoms,
             )
         if self.culling is not None:
-            with _perturbed(self.model, data, look and look.camera_alone()):
-                self.culling.mark(data, camera)
+            self.culling.mark(data, camera)
             with _model_lock:
                 self.culling.upload(self.buffers)
         # Models share an OpenGL context, and the last one drawn has left its own buffer bound.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.buffers)
         mujoco.mjr_render(self.viewport, self.geoms, self.buffers)
         mujoco.mjr_readPixels(self.pixels, None, self.viewport, self.buffers)
-        return self.pixels[::-1, ::-1].copy()

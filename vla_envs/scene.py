@@ -4,7 +4,6 @@ LIBERO's own code builds the scene and parses the goal once (``vla_envs.build_sc
 """
 
 import contextlib
-import copy
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,6 +37,7 @@ from vla_envs.tasks import Task, get_task
 Moves: TypeAlias = Mapping[str, Sequence[float]]
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
 BUILD_TIMEOUT_S = 300
+PLACEMENT_TRIES = 5000  # LIBERO's
 SHORTENINGS = 15  # of moves that leave no free place, until nothing is moved
 ARM_NOISE = 0.02  # rad; standard deviation of the arm's joints in LIBERO's recorded init states
 GRIPPER_QPOS = (0.020833, -0.020833)  # m, robosuite/models/grippers/panda_gripper.py
@@ -128,24 +128,22 @@ class Scene:
         qpos[7:9] = GRIPPER_QPOS
         for address, low, high in self.joint_ranges:
             qpos[address] = low + (high - low) * rng.random()
-        moves = {} if moves is None else moves
-        for _ in range(SHORTENINGS) if moves else ():
-            attempt = copy.deepcopy(rng)
-            try:
-                state = self._place(qpos.copy(), attempt, moves, tries=100)
-                stuck = self._overlapping(state)
-            except NoFreePlaceError as error:
-                stuck = {error.name}
-            if not stuck:
-                rng.bit_generator.state = attempt.bit_generator.state
-                return state
-            _shorten(moves, stuck)
-        moves.update({name: [0.0, 0.0] for name in moves})
-        return self._place(qpos, rng)
+        if not moves:
+            return self._place(qpos, rng)
+        start = rng.bit_generator.state
+
+        def place(tries: int) -> NDArray[np.float64]:
+            rng.bit_generator.state = start
+            return self._place(qpos.copy(), rng, moves, tries)
+
+        return self._with_room(place, moves)
 
     def moved(self, state: NDArray[np.float64], moves: dict[str, list[float]]) -> NDArray[np.float64]:
         """The init state with ``movable`` objects, and what stands on them, moved; ``moves`` as above."""
-        for _ in range(SHORTENINGS) if moves else ():
+        if not moves:
+            return state
+
+        def place(tries: int) -> NDArray[np.float64]:
             other, shifts = state.copy(), list[NDArray[np.float64]]()
             for item in self.placements:
                 own = np.array(moves.get(item.name, (0.0, 0.0)))
@@ -153,11 +151,25 @@ class Scene:
                 if self.model.body_mocapid[item.body] < 0:
                     start = self.model.jnt_qposadr[self.model.body_jntadr[item.body]]
                     other[start : start + 2] += shifts[-1]
-            if not (stuck := self._overlapping(other)):
-                return other
+            return other
+
+        return self._with_room(place, moves)
+
+    def _with_room(
+        self, place: Callable[[int], NDArray[np.float64]], moves: dict[str, list[float]]
+    ) -> NDArray[np.float64]:
+        """The first state of ``place``, called with how often to try, whose moves leave everything room."""
+        for _ in range(SHORTENINGS):
+            try:
+                state = place(100)
+                stuck = self._overlapping(state)
+            except NoFreePlaceError as error:
+                stuck = {error.name}
+            if not stuck:
+                return state
             _shorten(moves, stuck)
         moves.update({name: [0.0, 0.0] for name in moves})
-        return state
+        return place(PLACEMENT_TRIES)
 
     def _overlapping(self, state: NDArray[np.float64]) -> set[str]:
         """The things on the room's surface that are inside one another, and would be flung apart."""
@@ -188,7 +200,7 @@ class Scene:
         qpos: NDArray[np.float64],
         rng: np.random.Generator | None,
         moves: Moves = MappingProxyType({}),
-        tries: int = 5000,
+        tries: int = PLACEMENT_TRIES,
     ) -> NDArray[np.float64]:
         """The init state with everything at random or, without ``rng``, in the middle of its region."""
         model = self.model

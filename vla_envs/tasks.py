@@ -157,14 +157,22 @@ def get_task(suite: str | os.PathLike[str], task_id: int) -> Task:
     )
 
 
-def suite_or_file(suite: str, bddl_file: Path | None) -> str:
+def suite_or_file(suite: str, bddl_file: Path | None, **tasks: Any) -> str:
     """The suite that a program was asked for: ``suite``, or the one task of ``bddl_file``.
 
+    Args:
+        suite: A suite.
+        bddl_file: A file, if any.
+        tasks: Arguments that choose tasks of a suite, by name; empty ones choose none.
+
     Raises:
-        ValueError: When another suite is given beside the file, or it is no BDDL file.
+        ValueError: When another suite or a task is given beside the file, or it is no BDDL file.
     """
     if bddl_file is None:
         return suite
+    for name, value in tasks.items():
+        if value:
+            raise ValueError(f"{name} is {value} beside bddl_file; expected one of the two")
     if suite not in ("LiberoObject", str(bddl_file)):
         raise ValueError(f"suite is {suite!r} beside bddl_file; expected one of the two")
     if bddl_file.suffix != ".bddl":

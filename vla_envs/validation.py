@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -39,7 +39,7 @@ def validate_tasks(
     """
     if bddl_file is None:
         ids = _one_per_environment("task_id", task_id, num_envs)
-        tasks = [get_task(suite, each) for each in ids]
+        tasks = _each_once(lambda each: get_task(suite, each), ids)
     else:
         if suite != "LiberoObject" or not (np.ndim(task_id) == 0 and task_id == 0):
             raise ValueError(
@@ -50,11 +50,20 @@ def validate_tasks(
         for file in files:
             if not isinstance(file, str | os.PathLike) or not os.fspath(file).endswith(".bddl"):
                 raise ValueError(f"bddl_file is {in_short(file)}; expected the path of a *.bddl file")
-        tasks = [get_task(file, 0) for file in files]
+        tasks = _each_once(lambda file: get_task(file, 0), files)
     if init_state_file is None:
         return tasks
     files = _one_per_environment("init_state_file", init_state_file, num_envs)
-    return [with_init_states(task, file) for task, file in zip(tasks, files)]
+    return _each_once(lambda pair: with_init_states(*pair), list(zip(tasks, files)))
+
+
+def _each_once(read: Callable[[Any], Task], values: list[Any]) -> list[Task]:
+    """``read`` of every value; a file that many environments play is read once."""
+    found: dict[str, Task] = {}  # by their words, for a value that makes no sense may not be hashable
+    for value in values:
+        if repr(value) not in found:
+            found[repr(value)] = read(value)
+    return [found[repr(value)] for value in values]
 
 
 def _one_per_environment(name: str, value: Any, num_envs: int) -> list[Any]:

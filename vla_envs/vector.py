@@ -388,9 +388,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             words = repr(perturbation) if perturbation else ""
             keys[i] = (id(scene), state.tobytes(), words)
             look = (id(scene), words)  # geoms and the camera's own pose differ from scene to scene
-            if look not in looks:
+            if perturbation and look not in looks:
                 looks[look] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
-            self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks[look], 0
+            self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks.get(look), 0
             if keys[i] not in self._settled:
                 to_settle.setdefault(keys[i], (i, state))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.goals import IN_REGION, ON_OBJECT
+from vla_envs.goals import IN_REGION
 from vla_envs.tasks import SUITES, Task, get_task
 from vla_envs.vector import LiberoVectorEnv
 
@@ -68,14 +68,14 @@ def require_covered(suite: str, task_id: int) -> None:
         ValueError: When the task does not exist or is not covered; names the tasks that are.
     """
     task = get_task(suite, task_id)
-    if task.problem and not plays(task):
+    if plays(task):
+        return
+    if task.problem:
         raise ValueError(
             f"{task.name} is not pick-and-place; expected a goal of On and In, which the expert plays"
         )
-    if not plays(task):
-        name = task.name
-        known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in COVERED.items())
-        raise ValueError(f"{suite} {task_id} ({name}) has no scripted expert; expected one of {known}")
+    known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in COVERED.items())
+    raise ValueError(f"{suite} {task_id} ({task.name}) has no scripted expert; expected one of {known}")
 
 
 class ScriptedExpert:
@@ -162,7 +162,7 @@ class ScriptedExpert:
         k = self.predicate[i]
         hand, subject = data.site_xpos[arm.site], data.xpos[goal.subject[k]]
         grasp = subject + self.offsets[i][k]
-        x, y, z = (data.xpos if goal.kind[k] == ON_OBJECT else data.site_xpos)[goal.target[k]]
+        x, y, z = simulation.facts.goal_position(k)
         carry = self.grounds[i] + CARRY
         # What is steered to the goal, and the height at which that ends.
         if goal.kind[k] == IN_REGION:

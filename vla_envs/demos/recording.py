@@ -70,9 +70,7 @@ def main(args: Args) -> None:
     """Record the demonstrations that ``args`` asks for, task by task."""
     check_numbers(args, "episodes", "image_size", above=True)
     check_numbers(args, "noise", "seed", above=False)
-    if args.bddl_file and args.task_ids:
-        raise ValueError(f"task_ids are {args.task_ids} beside bddl_file; expected one of the two")
-    suite = suite_or_file(args.suite, args.bddl_file)
+    suite = suite_or_file(args.suite, args.bddl_file, task_ids=args.task_ids)
     tasks = [get_task(suite, k) for k in args.task_ids or range(num_tasks(suite))]
     tasks = tasks if args.task_ids or args.bddl_file else [task for task in tasks if plays(task)] or tasks[:1]
     for task in tasks:

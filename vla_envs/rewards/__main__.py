@@ -45,9 +45,7 @@ class Args:
 
 def main(args: Args) -> bool:
     """Do what ``args`` says, and return whether all rules are kept."""
-    suite = suite_or_file(args.suite, args.bddl_file)
-    if args.bddl_file and args.task_id:
-        raise ValueError(f"task_id is {args.task_id} beside bddl_file; expected one of the two")
+    suite = suite_or_file(args.suite, args.bddl_file, task_id=args.task_id)
     task = get_task(suite, (4 if suite in SUITES else 0) if args.task_id is None else args.task_id)
     if args.check is None:
         for name in ("plot", "demonstrations", "episodes", "seed"):

@@ -299,10 +299,8 @@ def _own_task(args: ArgsT) -> ArgsT:
     if given.bddl_file is None:
         own = given.suite not in SUITES and given.task_id is None and not given.task_ids
         return dataclasses.replace(given, task_id=0) if own else args
-    for name, default, itself in (("task_id", None, 0), ("task_ids", (), (0,))):
-        if getattr(given, name) not in (default, itself):
-            raise ValueError(f"{name} is {getattr(given, name)} beside bddl_file; expected one of the two")
-    suite = suite_or_file(given.suite, given.bddl_file)
+    others = () if given.task_ids == (0,) else given.task_ids  # (0,) is what a resumed run was completed to
+    suite = suite_or_file(given.suite, given.bddl_file, task_id=given.task_id, task_ids=others)
     return dataclasses.replace(given, suite=suite, task_id=0, task_ids=(0,))
 
 

@@ -214,10 +214,9 @@ def report(
 def about(args: Any) -> dict[str, Any]:
     """What ``result.json`` begins with: what a run was of, and how its evaluations were played."""
     limit = settings(args.protocol, args.suite).get("max_episode_steps", args.max_episode_steps)
-    several: dict[str, Any] = {"task_ids": list(args.task_ids)} if len(args.task_ids) > 1 else {}
-    if args.eval_perturb:
-        several["eval_perturb"] = args.eval_perturb
-    return {"suite": args.suite, "task_id": args.task_id, **several, "seed": args.seed} | {
+    several = {"task_ids": list(args.task_ids)} if len(args.task_ids) > 1 else {}
+    perturbed = {"eval_perturb": args.eval_perturb} if args.eval_perturb else {}
+    return {"suite": args.suite, "task_id": args.task_id, **several, **perturbed, "seed": args.seed} | {
         "protocol": args.protocol, "max_episode_steps": limit,
     }  # fmt: skip
 
