@@ -37,7 +37,6 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 from tgrpo_vla import PAPER_ALPHAS  # noqa: E402
 
-TOTAL_ENV_STEPS = 120_000  # control steps of training, the same for all
 MINUTES = 12.0  # per run, as long as nothing was measured
 
 
@@ -51,6 +50,8 @@ class Args:
     """Starting checkpoint [the shipped one, which plays LIBERO-Object]"""
     max_episode_steps: int | None = None
     """Control steps until an episode ends without success [the scripts']"""
+    total_env_steps: int = 120_000
+    """Control steps of training, the same for all"""
     results: Path | None = None
     """Folder of runs.csv and curves.csv; a new one makes every run again, and has results.md and its figures
     [benchmarks/results/<suite>; the page of all suites is docs/results.md]"""
@@ -116,7 +117,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     begun = (folder / "args.json").is_file()
     words = ["--resume", folder, "--num-threads", cores] if begun else [
         "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
-        "--total-env-steps", TOTAL_ENV_STEPS, "--suite", args.suite, *start, *flags,
+        "--total-env-steps", args.total_env_steps, "--suite", args.suite, *start, *flags,
     ]  # fmt: skip
     if not begun:
         folder.with_suffix(".commit").write_text(commit())
@@ -185,8 +186,9 @@ def validate(args: Args) -> None:
         raise ValueError(
             f"suite is {args.suite}; expected LiberoObject, whose tasks the paper's alphas are for"
         )
-    if args.jobs < 1:
-        raise ValueError(f"jobs is {args.jobs}; expected at least 1")
+    for name in ("jobs", "total_env_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1")
     task_ids = args.task_ids if args.heat_map is None else (args.heat_map,)
     if unknown_tasks := set(task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")

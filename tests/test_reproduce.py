@@ -221,10 +221,9 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     tiny = ("--num-groups 1 --group-size 2 --eval-episodes 2 --max-episode-steps 8 --num-iterations 1"
             " --minibatch-size 2 --eval-every 0").split()  # fmt: skip
     monkeypatch.setattr(methods, "METHODS", {"TGRPO": ["tgrpo_vla.py", *tiny]})
-    monkeypatch.setattr(reproduce, "TOTAL_ENV_STEPS", 1)
     args = reproduce.Args(
         results=tmp_path / "results", out=tmp_path / "runs", methods=("TGRPO",), task_ids=(4,), seeds=(3,),
-        jobs=1,
+        jobs=1, total_env_steps=1,
     )  # fmt: skip
     reproduce.main(args)
     assert "1 runs, 1 side by side" in capsys.readouterr().out
