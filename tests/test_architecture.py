@@ -6,8 +6,9 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "vla_envs"
-TRAINING = {"training", "policies", "distributed", "report", "sb3"}  # modules and packages of that half
-SHARED = {"bddl", "command_line", "files", "inputs", "machine", "tasks", "user_code"}  # of no half
+#: Modules and packages of that half, and those of no half.
+TRAINING = set("distributed policies report robustness sb3 training".split())
+SHARED = set("bddl command_line files inputs machine noise perturbations tasks user_code".split())
 
 
 def half_of(path):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vla_envs.culling import Culling, can_cull
 from vla_envs.inputs import nearest
-from vla_envs.perturbations import Change, Look
+from vla_envs.looks import Change, Look
 
 EGL_PLATFORM_SURFACELESS_MESA = 0x31DD
 EMPTY = '<mujoco><visual><global offwidth="1" offheight="1"/><quality shadowsize="0"/></visual></mujoco>'

@@ -30,8 +30,8 @@ from vla_envs.bddl import KINDS
 from vla_envs.control import Arm
 from vla_envs.goals import Goal
 from vla_envs.inputs import nearest
+from vla_envs.looks import Parts, parts_of
 from vla_envs.machine import cache_folder
-from vla_envs.perturbations import Parts, parts_of
 from vla_envs.tasks import Task, get_task
 
 Moves: TypeAlias = Mapping[str, Sequence[float]]

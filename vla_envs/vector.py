@@ -19,8 +19,9 @@ from vla_envs import noise, perturbations
 from vla_envs.control import Arm, require_compiled
 from vla_envs.goals import FACTS, JOINT
 from vla_envs.inputs import in_short
+from vla_envs.looks import Look, look_of
 from vla_envs.machine import available_cores
-from vla_envs.perturbations import Look, Perturbation, look_of
+from vla_envs.perturbations import Perturbation
 from vla_envs.render import Renderer, opengl
 from vla_envs.rewards import Reward, all_stage_names, binary, compute_reward, resolve_reward
 from vla_envs.scene import scene_of

@@ -123,7 +123,9 @@ def ways(args: Any) -> dict[str, float]:
     return {"success": 0.0} | ({"sampled": args.eval_temperature} if args.eval_temperature > 0 else {})
 
 
-def play(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> NDArray[np.bool_]:
+def play(
+    envs: Any, policy: Any, temperature: float, args: Any, video: Path | None = None
+) -> NDArray[np.bool_]:
     """Play every task's recorded init states 0, 1, ...; which of them succeeded, (E,), task by task."""
     torch.manual_seed(args.seed)
     policy.eval()
@@ -137,7 +139,8 @@ def play(envs: Any, policy: Any, temperature: float, args: Any, video: Path) -> 
         actions[who] = chunk.reshape(len(who), *actions.shape[1:])
         obs, _, success, _, _ = envs.step(actions)
         frames.append(film(obs["image"]))
-    write_video(video, frames, success)
+    if video is not None:
+        write_video(video, frames, success)
     return success
 
 
