@@ -20,7 +20,7 @@ from vla_envs.control import Arm, require_compiled
 from vla_envs.goals import FACTS, JOINT
 from vla_envs.inputs import in_short
 from vla_envs.machine import available_cores
-from vla_envs.perturbations import Look, Perturbation, look_of
+from vla_envs.perturbations import Look, Perturbation, Subject, look_of
 from vla_envs.render import Renderer, opengl
 from vla_envs.rewards import Reward, all_stage_names, binary, compute_reward, resolve_reward
 from vla_envs.scene import scene_of
@@ -176,6 +176,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         self.set_reward(reward)
         scenes = {task: scene_of(task, str(assets), quality, cache) for task in dict.fromkeys(self.tasks)}
         self.simulations = [Simulation(scenes[task]) for task in self.tasks]
+        #: Of each environment's episode: its task's sentence, or a perturbed one. A reset makes a new list.
         self.instructions = [task.instruction for task in self.tasks]
         self._cameras = {
             name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])
@@ -376,7 +377,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             perturbation = asked[i]
             if perturbation is None:
                 entropy = perturbations.entropy_of(rng, state_id) if self._levels else []
-                perturbation = perturbations.draw(self._levels, entropy, scene.movable)
+                perturbation = perturbations.draw(
+                    self._levels, entropy, Subject(scene.movable, self.tasks[i].instruction)
+                )
             moves = perturbation.get("layout", {})
             if state_id is None:
                 state = scene.sample_init_state(rng, moves)
@@ -385,14 +388,19 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             if perturbation.get("robot", {}).get("reading") == "kept":
                 state[:7] = scene.clip_arm(state[:7] + perturbation["robot"]["joints"])
             self._init_state_id[i] = -1 if state_id is None else state_id
-            words = repr(perturbation) if perturbation else ""
+            shown = {axis: its for axis, its in perturbation.items() if axis != "instruction"}
+            words = repr(shown) if shown else ""
             keys[i] = (id(scene), state.tobytes(), words)
             look = (id(scene), words)  # geoms and the camera's own pose differ from scene to scene
-            if perturbation and look not in looks:
+            if shown and look not in looks:
                 looks[look] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
             self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks.get(look), 0
             if keys[i] not in self._settled:
                 to_settle.setdefault(keys[i], (i, state))
+        self.instructions = [
+            its["instruction"]["sentence"] if "instruction" in its else task.instruction
+            for its, task in zip(self._perturbations, self.tasks)
+        ]
 
         work = {i: (key, state) for key, (i, state) in to_settle.items()}
         opengl()  # the calling thread has to make it
