@@ -14,7 +14,8 @@ VERB = re.compile(rf"(?:^| and )({'|'.join(VERBS)})(?: it| them)?\b ?")
 
 
 def several(sentence, level, count=40):
-    return [paraphrase(sentence, level, np.random.default_rng(k)) for k in range(count)]
+    rng = np.random.default_rng(0)
+    return [paraphrase(sentence, level, rng) for _ in range(count)]
 
 
 def things_of(sentence):
@@ -49,11 +50,11 @@ def test_every_sentence_of_libero(level):
 
 
 def test_levels_differ():
-    """No sentence of a level is one of another, nor of the same level of another task of the suite."""
+    """No sentence of a level is one of another level, nor of another task at the same level."""
     for sentence in SENTENCES:
         said = [set(several(sentence, level)) for level in LEVELS]
         assert len(set().union(*said)) == sum(map(len, said)), sentence
-    said = [{paraphrase(each, 3, np.random.default_rng(k)) for k in range(40)} for each in SENTENCES]
+    said = [set(several(sentence, 3)) for sentence in SENTENCES]
     assert len(set().union(*said)) == sum(map(len, said))
 
 
@@ -62,7 +63,7 @@ def test_levels_are_what_they_say():
         for words in several(sentence, 1):
             assert words in [frame.format(sentence) for frame in FRAMES]
         for words in several(sentence, 2):
-            assert not any(" " + verb + " " in f" {words} " for verb in verbs_of(sentence)[:1]), words
+            assert not words.startswith(verbs_of(sentence)[0] + " ")
         for words in several(sentence, 5):
             assert words.startswith(tuple(call[:-2] for call in CALLS))
             assert any(aside in words for aside in ASIDES)

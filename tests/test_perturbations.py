@@ -283,8 +283,9 @@ def test_workers_of_which_one_is_perturbed(make_vec):
         envs = make_vec(2, image_size=32, **({"workers": workers} if workers else {}))
         envs.reset(seed=[1, 2])
         asked = {
-            "robot": {"joints": [0.1] * 7, "reading": "kept"}, "instruction": {"sentence": f"please {SENTENCE}"},
-        }  # fmt: skip
+            "robot": {"joints": [0.1] * 7, "reading": "kept"},
+            "instruction": {"sentence": f"please {SENTENCE}"},
+        }
         options = {"reset_mask": np.array([True, False]), "perturbation": asked}
         for info in (envs.reset(options=options)[1], envs.step(np.zeros((2, 7)))[4]):
             assert info["perturbation"].tolist() == [asked, {}]
