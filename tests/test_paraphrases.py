@@ -118,4 +118,5 @@ def test_sentences_of_ones_own():
     said = several("pick up the can and put it into the bin and close it", 3, 200)
     assert "first pick up the can and then put it into the bin and close it" in said
     assert all("the can" in words and "the bin" in words for words in said)
+    assert "get the can set next to the bin" in several("put the can next to the bin", 4, 500)
     assert "i want the lid opened and closed" in several("open the lid and close it", 3, 200)

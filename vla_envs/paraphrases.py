@@ -51,6 +51,7 @@ ORDERS_OF_TWO = (
     "{then} after you have {first_done}", "make sure to {first} and only then {then}",
 )  # fmt: skip
 _ANY = "|".join(VERBS)
+_WHERE = "in|into|inside|on|onto|under|next to|to the (?:left|right|front|back)"
 
 
 class Action(NamedTuple):
@@ -116,7 +117,7 @@ def _actions(sentence: str) -> list[Action]:
         verb, thing = known.groups()
         place = ""
         if verb in _PLACING:
-            placed = re.fullmatch(r"(.+?)( (?:in|into|inside|on|onto|under|to)\b.*)", thing)
+            placed = re.fullmatch(rf"(.+?)( (?:{_WHERE})\b.*)", thing)
             if not placed:
                 return []
             thing, place = placed.groups()

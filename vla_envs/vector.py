@@ -84,9 +84,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         bddl_file: Instead of a suite: a BDDL file of one's own, or a list with one per environment.
         init_state_file: Recorded init states of one's own tasks, as ``vla_envs.tasks.recorded_init_states``
             reads them, or a list with one file per environment; by default 50 are drawn that no seed gives.
-        perturb: How far each episode's scene differs from LIBERO's: ``"camera:3,light:2"``, ``"all:1"`` or a
-            dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed decides what is
-            drawn, and ``info["perturbation"]`` says it.
+        perturb: How far each episode's scene and instruction differ from LIBERO's: ``"camera:3,light:2"``,
+            ``"all:1"`` or a dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed
+            decides what is drawn, and ``info["perturbation"]`` says it.
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright and mirrored: see ``vla_envs/render.py``). The state is
