@@ -132,6 +132,10 @@ def test_devices_that_do_not_exist():
     [
         ({"shared_adapter": (Path("a"),), "train": "lora"}, "names 1 adapters"),
         ({"shared_adapter": (Path("a"),) * 2, "train": "all"}, "--train lora"),
+        *(
+            ({"shared_adapter": (Path("a"),) * 2, "train": "lora", **perturb}, "without the axis instruction")
+            for perturb in ({"perturb": "light:1, instruction:2"}, {"eval_perturb": "all:1"})
+        ),
     ],
     ids=str,
 )

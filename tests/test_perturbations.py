@@ -1,20 +1,29 @@
 """Perturbed scenes: what is drawn, what is seen of it, and that nothing else changes."""
 
 import itertools
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from doubles import OnesPolicy
 from playing import random_actions, same
 from scipy.spatial.transform import Rotation
 
+import grpo_vla
 from vla_envs import noise, perturbations
 from vla_envs.files import read_json
 from vla_envs.tasks import SUITES, num_tasks
+from vla_envs.training import evaluation
 
 AXES = list(perturbations.DRAWS)
+SENTENCE = "pick up the ketchup and place it in the basket"
 ALL = "all:2"
 LOOKS = ("camera", "light", "background", "noise")  # leave the physics alone
+
+
+def subject(*movable):
+    return perturbations.Subject(movable, SENTENCE)
 
 
 def image(**kwargs):
@@ -42,19 +51,19 @@ def size_of(axis, drawn):
 # ---- What is drawn -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", AXES[:-1])  # sentences have no size
 def test_levels_are_ordered(axis):
     """The higher a level, the farther from LIBERO's scene: in every quarter of what is drawn."""
     quarters = []
     for level in perturbations.LEVELS:
-        drawn = [perturbations.draw({axis: level}, [k], ("a", "b", "c"))[axis] for k in range(400)]
+        drawn = [perturbations.draw({axis: level}, [k], subject("a", "b", "c"))[axis] for k in range(400)]
         quarters.append(np.quantile([size_of(axis, each) for each in drawn], [0.25, 0.5, 0.75]))
     assert (np.diff(quarters, axis=0) > 0).all() and quarters[0][0] > 0
 
 
 def test_liberopluss_numbers():
     """Extremes of its task names: azimuths to 75, elevation 15, scales to 2, turns to 10 degrees."""
-    drawn = [perturbations.draw({axis: level for axis in AXES}, [k, level], ("a",))
+    drawn = [perturbations.draw({axis: level for axis in AXES}, [k, level], subject("a"))
              for level in perturbations.LEVELS for k in range(300)]  # fmt: skip
     camera = {name: np.array([each["camera"][name] for each in drawn]) for name in drawn[0]["camera"]}
     assert 74 < np.abs(camera["azimuth"]).max() <= 75 and set(camera["elevation"]) == {0.0, 15.0}
@@ -69,10 +78,13 @@ def test_liberopluss_numbers():
 
 
 def test_an_axis_does_not_depend_on_the_others():
-    whole = perturbations.draw(perturbations.parse("all:3"), [7], ("a", "b"))
+    """Nor on how many there are: what a seed gives stays the same when there are new ones."""
+    whole = perturbations.draw(perturbations.parse("all:3"), [7], subject("a", "b"))
     for axis in AXES:
-        assert perturbations.draw({axis: 3}, [7], ("a", "b")) == {axis: whole[axis]}
+        assert perturbations.draw({axis: 3}, [7], subject("a", "b")) == {axis: whole[axis]}
     assert perturbations.validate(whole, ("a", "b")) == whole
+    assert AXES == ["camera", "robot", "light", "background", "noise", "layout", "instruction"]
+    assert (round(whole["light"]["specular"], 6), whole["noise"]["seed"]) == (1.045321, 477838241)
 
 
 def test_what_perturb_takes():
@@ -122,6 +134,13 @@ def test_what_perturb_does_not_take(value, words):
         ({"noise": {"kind": "fog", "severity": 1.7, "seed": 0}}, "severity 1.7; expected an int"),
         ({"background": {"floor": "red", "walls": [1, 1, 1], "table": [1, 1, 1]}}, "floor 'red'"),
         ({"layout": {"ketchup_2": [0, 0]}}, "layout has 'ketchup_2'; .*mean 'ketchup_1'"),
+        ({"instruction": "grab it"}, "has instruction 'grab it'; expected a dict of \\['sentence'\\]"),
+        ({"instruction": {}}, "instruction has no sentence"),
+        ({"instruction": {"sentense": "grab it"}}, "has 'sentense'; .*mean 'sentence'"),
+        *(
+            ({"instruction": {"sentence": its}}, "the instruction's sentence .*; expected text of 1 to 200")
+            for its in ("", " \n", 3, "a" * 201)
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_for(value, words):
@@ -189,7 +208,7 @@ def test_members_of_a_group_see_the_same(seen):
 
 
 @pytest.mark.longer
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", AXES[:-1])
 def test_an_axis_changes_what_it_is_about_alone(axis, seen):
     plain, info, _, _, envs = seen(None, wrist_camera=True)
     assert "perturbation" not in info
@@ -263,10 +282,16 @@ def test_workers_of_which_one_is_perturbed(make_vec):
     for workers in (0, 2):
         envs = make_vec(2, image_size=32, **({"workers": workers} if workers else {}))
         envs.reset(seed=[1, 2])
-        asked = {"robot": {"joints": [0.1] * 7, "reading": "kept"}}
+        asked = {
+            "robot": {"joints": [0.1] * 7, "reading": "kept"},
+            "instruction": {"sentence": f"please {SENTENCE}"},
+        }
         options = {"reset_mask": np.array([True, False]), "perturbation": asked}
-        assert envs.reset(options=options)[1]["perturbation"].tolist() == [asked, {}]
-        assert envs.step(np.zeros((2, 7)))[4]["perturbation"].tolist() == [asked, {}]
+        for info in (envs.reset(options=options)[1], envs.step(np.zeros((2, 7)))[4]):
+            assert info["perturbation"].tolist() == [asked, {}]
+            assert info["instruction"].tolist() == envs.instructions == [f"please {SENTENCE}", SENTENCE]
+        envs.reset(options=options | {"perturbation": {}})
+        assert envs.instructions == [SENTENCE] * 2
 
 
 @pytest.mark.longer
@@ -335,6 +360,36 @@ def test_the_camera_is_where_liberoplus_puts_it(moved, make_vec):
 
 
 @pytest.mark.longer
+def test_what_is_said_follows_the_instruction(seen):
+    """Alone it changes nothing else, and nothing is settled or drawn anew for it."""
+    first, info, later, after, envs = seen("instruction:5")
+    plain, its_info, its_later, _, _ = seen(None)
+    assert same(first, plain) and same(later, its_later)
+    sentences = [drawn["instruction"]["sentence"] for drawn in info["perturbation"]]
+    assert info["instruction"].tolist() == after["instruction"].tolist() == envs.instructions == sentences
+    assert its_info["instruction"].tolist() == [SENTENCE] * 3
+    assert sentences[0] == sentences[1] != sentences[2] and all("the ketchup" in each for each in sentences)
+    assert len(envs.unwrapped._settled) == 2
+    before = envs.instructions
+    envs.reset(seed=[3, 3, 4], options={"perturbation": {"instruction": {"sentence": "go on"}}})
+    assert envs.instructions == ["go on"] * 3 and before == sentences and len(envs.unwrapped._settled) == 2
+    envs.reset(options={"perturbation": [{}] * 3, "reset_mask": np.array([True, False, False])})
+    assert envs.instructions == [SENTENCE, "go on", "go on"]
+
+
+@pytest.mark.longer
+def test_single_environments_and_autoresets_say_it(make, make_vec):
+    env = make(perturb="instruction:4")
+    said = [env.reset(options={"init_state_id": k})[1]["instruction"] for k in (0, 1)]
+    assert said[0] != said[1] == env.unwrapped.instruction and env.unwrapped.instructions == [said[1]]
+    envs = make_vec(2, perturb="instruction:4", max_episode_steps=1, autoreset_mode="SameStep")
+    assert envs.reset(options={"init_state_id": [0, 1]})[1]["instruction"].tolist() == said
+    info = envs.step(np.zeros((2, 7)))[4]
+    assert info["final_info"]["instruction"].tolist() == said
+    assert envs.instructions == info["instruction"].tolist() != said
+
+
+@pytest.mark.longer
 def test_each_task_has_the_look_of_its_own_scene(make_vec):
     """Tasks of two arenas side by side, from the same init state, draw the same perturbation."""
 
@@ -392,6 +447,17 @@ def test_every_task(suite):
         _, info = envs.reset(seed=[0, 1])
         assert not info["diverged"].any() and set(info["perturbation"][0]) == set(AXES)
         envs.close()
+
+
+@pytest.mark.longer
+def test_scripts_policies_are_told_it(make_vec, tmp_path):
+    """Of training's episodes and of evaluations'."""
+    envs, policy = make_vec(2, action_chunk=2, max_episode_steps=2, perturb="instruction:5"), OnesPolicy()
+    batch = grpo_vla.rollout(envs, policy, np.array([5, 5]), 1.0)
+    assert batch["instructions"] == policy.asked[-1][0] == envs.instructions != [SENTENCE] * 2
+    args = SimpleNamespace(seed=1, eval_episodes=2, protocol=None)
+    evaluation.play(envs, policy, 0.0, args, tmp_path / "film.mp4")
+    assert policy.asked[-1][0] == envs.instructions and len({*envs.instructions, *batch["instructions"]}) == 3
 
 
 @pytest.mark.longer

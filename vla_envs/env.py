@@ -65,9 +65,13 @@ class LiberoEnv(FromArguments, gym.Env):
         self._envs = LiberoVectorEnv(1, **self._arguments)
         self.metadata = {**self.metadata, "render_fps": self._envs.metadata["render_fps"]}
         self.render_mode = render_mode
-        self.instruction = self._envs.instructions[0]
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
+
+    @property
+    def instruction(self) -> str:
+        """The sentence of this episode: the task's, or a perturbed one."""
+        return self._envs.instructions[0]
 
     @property
     def instructions(self) -> list[str]:

@@ -2,9 +2,9 @@
 
 The axes, and the numbers where they are formulas, are LIBERO-Plus's (Fei et al. 2025, arXiv 2510.13626;
 package ``liberoplus``): the camera's orbits, distances and turns, the size of the arm's offset, the kinds of
-image noise, how far objects are moved. In the place of its lights and backgrounds, which are files, there are
-ranges of our own, and how an axis is shared out over the levels is ours too. So these are its kinds of
-perturbations, and not its 10,030 tasks.
+image noise, how far objects are moved. In the place of its lights, backgrounds and sentences, which are in
+files, there are ranges and rules of our own, and how an axis is shared out over the levels is ours too. So
+these are its kinds of perturbations, and not its 10,030 tasks.
 
 What is drawn is a dict of plain values, axis by axis, as ``info["perturbation"]`` has it.
 """
@@ -12,12 +12,13 @@ What is drawn is a dict of plain values, axis by axis, as ``info["perturbation"]
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vla_envs.inputs import in_short, nearest
 from vla_envs.noise import KINDS as NOISES
+from vla_envs.paraphrases import paraphrase
 
 LEVELS = range(1, 6)
 #: Degrees that the camera orbits the vertical, either way, per level: LIBERO-Plus's orbits reach 75. Its own
@@ -32,6 +33,7 @@ DIM = 0.14  # share of a light's brightness that is lost or gained, per level; o
 TILT = 0.12  # that is added to a light's direction, a unit vector, per level; ours
 TINT = 0.17  # share of a colour that is taken away at most, per level; ours
 PARTS = ("floor", "walls", "table")
+LONGEST = 200  # characters of a sentence that is asked for
 #: Whether the arm starts in the other pose, as a reset of LIBERO-Plus's environments gives it, or whether its
 #: recorded joints are written back, as its evaluators do, and the controller alone keeps the other pose.
 READINGS = ("kept", "written back")
@@ -39,11 +41,18 @@ READINGS = ("kept", "written back")
 Perturbation = dict[str, Any]
 
 
+class Subject(NamedTuple):
+    """What of a task its perturbations depend on."""
+
+    movable: tuple[str, ...]  # names of the objects that a layout moves
+    sentence: str
+
+
 def _sign(rng: np.random.Generator) -> float:
     return float(rng.choice([-1.0, 1.0]))
 
 
-def _camera(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+def _camera(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
     """An orbit, another distance, or a turn in place; the one camera that is not on the arm."""
     drawn = {"azimuth": 0.0, "elevation": 0.0, "scale": 1.0, "pan": 0.0, "tilt": 0.0}
     kind = rng.integers(3)
@@ -57,7 +66,7 @@ def _camera(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> d
     return drawn
 
 
-def _robot(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+def _robot(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
     """Another pose of the arm, in which the controller takes it to rest."""
     direction = rng.standard_normal(7)
     return {
@@ -66,7 +75,7 @@ def _robot(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> di
     }
 
 
-def _light(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+def _light(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
     """Brighter or darker, of another colour, from elsewhere, with weaker or stronger reflections."""
     brightness = 1.0 + _sign(rng) * DIM * (level - 1 + rng.random())
     colour = 1.0 - 0.05 * level * rng.random(3)
@@ -79,14 +88,14 @@ def _light(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> di
     }
 
 
-def _background(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+def _background(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
     """Colours that the floor's, the walls' and the table's are multiplied by."""
     taken = rng.random((len(PARTS), 3))
     taken *= TINT * (level - 1 + rng.random((len(PARTS), 1))) / taken.max(axis=1, keepdims=True)
     return dict(zip(PARTS, (1.0 - taken).tolist()))
 
 
-def _noise(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+def _noise(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
     """One of five filters of the finished image; LIBERO-Plus's ten severities, two per level."""
     return {
         "kind": str(rng.choice(list(NOISES))),
@@ -95,18 +104,24 @@ def _noise(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> di
     }
 
 
-def _layout(level: int, rng: np.random.Generator, movable: tuple[str, ...]) -> dict[str, Any]:
+def _layout(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
     """How far each object's region is moved (m); what stands on something else goes with it."""
     moves = {}
-    for name in movable:
+    for name in subject.movable:
         angle, size = rng.uniform(0.0, 2.0 * math.pi), MOVE * level * rng.random()
         moves[name] = [size * math.cos(angle), size * math.sin(angle)]
     return moves
 
 
-DRAWS: dict[str, Callable[[int, np.random.Generator, tuple[str, ...]], dict[str, Any]]] = {
+def _instruction(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
+    """The task's sentence in other words."""
+    return {"sentence": paraphrase(subject.sentence, level, rng)}
+
+
+#: By axis; a new one goes to the end, because an axis's number decides what it draws.
+DRAWS: dict[str, Callable[[int, np.random.Generator, Subject], dict[str, Any]]] = {
     "camera": _camera, "robot": _robot, "light": _light, "background": _background, "noise": _noise,
-    "layout": _layout,
+    "layout": _layout, "instruction": _instruction,
 }  # fmt: skip
 
 
@@ -148,19 +163,19 @@ def parse(value: Any) -> dict[str, int]:
     return levels
 
 
-def draw(levels: dict[str, int], entropy: list[int], movable: tuple[str, ...]) -> Perturbation:
+def draw(levels: dict[str, int], entropy: list[int], subject: Subject) -> Perturbation:
     """What an episode's scene is perturbed by; each axis depends on its own level and on ``entropy`` alone.
 
     Args:
         levels: Of ``parse``.
         entropy: What decides; see ``entropy_of``.
-        movable: Names of the objects that a layout moves.
+        subject: What is perturbed.
     """
     drawn = {}
     for number, (axis, make) in enumerate(DRAWS.items()):
         if axis in levels:
             stream = np.random.SeedSequence(entropy, spawn_key=(2, number))
-            drawn[axis] = make(levels[axis], np.random.default_rng(stream), movable)
+            drawn[axis] = make(levels[axis], np.random.default_rng(stream), subject)
     return drawn
 
 
@@ -210,9 +225,9 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
     chosen: Perturbation = {}
     for axis, given in value.items():
         _require_known(axis, list(DRAWS), "perturbation has the axis")
-        fields = dict.fromkeys(movable, (2, -1.0, 1.0)) if axis == "layout" else _FIELDS[axis]
+        fields = dict.fromkeys(movable, (2, -1.0, 1.0)) if axis == "layout" else _FIELDS.get(axis, {})
         words = _WORDS.get(axis, {})
-        known = [*fields, *words]
+        known = [*fields, *words, *(["sentence"] if axis == "instruction" else [])]
         if not isinstance(given, Mapping):
             raise ValueError(f"perturbation has {axis} {in_short(given)}; expected a dict of {known}")
         for name in given:
@@ -226,6 +241,8 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
             if name in words:
                 _require_known(x, words[name], f"perturbation's {axis} has the {name}")
                 chosen[axis][name] = str(x)
+            elif axis == "instruction":
+                chosen[axis][name] = _sentence(x)
             else:
                 chosen[axis][name] = _numbers(f"{axis}'s {name}", x, *fields[name], whole=name in _WHOLE)
     return chosen
@@ -234,6 +251,13 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
 def _require_known(name: Any, known: list[str], what: str) -> None:
     if name not in known:
         raise ValueError(f"{what} {in_short(name)}; expected some of {known}{nearest(str(name), known)}")
+
+
+def _sentence(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > LONGEST:
+        what = f"perturbation has the instruction's sentence {in_short(value)}"
+        raise ValueError(f"{what}; expected text of 1 to {LONGEST} characters")
+    return str(value)
 
 
 def _numbers(what: str, value: Any, count: int, least: float, most: float, whole: bool) -> Any:

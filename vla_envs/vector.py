@@ -21,7 +21,7 @@ from vla_envs.goals import FACTS, JOINT
 from vla_envs.inputs import in_short
 from vla_envs.looks import Look, look_of
 from vla_envs.machine import available_cores
-from vla_envs.perturbations import Perturbation
+from vla_envs.perturbations import Perturbation, Subject
 from vla_envs.render import Renderer, opengl
 from vla_envs.rewards import Reward, all_stage_names, binary, compute_reward, resolve_reward
 from vla_envs.scene import scene_of
@@ -85,9 +85,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         bddl_file: Instead of a suite: a BDDL file of one's own, or a list with one per environment.
         init_state_file: Recorded init states of one's own tasks, as ``vla_envs.tasks.recorded_init_states``
             reads them, or a list with one file per environment; by default 50 are drawn that no seed gives.
-        perturb: How far each episode's scene differs from LIBERO's: ``"camera:3,light:2"``, ``"all:1"`` or a
-            dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed decides what is
-            drawn, and ``info["perturbation"]`` says it.
+        perturb: How far each episode's scene and instruction differ from LIBERO's: ``"camera:3,light:2"``,
+            ``"all:1"`` or a dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed
+            decides what is drawn, and ``info["perturbation"]`` says it.
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright and mirrored: see ``vla_envs/render.py``). The state is
@@ -177,6 +177,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         self.set_reward(reward)
         scenes = {task: scene_of(task, str(assets), quality, cache) for task in dict.fromkeys(self.tasks)}
         self.simulations = [Simulation(scenes[task]) for task in self.tasks]
+        #: Of each environment's episode: its task's sentence, or a perturbed one. A reset makes a new list.
         self.instructions = [task.instruction for task in self.tasks]
         self._cameras = {
             name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])
@@ -377,7 +378,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             perturbation = asked[i]
             if perturbation is None:
                 entropy = perturbations.entropy_of(rng, state_id) if self._levels else []
-                perturbation = perturbations.draw(self._levels, entropy, scene.movable)
+                perturbation = perturbations.draw(
+                    self._levels, entropy, Subject(scene.movable, self.tasks[i].instruction)
+                )
             moves = perturbation.get("layout", {})
             if state_id is None:
                 state = scene.sample_init_state(rng, moves)
@@ -386,14 +389,19 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             if perturbation.get("robot", {}).get("reading") == "kept":
                 state[:7] = scene.clip_arm(state[:7] + perturbation["robot"]["joints"])
             self._init_state_id[i] = -1 if state_id is None else state_id
-            words = repr(perturbation) if perturbation else ""
+            shown = {axis: its for axis, its in perturbation.items() if axis != "instruction"}
+            words = repr(shown) if shown else ""
             keys[i] = (id(scene), state.tobytes(), words)
             look = (id(scene), words)  # geoms and the camera's own pose differ from scene to scene
-            if perturbation and look not in looks:
+            if shown and look not in looks:
                 looks[look] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
             self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks.get(look), 0
             if keys[i] not in self._settled:
                 to_settle.setdefault(keys[i], (i, state))
+        self.instructions = [
+            its["instruction"]["sentence"] if "instruction" in its else task.instruction
+            for its, task in zip(self._perturbations, self.tasks)
+        ]
 
         work = {i: (key, state) for key, (i, state) in to_settle.items()}
         opengl()  # the calling thread has to make it

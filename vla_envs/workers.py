@@ -153,6 +153,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self.metadata = facts[0]["metadata"]
         self.autoreset_mode, self.render_mode = facts[0]["autoreset_mode"], facts[0]["render_mode"]
         self.max_episode_steps = facts[0]["max_episode_steps"]
+        #: The sentence of each environment's episode; see ``LiberoVectorEnv``.
         self.instructions = [task.instruction for task in self.tasks]
         self._recorded = [count for each in facts for count in each["recorded"]]
         self._movable = [names for each in facts for names in each["movable"]]
@@ -227,7 +228,9 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
             self.stages.update(answer["stages"])
         sizes = [part.stop - part.start for part in self._slices]
         observation = {name: array.copy() for name, array in self._obs.items()}
-        return observation, _join([answer["info"] for answer in answers], sizes)
+        info = _join([answer["info"] for answer in answers], sizes)
+        self.instructions = info["instruction"].tolist()
+        return observation, info
 
     # ---- The interface of LiberoVectorEnv --------------------------------------------------------
 

@@ -81,6 +81,12 @@ def _task_adapters(args: Any) -> dict[str, Path]:
     texts = [get_task(args.suite, task_id).instruction for task_id in args.task_ids]
     if len(set(texts)) < len(texts):
         raise ValueError(f"two of the tasks {args.task_ids} have the same instruction: adapters go by it")
+    axes = {part.partition(":")[0].strip() for part in f"{args.perturb},{args.eval_perturb}".split(",")}
+    if axes & {"all", "instruction"}:
+        raise ValueError(
+            "shared_adapter goes by the tasks' own sentences; expected --perturb and --eval-perturb without"
+            " the axis instruction"
+        )
     return dict(zip(texts, args.shared_adapter))
 
 
