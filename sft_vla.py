@@ -138,6 +138,8 @@ def load_samples(policy: Any, args: Args) -> tuple[dict[str, Any], dict[str, Any
 def validate(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
     args = arguments.complete(args)
+    if args.perturb:
+        raise ValueError("perturb is for training in the simulator; expected --eval-perturb in sft_vla.py")
     episodes = args.episodes * len(args.task_ids) if len(args.episodes) == 1 else args.episodes
     if episodes and (len(episodes) != len(args.task_ids) or min(episodes) < 1):
         raise ValueError(

@@ -197,6 +197,8 @@ def _check_together(args: Any) -> None:
         )
     if args.resume:  # its own arguments stay as they are, also those of an older run
         return
+    if args.evaluate and args.perturb:
+        raise ValueError("perturb is for training; expected --eval-perturb with --evaluate")
     if args.protocol:
         protocol = PROTOCOLS[args.protocol]
         its_own = {"eval_temperature": protocol.temperature}
