@@ -19,7 +19,6 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.assets.libero import fault
 from vla_envs.bddl import KINDS
 from vla_envs.inputs import in_short, nearest
 
@@ -35,6 +34,7 @@ ELEMENTS = (
 FILES = {"mesh": (".obj", ".stl", ".msh"), "texture": (".png",)}
 #: Sites that LIBERO's samplers read (robosuite's ``MujocoXMLObject``).
 SITES = ("bottom_site", "top_site", "horizontal_radius_site")
+NAME = r"(?!default_site$)[a-z][a-z0-9_]{0,60}"  # of a class, or of a region; robosuite adds default_site
 _MESH = ("name", "file", "scale", "refpos", "refquat", "inertia", "smoothnormal", "maxhullvert", "uservert",
          "userface", "usernormal", "usertexcoord", "userfacetexcoord")  # fmt: skip
 _TEXTURE = ("name", "file", "type", "builtin", "cubefiles", "gridlayout", "gridsize", "height", "width",
@@ -71,7 +71,7 @@ def read_objects(objects: Any) -> dict[str, OwnObject]:
     if not isinstance(objects, Mapping):
         raise ValueError(f"objects is {in_short(objects)}; expected a dict, as {{'my_mug': 'mug.xml'}}")
     for name, file in objects.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name):
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
             raise ValueError(f"objects has {in_short(name)}; expected a class: letters a to z, digits and _")
         if name in KINDS:
             raise ValueError(f"objects has {name!r}, a class of LIBERO's; expected another name")
@@ -90,7 +90,7 @@ def beside(bddl_file: Path, others: Collection[str] = ()) -> dict[str, OwnObject
         text = bddl_file.read_text(encoding="utf-8").lower()
     except (OSError, ValueError):
         return {}  # ``bddl.read`` says what is wrong
-    names = set(re.findall(r"\s-\s+([a-z][a-z0-9_]{0,60})\b", text)) - {*KINDS, *others}
+    names = set(re.findall(rf"\s-\s+({NAME})\b", text)) - {*KINDS, *others}
     files = {name: bddl_file.parent / f"{name}.xml" for name in sorted(names)}
     return {name: read(name, file) for name, file in files.items() if file.is_file()}
 
@@ -162,7 +162,7 @@ def _gathered(path: Path) -> tuple[str, tuple[tuple[str, bytes], ...]]:
 
 
 def _inside(folder: Path, directory: str, given: str, suffixes: tuple[str, ...]) -> Path:
-    """The mesh or texture ``given``, which has to be whole and inside of ``folder``."""
+    """The mesh or texture ``given``, which has to be inside of ``folder``."""
     path = (folder / directory / given).resolve()
     if os.path.isabs(directory) or os.path.isabs(given) or not path.is_relative_to(folder):
         raise ValueError(f"{given!r} lies outside of its folder; expected a path to a file inside of it")
@@ -176,8 +176,6 @@ def _inside(folder: Path, directory: str, given: str, suffixes: tuple[str, ...])
             size = np.frombuffer(stream.read(24).ljust(24, b"\0")[16:], ">u4")
         if size.max() > MOST_PIXELS:
             raise ValueError(f"{given!r} has {size[0]} x {size[1]} pixels; expected at most {MOST_PIXELS}")
-    if its := fault(path):
-        raise ValueError(f"{given!r}: {its}")
     return path
 
 
@@ -207,6 +205,7 @@ def _written_anew(
     model = given.compile()
 
     made = mujoco.MjSpec()
+    made.assets = dict(files)
     for parts, add, names in (
         (given.meshes, made.add_mesh, _MESH),
         (given.textures, made.add_texture, _TEXTURE),
@@ -229,16 +228,10 @@ def _written_anew(
             inner.add_geom(**shape, group=1, contype=0, conaffinity=0)
     regions = []
     for s in np.flatnonzero(model.site_type == mujoco.mjtGeom.mjGEOM_BOX):
-        name = model.site(s).name
-        if name in SITES:
-            continue
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name) or name == "default_site":
-            raise ValueError(f"region {in_short(name)} is no name; expected letters a to z, digits and _")
-        inner.add_site(
-            name=name, type=mujoco.mjtGeom.mjGEOM_BOX, pos=model.site_pos[s], quat=model.site_quat[s],
-            size=model.site_size[s], rgba=[0, 0, 0, 0],
-        )  # fmt: skip
-        regions.append(name)
+        place = {key: getattr(model, f"site_{key}")[s] for key in ("pos", "quat", "size")}
+        if re.fullmatch(NAME, name := model.site(s).name) and name not in SITES:
+            inner.add_site(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, rgba=[0, 0, 0, 0], **place)
+            regions.append(name)
     bottom, top, radius = _extent(model, np.flatnonzero(solid))
     if not max(-bottom, top, radius) <= MOST_REACH:
         raise ValueError(

@@ -125,7 +125,7 @@ def _faults(folder: Path, bddl_file: Path, own: Collection[str]) -> Iterator[tup
                 yield folder / f"{name}.xml", "missing from every folder of objects"
             descriptions += places
     for path in sorted((folder / "textures").glob("*")):  # any of them may cover a floor or wall
-        if fault := fault(path):
+        if fault := _fault(path):
             yield path, fault
     while descriptions:
         path = descriptions.pop()
@@ -141,11 +141,11 @@ def _faults(folder: Path, bddl_file: Path, own: Collection[str]) -> Iterator[tup
             if name := element.get("file"):
                 if element.tag == "include":
                     descriptions.append(path.parent / name)
-                elif fault := fault(path.parent / name):
+                elif fault := _fault(path.parent / name):
                     yield path.parent / name, fault
 
 
-def fault(path: Path) -> str:
+def _fault(path: Path) -> str:
     """What is wrong with a mesh or a texture, or ""."""
     try:
         size = path.stat().st_size

@@ -79,7 +79,9 @@ def _require_played(task: Task) -> None:
             f"{task.name} is not pick-and-place; expected a goal of On and In, which the expert plays"
         )
     known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in COVERED.items())
-    raise ValueError(f"{task.suite} {task.task_id} ({task.name}) has no scripted expert; expected one of {known}")
+    raise ValueError(
+        f"{task.suite} {task.task_id} ({task.name}) has no scripted expert; expected one of {known}"
+    )
 
 
 class ScriptedExpert:
@@ -143,10 +145,10 @@ class ScriptedExpert:
         simulation = self.envs.simulations[i]
         model, data, goal = simulation.scene.model, simulation.data, simulation.scene.goal
         boxes = simulation.facts.solid[k]
-        extent = np.einsum(
-            "gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes]
-        )
-        low, high = (data.geom_xpos[boxes] - extent).min(axis=0), (data.geom_xpos[boxes] + extent).max(axis=0)
+        turns, bounds = data.geom_xmat[boxes].reshape(-1, 3, 3), model.geom_aabb[boxes]  # LIBERO's are boxes
+        extent = np.einsum("gij,gj->gi", np.abs(turns), bounds[:, 3:])
+        middle = data.geom_xpos[boxes] + np.einsum("gij,gj->gi", turns, bounds[:, :3])
+        low, high = (middle - extent).min(axis=0), (middle + extent).max(axis=0)
         point, width = (low + high) / 2, high[1] - low[1]
         if self.envs.tasks[i].suite == "LiberoObject":
             point[0] += SHIFTS.get(model.body(goal.subject[k]).name.split("_")[0], 0.0)
