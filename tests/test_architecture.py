@@ -7,7 +7,8 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "vla_envs"
 TRAINING = {"training", "policies", "distributed", "report", "sb3"}  # modules and packages of that half
-SHARED = {"bddl", "command_line", "files", "inputs", "machine", "own_objects", "tasks", "user_code"}  # of no half
+#: Of no half.
+SHARED = {"bddl", "command_line", "files", "inputs", "machine", "own_objects", "tasks", "user_code"}
 
 
 def half_of(path):

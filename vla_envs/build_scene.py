@@ -109,7 +109,8 @@ def _register(own: OwnObject, folder: Path) -> None:
             joint = {"type": "free", "damping": "0.0005"}  # as all of LIBERO's
             file = str(folder / "object.xml")
             super().__init__(file, name, joints=[joint], duplicate_collision_geoms=False)
-            self.category_name, self.object_properties = own.name, {"vis_site_names": {}}
+            self.category_name = own.name
+            self.object_properties: dict[str, Any] = {"vis_site_names": {}}
             self.rotation, self.rotation_axis = (np.pi, np.pi), "x"  # none, in the order that LIBERO takes
 
     OBJECTS_DICT[own.name] = Own

@@ -134,8 +134,8 @@ def _gathered(path: Path) -> tuple[str, tuple[tuple[str, bytes], ...]]:
         raise ValueError(f"it is not UTF-8: byte {error.start}") from None
     except ET.ParseError as error:
         raise ValueError(f"it is not XML: {error}; expected MJCF, and no DOCTYPE") from None
-    if len(list(root.iter("geom"))) > MOST_GEOMS:
-        raise ValueError(f"it has {len(list(root.iter('geom')))} geoms; expected at most {MOST_GEOMS}")
+    if (count := len(root.findall("worldbody//geom"))) > MOST_GEOMS:
+        raise ValueError(f"it has {count} geoms; expected at most {MOST_GEOMS}")
     folders = {"mesh": "", "texture": ""}
     for compiler in root.iter("compiler"):
         both = compiler.attrib.pop("assetdir", None)
