@@ -164,7 +164,8 @@ MISTAKES = [
     # (what is replaced, by what, words)
     ("<worldbody>", "<worldbody", "it is not XML: not well-formed.*: line 6, column"),
     ("<mujoco>", "<!DOCTYPE mujoco><mujoco>", "it is not XML: .*no DOCTYPE"),
-    ('type="cylinder"', 'type="cylindre"', "invalid keyword: 'cylindre'.*line 7"),
+    ('type="cylinder"', 'type="cylindre"', "invalid keyword: 'cylindre' Element 'geom'$"),
+    ("0.95 0.3 0.1", "NaN 0.3 0.1", "a geom has nan; expected a number"),
     ("<body>", "<body><body>", "it is not XML: mismatched tag"),
     ("<worldbody>", "<worldbody><body/>", "worldbody has 2 bodies; expected one"),
     ("<worldbody>", '<worldbody><geom size="1"/>', "worldbody has geoms or sites"),

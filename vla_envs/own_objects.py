@@ -87,7 +87,8 @@ def beside(bddl_file: Path, others: Collection[str] = ()) -> dict[str, OwnObject
         ValueError: As ``read``.
     """
     try:
-        text = bddl_file.read_text(encoding="utf-8").lower()
+        with bddl_file.open(encoding="utf-8") as stream:
+            text = stream.read(MOST_BYTES).lower()
     except (OSError, ValueError):
         return {}  # ``bddl.read`` says what is wrong
     names = set(re.findall(rf"\s-\s+({NAME})\b", text)) - {*KINDS, *others}
@@ -111,8 +112,9 @@ def read(name: str, path: Path) -> OwnObject:
         others = [each.name for each in path.parent.glob("*.xml")] if path.parent.is_dir() else []
         hint = nearest(path.name, others) if isinstance(error, FileNotFoundError) else ""
         reason = f"it cannot be read: {error.strerror or error}{hint}"
-    except ValueError as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, mujoco.FatalError) as error:
+        words = re.sub(r", (id \d+, )?line \d+$", "", str(error).strip())  # MuJoCo's, of the text that it got
+        reason = " ".join(words.split())
     raise ValueError(f"object {name}, file {str(path)!r}: {reason}")
 
 
@@ -148,6 +150,8 @@ def _gathered(path: Path) -> tuple[str, tuple[tuple[str, bytes], ...]]:
                 f"it has <{in_short(element.tag)[1:-1]}>, which an object does not need; expected some of"
                 f" {', '.join(ELEMENTS)}"
             )
+        if any(re.search(r"\bnan\b", value.lower()) for value in element.attrib.values()):
+            raise ValueError(f"a {element.tag} has nan; expected a number")
         for key in [key for key in element.attrib if key.startswith("file")]:
             if element.tag not in FILES:
                 raise ValueError(f"<{element.tag}> has {key}; expected it of a mesh or a texture")
@@ -179,12 +183,8 @@ def _inside(folder: Path, directory: str, given: str, suffixes: tuple[str, ...])
     return path
 
 
-@lru_cache(maxsize=32)  # every environment's arguments are read, and meshes take a while to compile
-def _written_anew(
-    text: str, files: tuple[tuple[str, bytes], ...]
-) -> tuple[str, tuple[str, ...], tuple[tuple[str, bytes], ...]]:
-    """A gathered file in robosuite's layout, its regions, and its meshes and textures."""
-    given = mujoco.MjSpec.from_string(text, assets=dict(files))
+def _require_one_body(given: mujoco.MjSpec) -> None:
+    """Refuse what is not one rigid body with collision geoms, or would take much memory."""
     bodies = given.worldbody.bodies
     if len(bodies) != 1:
         raise ValueError(f"its worldbody has {len(bodies)} bodies; expected one, with everything in it")
@@ -199,10 +199,26 @@ def _written_anew(
             raise ValueError(f"texture {texture.name!r} is large; expected at most {MOST_PIXELS} pixels")
         if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
             raise ValueError(f"texture {texture.name!r} is a skybox, which an object does not need")
+
+
+@lru_cache(maxsize=32)  # every environment's arguments are read, and meshes take a while to compile
+def _written_anew(
+    text: str, files: tuple[tuple[str, bytes], ...]
+) -> tuple[str, tuple[str, ...], tuple[tuple[str, bytes], ...]]:
+    """A gathered file in robosuite's layout, its regions, and its meshes and textures."""
+    given = mujoco.MjSpec.from_string(text, assets=dict(files))
+    _require_one_body(given)
     if not given.joints:
-        bodies[0].add_freejoint()
+        given.worldbody.bodies[0].add_freejoint()
     given.compiler.fusestatic = True  # so that bodies inside of it become one with it
     model = given.compile()
+    solid = (model.geom_contype | model.geom_conaffinity).astype(bool)
+    bottom, top, radius = _extent(model, np.flatnonzero(solid))
+    if not max(-bottom, top, radius) <= MOST_REACH:
+        raise ValueError(
+            f"it reaches {max(-bottom, top, radius):g} m from its origin; expected at most {MOST_REACH:g} m"
+            " (of a mesh in mm the scale is 0.001)"
+        )
 
     made = mujoco.MjSpec()
     made.assets = dict(files)
@@ -218,7 +234,6 @@ def _written_anew(
         name="object", explicitinertial=True, mass=model.body_mass[1], inertia=model.body_inertia[1],
         ipos=model.body_ipos[1], iquat=model.body_iquat[1],
     )  # fmt: skip
-    solid = (model.geom_contype | model.geom_conaffinity).astype(bool)
     for g in range(model.ngeom):
         shape = _shape(model, g)
         if solid[g]:  # groups 0 and 1 are robosuite's for what touches and what is drawn
@@ -232,12 +247,6 @@ def _written_anew(
         if re.fullmatch(NAME, name := model.site(s).name) and name not in SITES:
             inner.add_site(name=name, type=mujoco.mjtGeom.mjGEOM_BOX, rgba=[0, 0, 0, 0], **place)
             regions.append(name)
-    bottom, top, radius = _extent(model, np.flatnonzero(solid))
-    if not max(-bottom, top, radius) <= MOST_REACH:
-        raise ValueError(
-            f"it reaches {max(-bottom, top, radius):g} m from its origin; expected at most {MOST_REACH:g} m"
-            " (of a mesh in mm the scale is 0.001)"
-        )
     for name, derived in zip(SITES, ([0, 0, bottom], [0, 0, top], [radius, 0, 0])):
         own = given.site(name)
         outer.add_site(name=name, pos=derived if own is None else model.site(name).pos, rgba=[0, 0, 0, 0])
