@@ -221,13 +221,19 @@ def test_stages_of_a_lift(files, make):
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):
-    """Its file, its program, and how many classes it says there are."""
+    """Its files, its programs, and how many classes it says there are."""
     page = (ROOT / "docs" / "own-scene.md").read_text(encoding="utf-8")
-    scene, program = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("", "python"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "butter.bddl").write_text(scene)
-    exec(program, {})
-    assert capsys.readouterr().out == "put the butter on the plate\n"
+    names = {"": ["butter.bddl", "mug.bddl"], "xml": ["my_mug.xml"], "python": ["first.py", "second.py"]}
+    for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        if kind in names:
+            (tmp_path / names[kind].pop(0)).write_text(text)
+    variables: dict = {}
+    for name in ("first.py", "second.py"):
+        exec((tmp_path / name).read_text(), variables)
+    assert capsys.readouterr().out == "put the butter on the plate\nput the mug on the plate\n"
+    recording.main(recording.Args(out=tmp_path, bddl_file=tmp_path / "mug.bddl", episodes=2, image_size=16))
+    assert (tmp_path / "mug_demo.hdf5").exists()
     built_in = sum(kind.built_in for kind in bddl.KINDS.values())
     assert f"LIBERO's {len(bddl.KINDS)}. Of these the built-in assets have {built_in};" in page
     for name, kind in bddl.KINDS.items():

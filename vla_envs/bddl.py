@@ -7,8 +7,10 @@ names that are known, and numbers.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vla_envs.inputs import in_short, nearest
@@ -275,7 +277,9 @@ def _things(line: int, items: "list[_Word | _List]") -> list[tuple[_Word, _Word]
     return pairs
 
 
-def _regions(items: "list[_Word | _List]", things: dict[str, str], arena: Arena) -> list[Region]:
+def _regions(
+    items: "list[_Word | _List]", things: dict[str, str], arena: Arena, kinds: Mapping[str, Kind]
+) -> list[Region]:
     regions: dict[str, Region] = {}
     for part in _sub_lists(items, "a region, as (name (:target ...))"):
         label = _words(part.items[:1], part.line, "the region's name")[0]
@@ -303,7 +307,7 @@ def _regions(items: "list[_Word | _List]", things: dict[str, str], arena: Arena)
             continue  # as in LIBERO-Goal's own files; a predicate about it is refused
         full_name = f"{target}_{label}"
         on_surface = target == arena.surface
-        inner = KINDS[things[target]].regions if not on_surface else None
+        inner = kinds[things[target]].regions if not on_surface else None
         if inner is not None and label not in inner:
             has = f"one of {inner}" if inner else "none"
             raise BDDLError(
@@ -413,8 +417,12 @@ def _validate_predicate(
             raise BDDLError(line, f"{first} does not turn on; expected a flat_stove")
 
 
-def parse(text: str) -> Problem:
+def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
     """What the BDDL file ``text`` asks for.
+
+    Args:
+        text: The file's.
+        own: Classes that its objects can have besides LIBERO's.
 
     Raises:
         BDDLError: A ValueError; names the line, what is wrong there, and what was expected.
@@ -436,15 +444,18 @@ def parse(text: str) -> Problem:
 
     fixtures, objects = (_things(*sections[section]) for section in (":fixtures", ":objects"))
     things: dict[str, str] = {}
+    kinds = KINDS | dict(own)
+    for name, kind in fixtures:
+        if kind in own:
+            raise BDDLError(kind.line, f"{name} is a {kind}, which can be moved; expected it in :objects")
     for name, kind in fixtures + objects:
         surface = name == arena.surface
         if surface and kind != arena.kind:
             raise BDDLError(kind.line, f"{name} is a {kind}; expected a {arena.kind}, the arena's surface")
-        if not surface and kind not in KINDS:
-            raise BDDLError(
-                kind.line,
-                f"class {kind} is not one of LIBERO's {len(KINDS)}{nearest(str(kind), list(KINDS))}",
-            )
+        if not surface and kind not in kinds:
+            others = f", nor of objects {sorted(own)}" if own else ""
+            hint = nearest(str(kind), list(kinds))
+            raise BDDLError(kind.line, f"class {kind} is not one of LIBERO's {len(KINDS)}{others}{hint}")
         if name in things:
             raise BDDLError(name.line, f"{name} is there twice")
         if not surface and arena.surface in name:
@@ -463,7 +474,7 @@ def parse(text: str) -> Problem:
     if not objects:
         raise BDDLError(sections[":objects"][0], "there are no objects; expected at least one")
 
-    regions = _regions(sections[":regions"][1], things, arena)
+    regions = _regions(sections[":regions"][1], things, arena, kinds)
     if len(regions) > MOST_REGIONS:
         raise BDDLError(
             sections[":regions"][0], f"there are {len(regions)} regions; expected {MOST_REGIONS} at most"
@@ -539,8 +550,8 @@ def _validate_placements(
             seen.append(below)
 
 
-def read(path: Path) -> Problem:
-    """What the BDDL file ``path`` asks for.
+def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
+    """What the BDDL file ``path`` asks for; ``own`` as in ``parse``.
 
     Raises:
         ValueError: When it cannot be read, is too large or has a mistake; one line, with the line number.
@@ -549,7 +560,7 @@ def read(path: Path) -> Problem:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"it has {size} bytes; expected at most {MOST_BYTES}")
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"), own)
     except UnicodeDecodeError as error:
         raise ValueError(f"BDDL file {str(path)!r} is not UTF-8: byte {error.start}") from None
     except OSError as error:

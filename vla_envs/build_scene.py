@@ -20,6 +20,7 @@ import numpy as np
 from vla_envs.assets.builtin import simple_robot, write_builtin
 from vla_envs.assets.simplify import simplify
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, UP, UP_HEIGHT, order
+from vla_envs.own_objects import OwnObject
 from vla_envs.scene import Placement, assemble, digest
 from vla_envs.tasks import Task, libero_folder, recorded_init_states
 
@@ -41,6 +42,8 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
     if assets == "builtin":
         write_builtin(folder)
     libero.libero._assets_path_cache = str(folder)
+    for own in task.objects:
+        _register(own, scratch / "objects" / own.name)
     env = _liberos_env(task.bddl_file)
     xml = env.model.get_xml()
     spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)
@@ -90,6 +93,27 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
         partial = Path(f"{base}{suffix}.partial")
         partial.write_bytes(content)
         os.replace(partial, f"{base}{suffix}")
+
+
+def _register(own: OwnObject, folder: Path) -> None:
+    """Make a class of one's own, whose files go to ``folder``, one of LIBERO's (``envs/objects``)."""
+    from libero.libero.envs.base_object import OBJECTS_DICT
+    from robosuite.models.objects import MujocoXMLObject
+
+    folder.mkdir(parents=True)
+    for name, content in (("object.xml", own.xml.encode()), *own.files):
+        (folder / name).write_bytes(content)
+
+    class Own(MujocoXMLObject):
+        def __init__(self, name: str) -> None:
+            joint = {"type": "free", "damping": "0.0005"}  # as all of LIBERO's
+            file = str(folder / "object.xml")
+            super().__init__(file, name, joints=[joint], duplicate_collision_geoms=False)
+            self.category_name = own.name
+            self.object_properties: dict[str, Any] = {"vis_site_names": {}}
+            self.rotation, self.rotation_axis = (np.pi, np.pi), "x"  # none, in the order that LIBERO takes
+
+    OBJECTS_DICT[own.name] = Own
 
 
 def _liberos_env(bddl_file: Path) -> Any:

@@ -448,7 +448,7 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
             task = replace(task, bddl_file=Path(scratch) / "task.bddl")
             task.bddl_file.write_text(text, encoding="utf-8")
         if assets != "builtin":
-            verify_files(Path(assets), task.bddl_file)
+            verify_files(Path(assets), task.bddl_file, [each.name for each in task.objects])
         (Path(scratch) / "task.pickle").write_bytes(pickle.dumps(task))
         command = [sys.executable, "-m", "vla_envs.build_scene", assets, quality, str(base), scratch]
         environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}

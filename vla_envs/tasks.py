@@ -9,16 +9,19 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs import bddl
+from vla_envs import bddl, own_objects
 from vla_envs.inputs import in_short, nearest
+from vla_envs.own_objects import OwnObject
 
 SUITES = {
     "LiberoSpatial": "libero_spatial",
@@ -47,6 +50,7 @@ class Task:
         init_states_file: Its recorded init states (LIBERO's ``*.pruned_init``); None where none are recorded.
         problem: What one's own file asks for; None for LIBERO's tasks, which its own parser reads.
         digest: Of the contents of one's own files.
+        objects: Its objects of one's own, by class.
     """
 
     suite: str
@@ -57,6 +61,7 @@ class Task:
     init_states_file: Path | None
     problem: bddl.Problem | None = None
     digest: str = ""
+    objects: tuple[OwnObject, ...] = ()
 
     @property
     def label(self) -> str:
@@ -122,8 +127,15 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
     return len(_task_map()[SUITES[suite]])
 
 
-def get_task(suite: str | os.PathLike[str], task_id: int) -> Task:
+def get_task(
+    suite: str | os.PathLike[str], task_id: int, objects: Mapping[str, OwnObject] = MappingProxyType({})
+) -> Task:
     """The task ``task_id`` (from 0) of a suite: one of LIBERO's, or the path of a folder or a BDDL file.
+
+    Args:
+        suite: The suite.
+        task_id: Which of its tasks.
+        objects: Objects that one's own BDDL file may use, by class, besides those whose files lie beside it.
 
     Raises:
         ValueError: When the suite or the task id does not exist, or one's own file has a mistake.
@@ -138,9 +150,14 @@ def get_task(suite: str | os.PathLike[str], task_id: int) -> Task:
         )
     if suite not in SUITES:
         file = _own_files(suite)[task_id]
-        problem = bddl.read(file)
-        digest = hashlib.sha256(problem.text().encode()).hexdigest()
-        return Task(os.fspath(suite), int(task_id), file.stem, problem.language, file, None, problem, digest)
+        own = own_objects.beside(file, objects) | dict(objects)
+        problem = bddl.read(file, {name: bddl.Kind(each.regions) for name, each in own.items()})
+        used = tuple(own[name] for name in sorted(own.keys() & {kind for _, kind in problem.objects}))
+        digest = hashlib.sha256("".join([problem.text(), *(each.digest for each in used)]).encode())
+        return Task(
+            os.fspath(suite), int(task_id), file.stem, problem.language, file, None, problem,
+            digest.hexdigest(), used,
+        )  # fmt: skip
     suite = str(suite)
     folder = SUITES[suite]
     name = _task_map()[folder][task_id]

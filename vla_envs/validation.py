@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_array, as_numbers, in_short, nearest
+from vla_envs.own_objects import OwnObject, read_objects
 from vla_envs.perturbations import Perturbation
 from vla_envs.perturbations import validate as validate_perturbation
 from vla_envs.rewards import warn_of_recorded_states
@@ -29,7 +30,12 @@ def validate_int(name: str, value: Any, least: int, most: int | None = None) -> 
 
 
 def validate_tasks(
-    suite: str | os.PathLike[str], task_id: Any, bddl_file: Any, init_state_file: Any, num_envs: int
+    suite: str | os.PathLike[str],
+    task_id: Any,
+    bddl_file: Any,
+    init_state_file: Any,
+    objects: Any,
+    num_envs: int,
 ) -> list[Task]:
     """One task per environment, from the arguments that ``LiberoVectorEnv`` takes.
 
@@ -37,9 +43,10 @@ def validate_tasks(
         ValueError: When a task or a file does not exist, there are not ``num_envs`` of them, or arguments
             leave one another without effect.
     """
+    own = read_objects({} if objects is None else objects)
     if bddl_file is None:
         ids = _one_per_environment("task_id", task_id, num_envs)
-        tasks = _each_once(lambda each: get_task(suite, each), ids)
+        tasks = _each_once(lambda each: get_task(suite, each, own), ids)
     else:
         if suite != "LiberoObject" or not (np.ndim(task_id) == 0 and task_id == 0):
             raise ValueError(
@@ -50,11 +57,25 @@ def validate_tasks(
         for file in files:
             if not isinstance(file, str | os.PathLike) or not os.fspath(file).endswith(".bddl"):
                 raise ValueError(f"bddl_file is {in_short(file)}; expected the path of a *.bddl file")
-        tasks = _each_once(lambda file: get_task(file, 0), files)
+        tasks = _each_once(lambda file: get_task(file, 0, own), files)
+    _require_used(own, tasks)
     if init_state_file is None:
         return tasks
     files = _one_per_environment("init_state_file", init_state_file, num_envs)
     return _each_once(lambda pair: with_init_states(*pair), list(zip(tasks, files)))
+
+
+def _require_used(own: Mapping[str, OwnObject], tasks: list[Task]) -> None:
+    """Raise a ValueError when no BDDL file uses one of the objects ``own``."""
+    if own and not any(task.problem for task in tasks):
+        raise ValueError(f"objects {[*own]} are for a bddl_file of one's own, which is not given")
+    kinds = {kind for task in tasks if task.problem for _, kind in task.problem.objects}
+    for name in own:
+        if name not in kinds:
+            raise ValueError(
+                f"objects has {name!r}, which no object of the BDDL file is; expected some of {sorted(kinds)}"
+                + nearest(name, sorted(kinds))
+            )
 
 
 def _each_once(read: Callable[[Any], Task], values: list[Any]) -> list[Task]:

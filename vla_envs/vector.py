@@ -85,6 +85,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         bddl_file: Instead of a suite: a BDDL file of one's own, or a list with one per environment.
         init_state_file: Recorded init states of one's own tasks, as ``vla_envs.tasks.recorded_init_states``
             reads them, or a list with one file per environment; by default 50 are drawn that no seed gives.
+        objects: Objects of one's own that the BDDL files use: MJCF files by class, as
+            ``{"my_mug": "mug.xml"}``. A file that lies beside the BDDL file and is named as the class,
+            ``my_mug.xml``, is found without.
         perturb: How far each episode's scene and instruction differ from LIBERO's: ``"camera:3,light:2"``,
             ``"all:1"`` or a dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed
             decides what is drawn, and ``info["perturbation"]`` says it.
@@ -125,6 +128,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         bddl_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         init_state_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         perturb: str | Mapping[str, int] | None = None,
+        objects: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         require_compiled()
@@ -147,7 +151,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             raise ValueError(f"render_mode is {in_short(render_mode)}; expected 'rgb_array' or None")
         if not isinstance(assets, str | os.PathLike):
             raise ValueError(f"assets is {in_short(assets)}; expected 'builtin', 'libero' or a folder")
-        self.tasks = validate_tasks(suite, task_id, bddl_file, init_state_file, num_envs)
+        self.tasks = validate_tasks(suite, task_id, bddl_file, init_state_file, objects, num_envs)
         modes = [mode.value for mode in AutoresetMode]
         if not isinstance(autoreset_mode, AutoresetMode) and not (
             isinstance(autoreset_mode, str) and autoreset_mode in modes

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -87,6 +87,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         reward: str | Reward = "binary",
         bddl_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         init_state_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        objects: Mapping[str, str | os.PathLike[str]] | None = None,
         **arguments: Any,
     ) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "arguments")} | arguments
@@ -95,7 +96,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
             raise ValueError(
                 f"num_envs is {num_envs}; expected at least one environment per worker, {workers}"
             )
-        self.tasks = validate_tasks(suite, task_id, bddl_file, init_state_file, num_envs)
+        self.tasks = validate_tasks(suite, task_id, bddl_file, init_state_file, objects, num_envs)
         ids = [task.task_id for task in self.tasks]
         files = None if bddl_file is None else [task.bddl_file for task in self.tasks]
         states = None if init_state_file is None else [task.init_states_file for task in self.tasks]
@@ -127,6 +128,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for part in self._slices:
                 ours, theirs = context.Pipe()
+                used = {each.name for task in self.tasks[part] for each in task.objects}
                 process = context.Process(
                     target=_work,
                     args=(theirs, memory, self.observation_space, part),
@@ -134,6 +136,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
                     | {"num_envs": part.stop - part.start, "suite": suite}
                     | {"task_id": ids[part] if files is None else 0, "bddl_file": files and files[part]}
                     | {"init_state_file": states and states[part]}
+                    | {"objects": {name: file for name, file in (objects or {}).items() if name in used}}
                     | {"image_size": image_size, "action_chunk": action_chunk}
                     | {"wrist_camera": wrist_camera, "num_threads": num_threads, "reward": reward},
                     daemon=True,

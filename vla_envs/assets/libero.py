@@ -3,7 +3,7 @@
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import filelock
@@ -94,14 +94,14 @@ def download() -> Path:
 # ---- Whether whole -------------------------------------------------------------------------------------
 
 
-def verify_files(folder: Path, bddl_file: Path) -> None:
-    """Verify every file that the scene of ``bddl_file`` needs from ``folder``.
+def verify_files(folder: Path, bddl_file: Path, own: Collection[str] = ()) -> None:
+    """Verify every file that the scene of ``bddl_file`` needs from ``folder``; not of the classes ``own``.
 
     Raises:
         ValueError: When files are missing or damaged; has one line for each.
     """
     faults = dict.fromkeys(
-        f"{os.path.relpath(path, folder)}: {fault}" for path, fault in _faults(folder, bddl_file)
+        f"{os.path.relpath(path, folder)}: {fault}" for path, fault in _faults(folder, bddl_file, own)
     )
     if faults:
         lines = list(faults)[:FAULTS_SHOWN]
@@ -110,13 +110,13 @@ def verify_files(folder: Path, bddl_file: Path) -> None:
         raise ValueError(f"files of LIBERO's assets in {folder} are missing or damaged:\n" + "\n".join(lines))
 
 
-def _faults(folder: Path, bddl_file: Path) -> Iterator[tuple[Path, str]]:
+def _faults(folder: Path, bddl_file: Path, own: Collection[str]) -> Iterator[tuple[Path, str]]:
     task = bddl_file.read_text()
     problem = re.findall(r"\(problem LIBERO_(\w+)_Manipulation\)", task)[0].lower()
     scene = problem.replace("study_tabletop", "study")
     descriptions = [folder / "scenes" / f"libero_{scene}_base_style.xml"]
     for block in re.findall(r"\(:(?:objects|fixtures)([^)]*)\)", task):
-        for name in sorted(set(re.findall(r"-\s+(\w+)", block)) - set(ARENAS)):
+        for name in sorted(set(re.findall(r"-\s+(\w+)", block)) - {*ARENAS, *own}):
             places = [
                 place for root in (*OBJECT_FOLDERS, "scenes") for place in folder.glob(f"{root}/{name}.xml")
             ]

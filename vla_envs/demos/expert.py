@@ -67,7 +67,11 @@ def require_covered(suite: str, task_id: int) -> None:
     Raises:
         ValueError: When the task does not exist or is not covered; names the tasks that are.
     """
-    task = get_task(suite, task_id)
+    _require_played(get_task(suite, task_id))
+
+
+def _require_played(task: Task) -> None:
+    """Refuse a task that the expert does not play."""
     if plays(task):
         return
     if task.problem:
@@ -75,7 +79,9 @@ def require_covered(suite: str, task_id: int) -> None:
             f"{task.name} is not pick-and-place; expected a goal of On and In, which the expert plays"
         )
     known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in COVERED.items())
-    raise ValueError(f"{suite} {task_id} ({task.name}) has no scripted expert; expected one of {known}")
+    raise ValueError(
+        f"{task.suite} {task.task_id} ({task.name}) has no scripted expert; expected one of {known}"
+    )
 
 
 class ScriptedExpert:
@@ -101,7 +107,7 @@ class ScriptedExpert:
                 f"action_chunk is {envs.action_chunk}; expected 1, because the expert acts every control step"
             )
         for task in envs.tasks:
-            require_covered(task.suite, task.task_id)
+            _require_played(task)
         self.envs, self.noise = envs, noise
         self.rng = np.random.default_rng(seed)
         self.reset()
@@ -139,10 +145,10 @@ class ScriptedExpert:
         simulation = self.envs.simulations[i]
         model, data, goal = simulation.scene.model, simulation.data, simulation.scene.goal
         boxes = simulation.facts.solid[k]
-        extent = np.einsum(
-            "gij,gj->gi", np.abs(data.geom_xmat[boxes].reshape(-1, 3, 3)), model.geom_size[boxes]
-        )
-        low, high = (data.geom_xpos[boxes] - extent).min(axis=0), (data.geom_xpos[boxes] + extent).max(axis=0)
+        turns, bounds = data.geom_xmat[boxes].reshape(-1, 3, 3), model.geom_aabb[boxes]  # LIBERO's are boxes
+        extent = np.einsum("gij,gj->gi", np.abs(turns), bounds[:, 3:])
+        middle = data.geom_xpos[boxes] + np.einsum("gij,gj->gi", turns, bounds[:, :3])
+        low, high = (middle - extent).min(axis=0), (middle + extent).max(axis=0)
         point, width = (low + high) / 2, high[1] - low[1]
         if self.envs.tasks[i].suite == "LiberoObject":
             point[0] += SHIFTS.get(model.body(goal.subject[k]).name.split("_")[0], 0.0)
