@@ -16,13 +16,14 @@ from unittest import mock
 
 import mujoco
 import numpy as np
+from numpy.typing import NDArray
 
 from vla_envs.assets.builtin import simple_robot, write_builtin
 from vla_envs.assets.simplify import simplify
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, UP, UP_HEIGHT, order
 from vla_envs.own_objects import OwnObject
 from vla_envs.scene import Placement, assemble, digest
-from vla_envs.tasks import Task, libero_folder, recorded_init_states
+from vla_envs.tasks import Task, libero_folder
 
 ARENA_BYTES = (
     16 * 2**20
@@ -32,8 +33,19 @@ ARENA_BYTES = (
 FROZEN_STATES, EVALUATION = 50, 1
 
 
-def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> None:
-    """Build the scene with LIBERO's code and compile it; write ``base``.mjb and ``base``.json."""
+def _build(
+    task: Task, states: NDArray[np.float64] | None, assets: str, quality: str, base: Path, scratch: Path
+) -> None:
+    """Build the scene with LIBERO's code and compile it; write ``base``.mjb and ``base``.json.
+
+    Args:
+        task: The task.
+        states: Its ``recorded_init_states``, if any.
+        assets: The folder of LIBERO's assets, or ``"builtin"``.
+        quality: How they are rendered.
+        base: The path of the two files, without their endings.
+        scratch: A folder for temporary files.
+    """
     write_libero_config(scratch)
     import_robosuite()
     import libero.libero
@@ -86,7 +98,7 @@ def _build(task: Task, assets: str, quality: str, base: Path, scratch: Path) -> 
             for site, _ in env.get_object(name).object_properties["vis_site_names"].values()
         ],
     }
-    description["recorded"] = _recorded(task, model, description)
+    description["recorded"] = _recorded(task, states, model, description)
     description["sha256"] = digest(blob.tobytes(), description)
     # Files are written beside their place and then renamed, so that they are whole; the digest joins the two.
     for suffix, content in ((".mjb", blob.tobytes()), (".json", json.dumps(description).encode())):
@@ -132,13 +144,15 @@ def _liberos_env(bddl_file: Path) -> Any:
     raise ValueError("its things found no free place in their regions; expected larger ones")
 
 
-def _recorded(task: Task, model: mujoco.MjModel, description: dict[str, Any]) -> list[list[float]]:
+def _recorded(
+    task: Task, states: NDArray[np.float64] | None, model: mujoco.MjModel, description: dict[str, Any]
+) -> list[list[float]]:
     """The task's recorded init states (S, nq), or ones drawn now that training never sees."""
-    if task.init_states_file is None:
+    if states is None:
         scene = assemble(task, model, description | {"recorded": []})
         streams = np.random.SeedSequence(0, spawn_key=(EVALUATION,)).spawn(FROZEN_STATES)
         return [scene.sample_init_state(np.random.default_rng(stream)).tolist() for stream in streams]
-    states, width = recorded_init_states(task), 1 + model.nq + model.nv
+    width = 1 + model.nq + model.nv
     if states.shape[1] != width:
         raise ValueError(
             f"init states in {task.init_states_file} have {states.shape[1]} numbers each; expected {width}:"
@@ -291,5 +305,5 @@ def import_robosuite() -> None:
 if __name__ == "__main__":
     assets_argument, quality_argument, *paths = sys.argv[1:]
     base_path, scratch_path = map(Path, paths)
-    to_build = pickle.loads((scratch_path / "task.pickle").read_bytes())  # from vla_envs.scene
-    _build(to_build, assets_argument, quality_argument, base_path, scratch_path)
+    to_build, its_states = pickle.loads((scratch_path / "task.pickle").read_bytes())  # from vla_envs.scene
+    _build(to_build, its_states, assets_argument, quality_argument, base_path, scratch_path)

@@ -32,7 +32,7 @@ from vla_envs.goals import Goal
 from vla_envs.inputs import nearest
 from vla_envs.looks import Parts, parts_of
 from vla_envs.machine import cache_folder
-from vla_envs.tasks import Task, get_task
+from vla_envs.tasks import Task, get_task, recorded_init_states
 
 Moves: TypeAlias = Mapping[str, Sequence[float]]
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
@@ -442,6 +442,8 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
     print(
         f"Building the scene of {shown}; this happens once and takes about 10 s.", file=sys.stderr, flush=True
     )
+    # PyTorch, which reads them, takes a second to import, and may be loaded in this process.
+    states = recorded_init_states(task) if task.init_states_file else None
     with tempfile.TemporaryDirectory(prefix="vla_envs-") as scratch:
         if task.problem:  # LIBERO's parser gets what ours has understood
             text = task.problem.text()
@@ -449,7 +451,7 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
             task.bddl_file.write_text(text, encoding="utf-8")
         if assets != "builtin":
             verify_files(Path(assets), task.bddl_file, [each.name for each in task.objects])
-        (Path(scratch) / "task.pickle").write_bytes(pickle.dumps(task))
+        (Path(scratch) / "task.pickle").write_bytes(pickle.dumps((task, states)))
         command = [sys.executable, "-m", "vla_envs.build_scene", assets, quality, str(base), scratch]
         environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}
         path = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
