@@ -7,6 +7,7 @@ to a temporary folder before any test imports it.
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 
@@ -54,8 +55,13 @@ def quick_is_quick(request, monkeypatch):
         def refuse(*_, **__):
             pytest.fail("a quick test makes no environment and starts no process; mark it longer")
 
+        start = subprocess.Popen.__init__
+
+        def start_fonts(process, words, *args, **kwargs):  # Matplotlib lists the machine's fonts once
+            (start if words[0] == "fc-list" else refuse)(process, words, *args, **kwargs)
+
         monkeypatch.setattr("vla_envs.simulation.Simulation.__init__", refuse)
-        monkeypatch.setattr("subprocess.Popen.__init__", refuse)
+        monkeypatch.setattr("subprocess.Popen.__init__", start_fonts)
 
 
 @pytest.fixture(autouse=True)

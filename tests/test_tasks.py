@@ -41,6 +41,7 @@ def test_the_scene_is_no_part_of_the_instruction():
     assert not any("SCENE" in get_task("Libero90", k).instruction for k in range(90))
 
 
+@pytest.mark.longer
 @pytest.mark.parametrize("task_id", some_tasks())
 def test_recorded_init_states(task_id):
     task = get_task("LiberoObject", task_id)
