@@ -117,7 +117,6 @@ class Problem:
     of_interest: tuple[str, ...]
     init: tuple[Predicate, ...]
     goal: tuple[Predicate, ...]
-    option: str = ""  # LIBERO-Plus's name of the problem, where it draws the arena differently
 
     def text(self) -> str:
         """The file anew, for LIBERO's parser: validated names, and numbers written out."""
@@ -418,14 +417,12 @@ def _validate_predicate(
             raise BDDLError(line, f"{first} does not turn on; expected a flat_stove")
 
 
-def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({}), options: bool = False) -> Problem:
+def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
     """What the BDDL file ``text`` asks for.
 
     Args:
         text: The file's.
         own: Classes that its objects can have besides LIBERO's.
-        options: Whether the problem's class may have an ending, as LIBERO-Plus's that draw an arena with
-            another light, floor, wall or table have.
 
     Raises:
         BDDLError: A ValueError; names the line, what is wrong there, and what was expected.
@@ -433,10 +430,6 @@ def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({}), options: bo
     sections = _sections(_lists(text))
     line, items = sections["problem"]
     name = _words(items[:1], line, "the problem's class")[0]
-    longer = [each for each in ARENAS if options and name.startswith(f"{each}_")]
-    option = str(name) if longer else ""
-    if longer:
-        name = _Word(longer[0], name.line)
     if name not in ARENAS:
         names = [arena.problem for arena in ARENAS.values()]
         hint = nearest(str(name), list(ARENAS))
@@ -522,7 +515,7 @@ def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({}), options: bo
         arena=arena, language=language, fixtures=pairs(fixtures), objects=pairs(objects),
         regions=tuple(region for region in regions if region.target in things),
         of_interest=tuple(of_interest), init=tuple(words for words, _ in init),
-        goal=tuple(words for words, _ in goal), option=option,
+        goal=tuple(words for words, _ in goal),
     )  # fmt: skip
 
 
@@ -557,8 +550,8 @@ def _validate_placements(
             seen.append(below)
 
 
-def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({}), options: bool = False) -> Problem:
-    """What the BDDL file ``path`` asks for; ``own`` and ``options`` as in ``parse``.
+def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
+    """What the BDDL file ``path`` asks for; ``own`` as in ``parse``.
 
     Raises:
         ValueError: When it cannot be read, is too large or has a mistake; one line, with the line number.
@@ -567,7 +560,7 @@ def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({}), options: bo
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"it has {size} bytes; expected at most {MOST_BYTES}")
-        return parse(path.read_text(encoding="utf-8"), own, options)
+        return parse(path.read_text(encoding="utf-8"), own)
     except UnicodeDecodeError as error:
         raise ValueError(f"BDDL file {str(path)!r} is not UTF-8: byte {error.start}") from None
     except OSError as error:

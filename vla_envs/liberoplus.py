@@ -7,9 +7,9 @@ P and T degrees in place; the arm is ``Panda<K>``, in the K-th other pose (0 for
 at the end the image is filtered, in the kind (V - 1) // 10 and at the severity (V - 1) % 10 + 1. With
 ``_language_L`` before ``_view_`` the sentence is that of the BDDL file ``..._language_L.bddl``.
 
-``..._level_L_sample_S`` (its ``level1_sample1``) and ``..._add_N`` are BDDL files with moved regions and with new
-objects, each with one recorded init state; ``..._light_N``, ``..._table_N`` and ``..._tb_N`` are BDDL files whose
-problem's name ends in what is drawn differently.
+``..._level<L>_sample<S>`` and ``..._add_N`` are BDDL files with moved regions and with new objects, each with one
+recorded init state; ``..._light_N``, ``..._table_N`` and ``..._tb_N`` are BDDL files whose problem's name ends in
+what is drawn differently.
 
 Nothing of the package is imported or executed. It has no meshes, textures and scenes: what needs new ones says
 so in ``Variant.missing``.
@@ -68,11 +68,11 @@ class Variant:
         perturbation: Camera, robot, noise and instruction as ``info["perturbation"]`` has them, without the
             noise's seed; empty where the BDDL file has everything.
         file: The name of its BDDL file, without the ending; the base task's where it has none of its own.
-        level: 1 to 5, or 0 where nothing tells. LIBERO-Plus's own where its ``task_classification.json``, which
-            is in its repository alone, lies in the package's ``benchmark`` folder: it comes from measured
-            success. Else ours: by size for camera, robot and noise as ``perturbations`` shares them out, the
-            file's for layouts, by the number of new objects, and by the share of the sentence's words that
-            are new; lights and backgrounds have 0.
+        level: 1 to 5, or 0 where nothing tells. LIBERO-Plus's own, which come from measured success, where its
+            ``task_classification.json``, which its repository has and its package lacks, lies in the
+            package's ``benchmark`` folder. Else ours: the size of camera, robot and noise as
+            ``perturbations`` shares them out, the level in a moved layout's name, how many new objects there
+            are, what share of the sentence's words is new; and 0 for lights and backgrounds.
         missing: What of its assets is not in the package; empty for a task that can be played.
     """
 
@@ -131,15 +131,14 @@ def variant(suite: str, name: str) -> Variant:
     """
     match = _SUFFIX.search(name)
     if match is None:
-        raise ValueError(f"task {name!r} of {suite} has no ending of LIBERO-Plus's, as _view_0_0_100_0_0_initstate_1")
+        raise ValueError(f"task {name!r} of {suite} has no ending of LIBERO-Plus's, as _light_1")
     base, given, missing = name[: match.start()], match.groupdict(), ""
     file = name.partition("_view_")[0] if given["language"] or not given["view"] else base
     asked: Perturbation = parse_ending(match.group())
     if given["language"]:
         category = "instruction"
-        sentence = bddl.read(bddl_file(suite, file)).language
-        asked["instruction"] = {"sentence": sentence}
-        words = sentence.split()
+        words = _found(r"\(:language\s+([^()]*)\)", bddl_file(suite, file)).lower().split()
+        asked["instruction"] = {"sentence": " ".join(words)}
         level = 1 + math.ceil(4 * len(set(words) - set(base.lower().split("_"))) / max(len(words), 1))
     elif given["view"]:
         category = "noise" if given["noise"] else "robot" if "robot" in asked else "camera"
@@ -147,20 +146,36 @@ def variant(suite: str, name: str) -> Variant:
     elif given["level"]:
         category, level = "layout", int(given["level"])
     elif given["add"]:
-        text = bddl_file(suite, file).read_text("utf-8")
-        kinds = re.findall(r"- (\w+)", text.partition("(:objects")[2].partition(")")[0])
-        new = [kind for kind in kinds if kind.lower() not in bddl.KINDS]
+        objects = _found(r"\(:objects\s+([^()]*)\)", bddl_file(suite, file))
+        new = [kind for kind in re.findall(r"- (\w+)", objects) if kind not in bddl.KINDS]
         category, level = "layout", min(5, max(1, len(new)))
         missing = f"the object class {new[0]}" if new else ""
     else:
         category, level = "light" if given["light"] else "background", 0
-        missing = _missing(bddl_file(suite, file))
+        problem = _found(r"\(problem\s+(\w+)\)", bddl_file(suite, file))
+        its = _drawn_with().get(problem.lower(), (problem,))
+        missing = f"the scene {its[0]}" if its[0].endswith(".xml") else f"the floor and wall {' and '.join(its)}"
     return Variant(base, category, asked, file, _published().get((suite, name), level), missing)
 
 
 def bddl_file(suite: str, file: str) -> Path:
     """The BDDL file ``file`` of ``suite``."""
     return folder() / "bddl_files" / SUITES[suite][1] / f"{file}.bddl"
+
+
+def _found(pattern: str, file: Path) -> str:
+    """What ``pattern`` finds in a BDDL file.
+
+    Raises:
+        ValueError: When the file cannot be read, or has nothing like it.
+    """
+    try:
+        match = re.search(pattern, file.read_text("utf-8"), re.I)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"BDDL file {str(file)!r} cannot be read: {error}") from None
+    if match is None:
+        raise ValueError(f"BDDL file {str(file)!r} has no {pattern}")
+    return match[1]
 
 
 def parse_ending(ending: str) -> Perturbation:
@@ -234,10 +249,3 @@ def _drawn_with() -> dict[str, tuple[str, ...]]:
             styles = re.findall(r'"(?:floor|wall)_style": *"([^"]+)"', body)
             found[name.lower()] = tuple(scene or styles)
     return found
-
-
-def _missing(file: Path) -> str:
-    """What the arena of a BDDL file is drawn with, which the package lacks."""
-    option = bddl.read(file, options=True).option
-    its = _drawn_with().get(option, (option,))
-    return f"the scene {its[0]!r}" if its[0].endswith(".xml") else f"the floor and wall {' and '.join(its)}"
