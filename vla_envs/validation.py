@@ -75,8 +75,8 @@ def validate_variants(tasks: list[Task], perturbed: bool, robot_reading: Any) ->
     variants = [task.variant for task in tasks if task.variant]
     if perturbed and variants:
         raise ValueError(
-            f"perturb is given beside {tasks[0].suite}, whose tasks are perturbed already; expected one of the"
-            f" two, as suite {tasks[0].suite.replace('Plus', '')} with perturb"
+            f"perturb is given beside {tasks[0].suite}, whose tasks are perturbed already; expected one of"
+            f" the two, as suite {tasks[0].suite.replace('Plus', '')} with perturb"
         )
     if robot_reading is None:
         return READINGS[1]

@@ -64,8 +64,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     Args:
         num_envs: Number of environments.
-        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``, one
-            of LIBERO-Plus's (``vla_envs.liberoplus.SUITES``), or a folder of BDDL files, whose tasks are in the order of the files' names.
+        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``,
+            one of LIBERO-Plus's (``vla_envs.liberoplus.SUITES``), or a folder of BDDL files, whose tasks are
+            in the order of the files' names.
         task_id: The task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the images in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
@@ -94,7 +95,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             decides what is drawn, and ``info["perturbation"]`` says it. The tasks of LIBERO-Plus, which are
             perturbed already, take none.
         robot_reading: How the arm's pose in LIBERO-Plus's robot tasks is read: ``"written back"`` (the
-            default), as its evaluators do, or ``"kept"``, as RLinf does (``vla_envs.perturbations.READINGS``).
+            default), as its evaluators do, or ``"kept"``, as a reset of its environments gives it
+            (``vla_envs.perturbations.READINGS``).
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright and mirrored: see ``vla_envs/render.py``). The state is
