@@ -61,6 +61,7 @@ class LiberoEnv(FromArguments, gym.Env):
         init_state_file: str | os.PathLike[str] | None = None,
         perturb: str | Mapping[str, int] | None = None,
         objects: Mapping[str, str | os.PathLike[str]] | None = None,
+        robot_reading: str | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         self._envs = LiberoVectorEnv(1, **self._arguments)

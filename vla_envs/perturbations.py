@@ -179,6 +179,23 @@ def draw(levels: dict[str, int], entropy: list[int], subject: Subject) -> Pertur
     return drawn
 
 
+def complete(asked: Perturbation, entropy: list[int], reading: str) -> Perturbation:
+    """A perturbation without its random parts, with them: the noise's seed, from ``entropy``, and a reading.
+
+    Args:
+        asked: Of ``vla_envs.liberoplus.Variant``.
+        entropy: As in ``draw``.
+        reading: One of ``READINGS``.
+    """
+    chosen = {axis: dict(its) for axis, its in asked.items()}
+    if "robot" in chosen:
+        chosen["robot"]["reading"] = reading
+    if "noise" in chosen:
+        stream = np.random.SeedSequence(entropy, spawn_key=(2, list(DRAWS).index("noise")))
+        chosen["noise"]["seed"] = int(np.random.default_rng(stream).integers(2**31))
+    return chosen
+
+
 def entropy_of(rng: np.random.Generator | None, state_id: int | None) -> list[int]:
     """What decides an episode's perturbation: its init state's number, or where its generator stands.
 

@@ -343,6 +343,7 @@ def scene_of(task: Task, assets: str = "builtin", quality: str = "exact", cache:
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     require_mujoco()
+    task = task.base or task
     if not isinstance(quality, str) or quality not in QUALITIES:
         expected = " or ".join(map(repr, QUALITIES))
         raise ValueError(

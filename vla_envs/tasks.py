@@ -1,4 +1,4 @@
-"""Suites and tasks, LIBERO's and one's own: names, instructions, BDDL files and init states.
+"""Suites and tasks, LIBERO's, LIBERO-Plus's and one's own: names, instructions, BDDL files, init states.
 
 LIBERO's are read from the installed ``hf-libero`` package without importing it, because its import asks a
 question on the terminal when no configuration file exists. A folder of BDDL files is a suite of one's own,
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs import bddl, own_objects
+from vla_envs import bddl, liberoplus, own_objects
 from vla_envs.inputs import in_short, nearest
 from vla_envs.own_objects import OwnObject
 
@@ -51,6 +51,8 @@ class Task:
         problem: What one's own file asks for; None for LIBERO's tasks, which its own parser reads.
         digest: Of the contents of one's own files.
         objects: Its objects of one's own, by class.
+        variant: How a task of LIBERO-Plus differs from LIBERO's; None for all others.
+        base: LIBERO's task in whose scene a task of LIBERO-Plus is played; None for a scene of its own.
     """
 
     suite: str
@@ -62,11 +64,13 @@ class Task:
     problem: bddl.Problem | None = None
     digest: str = ""
     objects: tuple[OwnObject, ...] = ()
+    variant: liberoplus.Variant | None = None
+    base: "Task | None" = None
 
     @property
     def label(self) -> str:
         """What files about the task are named after: ``"LiberoObject_4"``, or the name of one's own file."""
-        return f"{self.suite}_{self.task_id}" if self.problem is None else self.name
+        return f"{self.suite}_{self.task_id}" if self.problem is None or self.variant else self.name
 
 
 def libero_folder() -> Path:
@@ -115,12 +119,15 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
 
     Raises:
         ValueError: When the suite does not exist.
+        ModuleNotFoundError: When it is LIBERO-Plus's, which is not installed.
     """
+    if isinstance(suite, str) and suite in liberoplus.SUITES:
+        return len(liberoplus.task_names(suite))
     if isinstance(suite, str | os.PathLike) and suite not in SUITES and (files := _own_files(suite)):
         return len(files)
     if not isinstance(suite, str) or suite not in SUITES:
         papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
-        hint = nearest(papers_name, list(SUITES))
+        hint = nearest(papers_name, [*SUITES, *liberoplus.SUITES])
         raise ValueError(
             f"suite {suite!r} is unknown; expected one of {list(SUITES)}, or a folder of BDDL files{hint}"
         )
@@ -130,7 +137,7 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
 def get_task(
     suite: str | os.PathLike[str], task_id: int, objects: Mapping[str, OwnObject] = MappingProxyType({})
 ) -> Task:
-    """The task ``task_id`` (from 0) of a suite: one of LIBERO's, or the path of a folder or a BDDL file.
+    """The task ``task_id`` (from 0) of a suite, LIBERO's or LIBERO-Plus's, or of a folder or a BDDL file.
 
     Args:
         suite: The suite.
@@ -138,7 +145,9 @@ def get_task(
         objects: Objects that one's own BDDL file may use, by class, besides those whose files lie beside it.
 
     Raises:
-        ValueError: When the suite or the task id does not exist, or one's own file has a mistake.
+        ValueError: When the suite or the task id does not exist, one's own file has a mistake, or the task of
+            LIBERO-Plus needs assets that its package lacks.
+        ModuleNotFoundError: When the suite is LIBERO-Plus's, which is not installed.
     """
     count = num_tasks(suite)
     if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
@@ -148,6 +157,8 @@ def get_task(
         raise ValueError(
             f"task_id {task_id} does not exist in {suite}; expected 0 to {count - 1}, nearest {closest}"
         )
+    if isinstance(suite, str) and suite in liberoplus.SUITES:
+        return _plus_task(suite, int(task_id))
     if suite not in SUITES:
         file = _own_files(suite)[task_id]
         own = own_objects.beside(file, objects) | dict(objects)
@@ -172,6 +183,35 @@ def get_task(
         bddl_file=libero_folder() / "bddl_files" / folder / f"{name}.bddl",
         init_states_file=libero_folder() / "init_files" / folder / f"{name}.pruned_init",
     )
+
+
+def _plus_task(suite: str, task_id: int) -> Task:
+    """A task of LIBERO-Plus: in the scene of LIBERO's task, whose files it has unchanged, or in its own.
+
+    Its init states are those that ``Benchmark.get_task_init_states`` gives (``benchmark/__init__.py``): the
+    50 of LIBERO's task, of which its evaluators play the first, or the one of the moved layout.
+    """
+    name = liberoplus.task_names(suite)[task_id]
+    variant = liberoplus.variant(suite, name)
+    liberos = liberoplus.SUITES[suite][0]
+    base = get_task(liberos, _task_map()[SUITES[liberos]].index(variant.base))
+    if variant.missing:
+        raise ValueError(
+            f"task_id {task_id} of {suite} needs {variant.missing} of LIBERO-Plus's assets, which its package"
+            f" lacks; expected another of its {variant.category} tasks or categories: liberoplus.list_tasks"
+        )
+    if variant.category != "layout":
+        asked = variant.perturbation.get("instruction", {"sentence": base.instruction})
+        return replace(
+            base, suite=suite, task_id=task_id, name=name, instruction=asked["sentence"], variant=variant,
+            base=base,
+        )  # fmt: skip
+    file = liberoplus.bddl_file(suite, variant.file)
+    problem = bddl.read(file)
+    digest = hashlib.sha256(problem.text().encode()).hexdigest()
+    states = Path("init_files", "libero_newobj", SUITES[liberos], f"{name}.pruned_init")
+    layout = Task(suite, task_id, name, base.instruction, file, None, problem, digest)
+    return replace(with_init_states(layout, liberoplus.folder() / states), variant=variant)
 
 
 def suite_or_file(suite: str, bddl_file: Path | None, **tasks: Any) -> str:
@@ -241,6 +281,7 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {file.stat().st_size} bytes; expected at most {MOST_BYTES}")
         states = np.asarray(_array(file), dtype=np.float64)
+        states = states[None] if task.variant and states.ndim == 1 else states  # as LIBERO-Plus reshapes them
         if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
             raise ValueError(f"it has shape {states.shape}; expected rows of finite numbers")
     except Exception as error:  # torch, pickle, NumPy and zip files raise different ones

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_array, as_numbers, in_short, nearest
 from vla_envs.own_objects import OwnObject, read_objects
-from vla_envs.perturbations import Perturbation
+from vla_envs.perturbations import READINGS, Perturbation
 from vla_envs.perturbations import validate as validate_perturbation
 from vla_envs.rewards import warn_of_recorded_states
 from vla_envs.tasks import Task, get_task, with_init_states
@@ -63,6 +63,31 @@ def validate_tasks(
         return tasks
     files = _one_per_environment("init_state_file", init_state_file, num_envs)
     return _each_once(lambda pair: with_init_states(*pair), list(zip(tasks, files)))
+
+
+def validate_variants(tasks: list[Task], perturbed: bool, robot_reading: Any) -> str:
+    """How robot tasks of LIBERO-Plus among ``tasks`` are read: one of ``READINGS``.
+
+    Raises:
+        ValueError: When the reading does not exist, or is for none of the tasks, or when ``perturb`` is given
+            for tasks of LIBERO-Plus.
+    """
+    variants = [task.variant for task in tasks if task.variant]
+    if perturbed and variants:
+        raise ValueError(
+            f"perturb is given beside {tasks[0].suite}, whose tasks are perturbed already; expected one of"
+            f" the two, as suite {tasks[0].suite.replace('Plus', '')} with perturb"
+        )
+    if robot_reading is None:
+        return READINGS[1]
+    if robot_reading not in READINGS:
+        raise ValueError(
+            f"robot_reading is {in_short(robot_reading)}; expected one of {list(READINGS)}"
+            + nearest(str(robot_reading), list(READINGS))
+        )
+    if not variants:
+        raise ValueError("robot_reading is for the suites of LIBERO-Plus, and none is given")
+    return str(robot_reading)
 
 
 def _require_used(own: Mapping[str, OwnObject], tasks: list[Task]) -> None:

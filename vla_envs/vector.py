@@ -35,6 +35,7 @@ from vla_envs.validation import (
     validate_int,
     validate_reset,
     validate_tasks,
+    validate_variants,
     warn_when_all_are_frozen,
 )
 
@@ -63,8 +64,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     Args:
         num_envs: Number of environments.
-        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``, or
-            a folder of BDDL files, whose tasks are in the order of the files' names.
+        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``,
+            one of LIBERO-Plus's (``vla_envs.liberoplus.SUITES``), or a folder of BDDL files, whose tasks are
+            in the order of the files' names.
         task_id: The task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the images in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
@@ -90,7 +92,11 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             ``my_mug.xml``, is found without.
         perturb: How far each episode's scene and instruction differ from LIBERO's: ``"camera:3,light:2"``,
             ``"all:1"`` or a dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed
-            decides what is drawn, and ``info["perturbation"]`` says it.
+            decides what is drawn, and ``info["perturbation"]`` says it. The tasks of LIBERO-Plus, which are
+            perturbed already, take none.
+        robot_reading: How the arm's pose in LIBERO-Plus's robot tasks is read: ``"written back"`` (the
+            default), as its evaluators do, or ``"kept"``, as a reset of its environments gives it
+            (``vla_envs.perturbations.READINGS``).
 
     Observation: ``Dict(image=(N, H, W, 3) uint8, state=(N, 8) float32)``; images are LIBERO's turned by 180
     degrees, as published policies see them (upright and mirrored: see ``vla_envs/render.py``). The state is
@@ -129,6 +135,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         init_state_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         perturb: str | Mapping[str, int] | None = None,
         objects: Mapping[str, str | os.PathLike[str]] | None = None,
+        robot_reading: str | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         require_compiled()
@@ -177,6 +184,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "autoreset_mode": self.autoreset_mode,
         }
         self._levels = perturbations.parse(perturb)
+        self._reading = validate_variants(self.tasks, bool(self._levels), robot_reading)
         self._crew = Crew(num_threads)
         self.set_reward(reward)
         scenes = {task: scene_of(task, str(assets), quality, cache) for task in dict.fromkeys(self.tasks)}
@@ -315,12 +323,16 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         } | self._perturbation_info()
 
     def _perturbation_info(self) -> dict[str, Any]:
-        """What each scene is perturbed by (N,), if any ever was."""
-        if not (self._levels or any(self._perturbations)):
+        """What each scene is perturbed by (N,), if any ever was, and what LIBERO-Plus says of its tasks."""
+        variants = [task.variant for task in self.tasks if task.variant]
+        if not (self._levels or variants or any(self._perturbations)):
             return {}
         drawn = np.full(self.num_envs, None, object)
         drawn[:] = [copy.deepcopy(its) for its in self._perturbations]
-        return {"perturbation": drawn}
+        if not variants:
+            return {"perturbation": drawn}
+        category, level = zip(*((variant.category, variant.level) for variant in variants))
+        return {"perturbation": drawn, "category": np.array(category), "level": np.array(level)}
 
     @exclusive
     def set_reward(self, reward: str | Reward) -> None:
@@ -380,7 +392,10 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
                 rng, self._seeds[i] = seeding.np_random(seeds[i])
                 self._rngs[i] = rng
             perturbation = asked[i]
-            if perturbation is None:
+            if perturbation is None and (variant := self.tasks[i].variant):
+                entropy = perturbations.entropy_of(rng, state_id)
+                perturbation = perturbations.complete(variant.perturbation, entropy, self._reading)
+            elif perturbation is None:
                 entropy = perturbations.entropy_of(rng, state_id) if self._levels else []
                 perturbation = perturbations.draw(
                     self._levels, entropy, Subject(scene.movable, self.tasks[i].instruction)
