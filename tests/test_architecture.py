@@ -8,8 +8,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "vla_envs"
 #: Modules and packages of that half, and those of no half.
 TRAINING = set("distributed policies report robustness sb3 training".split())
-SHARED = set("bddl command_line files inputs machine noise own_objects paraphrases perturbations".split())
-SHARED |= {"tasks", "user_code"}
+SHARED = set("bddl command_line files inputs liberopro machine noise own_objects paraphrases".split())
+SHARED |= {"perturbations", "tasks", "user_code"}
 
 
 def half_of(path):

@@ -1,7 +1,8 @@
 """LIBERO as fast Gymnasium vector environments, and policies to fine-tune on them.
 
 Importing this package registers one id per suite with Gymnasium, for instance ``vla_envs/LiberoObject-v0``,
-and ``vla_envs/Libero-v0`` for a suite or a BDDL file of one's own.
+or ``vla_envs/LiberoProGoalSwap-v0`` for one of LIBERO-PRO's, and ``vla_envs/Libero-v0`` for a suite or a BDDL
+file of one's own.
 """
 
 import os
@@ -23,6 +24,7 @@ except Exception:
     if _backend is not None:
         os.environ["MUJOCO_GL"] = _backend
 
+from vla_envs import liberopro
 from vla_envs.env import LiberoEnv
 from vla_envs.rewards import FactsReward
 from vla_envs.tasks import SUITES
@@ -31,7 +33,7 @@ from vla_envs.vector import LiberoVectorEnv
 __version__ = "0.1.0"
 __all__ = ["FactsReward", "LiberoEnv", "LiberoVectorEnv"]
 
-for _suite in (*SUITES, None):  # Libero-v0 is for a suite or a file of one's own
+for _suite in (*SUITES, *liberopro.SUITES, None):  # Libero-v0 is for a suite or a file of one's own
     register(
         id=f"vla_envs/{_suite or 'Libero'}-v0",
         entry_point="vla_envs.env:make",

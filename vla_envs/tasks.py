@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs import bddl, own_objects
+from vla_envs import bddl, liberopro, own_objects
 from vla_envs.inputs import in_short, nearest
 from vla_envs.own_objects import OwnObject
 
@@ -48,9 +48,11 @@ class Task:
             ``:language`` of one's own file.
         bddl_file: The description of the scene and the goal.
         init_states_file: Its recorded init states (LIBERO's ``*.pruned_init``); None where none are recorded.
-        problem: What one's own file asks for; None for LIBERO's tasks, which its own parser reads.
+        problem: What one's own file, or LIBERO-PRO's, asks for; None for LIBERO's tasks, which its own
+            parser reads.
         digest: Of the contents of one's own files.
         objects: Its objects of one's own, by class.
+        category: What a benchmark of varied tasks varies in it, as LIBERO-PRO's ``"swap"``; "" elsewhere.
     """
 
     suite: str
@@ -62,11 +64,17 @@ class Task:
     problem: bddl.Problem | None = None
     digest: str = ""
     objects: tuple[OwnObject, ...] = ()
+    category: str = ""
 
     @property
     def label(self) -> str:
         """What files about the task are named after: ``"LiberoObject_4"``, or the name of one's own file."""
-        return f"{self.suite}_{self.task_id}" if self.problem is None else self.name
+        return self.name if self.problem and not self.category else f"{self.suite}_{self.task_id}"
+
+
+def base_suite(suite: str) -> str:
+    """LIBERO's suite that a suite of LIBERO-PRO is made of; any other itself."""
+    return liberopro.SUITES[suite].base if suite in liberopro.SUITES else suite
 
 
 def libero_folder() -> Path:
@@ -116,11 +124,13 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
     Raises:
         ValueError: When the suite does not exist.
     """
+    if isinstance(suite, str):
+        suite = base_suite(suite)
     if isinstance(suite, str | os.PathLike) and suite not in SUITES and (files := _own_files(suite)):
         return len(files)
     if not isinstance(suite, str) or suite not in SUITES:
         papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
-        hint = nearest(papers_name, list(SUITES))
+        hint = nearest(papers_name, [*SUITES, *liberopro.SUITES])
         raise ValueError(
             f"suite {suite!r} is unknown; expected one of {list(SUITES)}, or a folder of BDDL files{hint}"
         )
@@ -130,7 +140,7 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
 def get_task(
     suite: str | os.PathLike[str], task_id: int, objects: Mapping[str, OwnObject] = MappingProxyType({})
 ) -> Task:
-    """The task ``task_id`` (from 0) of a suite: one of LIBERO's, or the path of a folder or a BDDL file.
+    """The task ``task_id`` (from 0) of a suite: LIBERO's or LIBERO-PRO's, or the path of a folder or BDDL file.
 
     Args:
         suite: The suite.
@@ -138,7 +148,9 @@ def get_task(
         objects: Objects that one's own BDDL file may use, by class, besides those whose files lie beside it.
 
     Raises:
-        ValueError: When the suite or the task id does not exist, or one's own file has a mistake.
+        ValueError: When the suite or the task id does not exist, one's own file has a mistake, or as
+            ``liberopro.vary``.
+        ModuleNotFoundError: When LIBERO-PRO's files are asked for and not installed.
     """
     count = num_tasks(suite)
     if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
@@ -148,6 +160,8 @@ def get_task(
         raise ValueError(
             f"task_id {task_id} does not exist in {suite}; expected 0 to {count - 1}, nearest {closest}"
         )
+    if isinstance(suite, str) and suite in liberopro.SUITES:
+        return liberopro.vary(get_task(base_suite(suite), task_id), suite)
     if suite not in SUITES:
         file = _own_files(suite)[task_id]
         own = own_objects.beside(file, objects) | dict(objects)
@@ -258,6 +272,8 @@ def _array(file: Path) -> Any:
         if len(loaded.files) != 1:
             raise ValueError(f"it has {len(loaded.files)} arrays; expected one")
         return loaded[loaded.files[0]]
+    if (array := liberopro.array_of_protocol_4(file)) is not None:
+        return array
     import torch
     from numpy._core.multiarray import _reconstruct
 

@@ -63,16 +63,17 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     Args:
         num_envs: Number of environments.
-        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``, or
-            a folder of BDDL files, whose tasks are in the order of the files' names.
+        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``, one
+            of LIBERO-PRO's (``vla_envs.liberopro.SUITES``), or a folder of BDDL files, whose tasks are in the
+            order of the files' names.
         task_id: The task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the images in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
         max_episode_steps: Control steps until an episode is truncated.
         reward: ``"binary"``, ``"multi_stage"``, a callable on facts, or ``"path/to/file.py:function"``.
             It is computed after the last control step of a chunk.
-        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``, or else LIBERO's download) or a
-            folder.
+        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``, else installed wheels, else
+            LIBERO's download) or a folder.
         quality: How LIBERO's assets are rendered: ``"exact"`` gives its own pixels, ``"fast"`` has simplified
             meshes and no multisampling. The built-in assets have only one quality.
         wrist_camera: Whether observations have a ``wrist_image``.
@@ -303,16 +304,25 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         return {name: array.copy() for name, array in self._obs.items()}
 
     def _info(self) -> dict[str, Any]:
-        return {
-            "success": self._terminated.copy(),
-            "stage": self._stage.copy(),
-            "stage_name": self._stage_name.astype(str),
-            "init_state_id": self._init_state_id.copy(),
-            "facts": {name: values.copy() for name, values in self._facts.items()},
-            "instruction": np.array(self.instructions),
-            "diverged": np.array([bool(reason) for reason in self._reason]),
-            "reason": np.array(self._reason),
-        } | self._perturbation_info()
+        return (
+            {
+                "success": self._terminated.copy(),
+                "stage": self._stage.copy(),
+                "stage_name": self._stage_name.astype(str),
+                "init_state_id": self._init_state_id.copy(),
+                "facts": {name: values.copy() for name, values in self._facts.items()},
+                "instruction": np.array(self.instructions),
+                "diverged": np.array([bool(reason) for reason in self._reason]),
+                "reason": np.array(self._reason),
+            }
+            | self._category_info()
+            | self._perturbation_info()
+        )
+
+    def _category_info(self) -> dict[str, Any]:
+        """What is varied in each task (N,), in suites of varied tasks."""
+        categories = [task.category for task in self.tasks]
+        return {"category": np.array(categories)} if any(categories) else {}
 
     def _perturbation_info(self) -> dict[str, Any]:
         """What each scene is perturbed by (N,), if any ever was."""
