@@ -81,7 +81,7 @@ for k in states:
             pictures[f"{k} {camera} {size}"] = env.sim.render(camera_name=camera, width=size, height=size)
         assert np.array_equal(pictures[f"{k} {camera} {sizes[0]}"], obs[camera + "_image"])
 np.savez(scratch / "pictures.npz", **pictures)
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
 def get_task(
     suite: str | os.PathLike[str], task_id: int, objects: Mapping[str, OwnObject] = MappingProxyType({})
 ) -> Task:
-    """The task ``task_id`` (from 0) of a suite: LIBERO's or LIBERO-PRO's, or the path of a folder or BDDL file.
+    """The task ``task_id`` (from 0) of a suite of LIBERO, of LIBERO-PRO, or of a folder or BDDL file.
 
     Args:
         suite: The suite.

@@ -63,9 +63,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     Args:
         num_envs: Number of environments.
-        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``, one
-            of LIBERO-PRO's (``vla_envs.liberopro.SUITES``), or a folder of BDDL files, whose tasks are in the
-            order of the files' names.
+        suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``,
+            one of LIBERO-PRO's (``vla_envs.liberopro.SUITES``), or a folder of BDDL files, whose tasks are in
+            the order of the files' names.
         task_id: The task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the images in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
@@ -304,20 +304,17 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         return {name: array.copy() for name, array in self._obs.items()}
 
     def _info(self) -> dict[str, Any]:
-        return (
-            {
-                "success": self._terminated.copy(),
-                "stage": self._stage.copy(),
-                "stage_name": self._stage_name.astype(str),
-                "init_state_id": self._init_state_id.copy(),
-                "facts": {name: values.copy() for name, values in self._facts.items()},
-                "instruction": np.array(self.instructions),
-                "diverged": np.array([bool(reason) for reason in self._reason]),
-                "reason": np.array(self._reason),
-            }
-            | self._category_info()
-            | self._perturbation_info()
-        )
+        return {
+            "success": self._terminated.copy(),
+            "stage": self._stage.copy(),
+            "stage_name": self._stage_name.astype(str),
+            "init_state_id": self._init_state_id.copy(),
+            "facts": {name: values.copy() for name, values in self._facts.items()},
+            "instruction": np.array(self.instructions),
+            "diverged": np.array([bool(reason) for reason in self._reason]),
+            "reason": np.array(self._reason),
+            **self._category_info(),
+        } | self._perturbation_info()
 
     def _category_info(self) -> dict[str, Any]:
         """What is varied in each task (N,), in suites of varied tasks."""

