@@ -150,10 +150,12 @@ def libero_env(libero):
 @pytest.fixture(scope="session")
 def real_assets():
     """The folder of LIBERO's own assets, or a skip."""
-    folder = os.environ.get("LIBERO_ASSETS")
+    from vla_envs.assets.libero import wheels_folder
+
+    folder = os.environ.get("LIBERO_ASSETS") or wheels_folder()
     if not folder:
-        pytest.skip("LIBERO_ASSETS names no folder of LIBERO's own meshes and textures")
-    return folder
+        pytest.skip("neither LIBERO_ASSETS nor installed wheels have LIBERO's own meshes and textures")
+    return str(folder)
 
 
 @pytest.fixture

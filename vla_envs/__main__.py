@@ -174,15 +174,15 @@ def _fits(free: float, needs: dict[str, tuple[float, float]]) -> str:
 
 def assets() -> tuple[str, str]:
     """Find out where LIBERO's own meshes and textures would come from."""
-    from vla_envs.assets.libero import download_folder, resolve_assets
+    from vla_envs.assets.libero import download_folder, find, resolve_assets
 
-    named, downloaded = os.environ.get("LIBERO_ASSETS"), download_folder()
-    if named or (downloaded / ".complete").exists():
-        folder = Path(resolve_assets(named or downloaded))
-        return OK, f"built-in; LIBERO's own in {folder} ({_size(folder)})"
+    if found := find():
+        folder = Path(resolve_assets(found[0]))
+        return OK, f"built-in; LIBERO's own in {folder} ({found[1]}, {_size(folder)})"
     return (
         NOTE,
-        f"built-in; LIBERO's own would be downloaded to {downloaded}, or name a folder in LIBERO_ASSETS",
+        f"built-in; LIBERO's own would be downloaded to {download_folder()}; or pip install -e '.[assets]',"
+        " or name a folder in LIBERO_ASSETS",
     )
 
 

@@ -93,11 +93,6 @@ class Listed(NamedTuple):
     playable: bool
 
 
-def liberos(suite: str) -> str:
-    """LIBERO's suite that ``suite`` perturbs; any other is its own."""
-    return SUITES[suite][0] if suite in SUITES else suite
-
-
 def folder() -> Path:
     """The folder of the installed ``liberoplus.liberoplus``.
 

@@ -62,7 +62,7 @@ class Args:
     seed: int = 1
     """Seed of what policies draw at random"""
     assets: str = "builtin"
-    """builtin, libero (LIBERO's own, from the folder in LIBERO_ASSETS or downloaded) or a folder"""
+    """builtin, libero (LIBERO's own: LIBERO_ASSETS, else wheels, else downloaded) or a folder"""
     quality: str = "exact"
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     num_threads: int | None = None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs import bddl, liberoplus, own_objects
+from vla_envs import bddl, liberoplus, liberopro, own_objects
 from vla_envs.inputs import in_short, nearest
 from vla_envs.own_objects import OwnObject
 
@@ -48,9 +48,11 @@ class Task:
             ``:language`` of one's own file.
         bddl_file: The description of the scene and the goal.
         init_states_file: Its recorded init states (LIBERO's ``*.pruned_init``); None where none are recorded.
-        problem: What one's own file asks for; None for LIBERO's tasks, which its own parser reads.
+        problem: What one's own file, or LIBERO-PRO's, asks for; None for LIBERO's tasks, which its own
+            parser reads.
         digest: Of the contents of one's own files.
         objects: Its objects of one's own, by class.
+        category: What a benchmark of varied tasks varies in it, as LIBERO-PRO's ``"swap"``; "" elsewhere.
         variant: How a task of LIBERO-Plus differs from LIBERO's; None for all others.
         base: LIBERO's task in whose scene a task of LIBERO-Plus is played; None for a scene of its own.
     """
@@ -64,13 +66,21 @@ class Task:
     problem: bddl.Problem | None = None
     digest: str = ""
     objects: tuple[OwnObject, ...] = ()
+    category: str = ""
     variant: liberoplus.Variant | None = None
     base: "Task | None" = None
 
     @property
     def label(self) -> str:
         """What files about the task are named after: ``"LiberoObject_4"``, or the name of one's own file."""
-        return f"{self.suite}_{self.task_id}" if self.problem is None or self.variant else self.name
+        return self.name if self.problem and not self.category else f"{self.suite}_{self.task_id}"
+
+
+def base_suite(suite: str) -> str:
+    """LIBERO's suite that a suite of LIBERO-Plus or LIBERO-PRO is made of; any other itself."""
+    if suite in liberoplus.SUITES:
+        return liberoplus.SUITES[suite][0]
+    return liberopro.SUITES[suite].base if suite in liberopro.SUITES else suite
 
 
 def libero_folder() -> Path:
@@ -123,11 +133,13 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
     """
     if isinstance(suite, str) and suite in liberoplus.SUITES:
         return len(liberoplus.task_names(suite))
+    if isinstance(suite, str):
+        suite = base_suite(suite)
     if isinstance(suite, str | os.PathLike) and suite not in SUITES and (files := _own_files(suite)):
         return len(files)
     if not isinstance(suite, str) or suite not in SUITES:
         papers_name = re.sub("(?i)long$", "10", str(suite))  # LIBERO-10 is LIBERO-Long in papers
-        hint = nearest(papers_name, [*SUITES, *liberoplus.SUITES])
+        hint = nearest(papers_name, [*SUITES, *liberoplus.SUITES, *liberopro.SUITES])
         raise ValueError(
             f"suite {suite!r} is unknown; expected one of {list(SUITES)}, or a folder of BDDL files{hint}"
         )
@@ -137,7 +149,7 @@ def num_tasks(suite: str | os.PathLike[str]) -> int:
 def get_task(
     suite: str | os.PathLike[str], task_id: int, objects: Mapping[str, OwnObject] = MappingProxyType({})
 ) -> Task:
-    """The task ``task_id`` (from 0) of a suite, LIBERO's or LIBERO-Plus's, or of a folder or a BDDL file.
+    """The task ``task_id`` (from 0) of a suite, LIBERO's, -Plus's or -PRO's, or of a folder or a BDDL file.
 
     Args:
         suite: The suite.
@@ -146,8 +158,8 @@ def get_task(
 
     Raises:
         ValueError: When the suite or the task id does not exist, one's own file has a mistake, or the task of
-            LIBERO-Plus needs assets that its package lacks.
-        ModuleNotFoundError: When the suite is LIBERO-Plus's, which is not installed.
+            LIBERO-Plus or LIBERO-PRO needs assets that its package lacks.
+        ModuleNotFoundError: When the suite is of LIBERO-Plus or LIBERO-PRO, which is not installed.
     """
     count = num_tasks(suite)
     if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
@@ -159,6 +171,8 @@ def get_task(
         )
     if isinstance(suite, str) and suite in liberoplus.SUITES:
         return _plus_task(suite, int(task_id))
+    if isinstance(suite, str) and suite in liberopro.SUITES:
+        return liberopro.vary(get_task(base_suite(suite), task_id), suite)
     if suite not in SUITES:
         file = _own_files(suite)[task_id]
         own = own_objects.beside(file, objects) | dict(objects)
@@ -204,14 +218,16 @@ def _plus_task(suite: str, task_id: int) -> Task:
         asked = variant.perturbation.get("instruction", {"sentence": base.instruction})
         return replace(
             base, suite=suite, task_id=task_id, name=name, instruction=asked["sentence"], variant=variant,
-            base=base,
+            base=base, category=variant.category,
         )  # fmt: skip
     file = liberoplus.bddl_file(suite, variant.file)
     problem = bddl.read(file)
     digest = hashlib.sha256(problem.text().encode()).hexdigest()
     states = Path("init_files", "libero_newobj", SUITES[liberos], f"{name}.pruned_init")
     layout = Task(suite, task_id, name, base.instruction, file, None, problem, digest)
-    return replace(with_init_states(layout, liberoplus.folder() / states), variant=variant)
+    return replace(
+        with_init_states(layout, liberoplus.folder() / states), variant=variant, category=variant.category
+    )
 
 
 def suite_or_file(suite: str, bddl_file: Path | None, **tasks: Any) -> str:
@@ -299,6 +315,8 @@ def _array(file: Path) -> Any:
         if len(loaded.files) != 1:
             raise ValueError(f"it has {len(loaded.files)} arrays; expected one")
         return loaded[loaded.files[0]]
+    if (array := liberopro.array_of_protocol_4(file)) is not None:
+        return array
     import torch
     from numpy._core.multiarray import _reconstruct
 

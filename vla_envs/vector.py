@@ -65,16 +65,17 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
     Args:
         num_envs: Number of environments.
         suite: ``"LiberoSpatial"``, ``"LiberoObject"``, ``"LiberoGoal"``, ``"Libero10"`` or ``"Libero90"``,
-            one of LIBERO-Plus's (``vla_envs.liberoplus.SUITES``), or a folder of BDDL files, whose tasks are
-            in the order of the files' names.
+            one of LIBERO-Plus's or LIBERO-PRO's (``vla_envs.liberoplus.SUITES``,
+            ``vla_envs.liberopro.SUITES``), or a folder of BDDL files, whose tasks are in the order of the
+            files' names.
         task_id: The task in the suite, from 0, or a list with one entry per environment.
         image_size: Height and width of the images in pixels.
         action_chunk: Control steps per ``step`` call (C); a chunk stops early at success.
         max_episode_steps: Control steps until an episode is truncated.
         reward: ``"binary"``, ``"multi_stage"``, a callable on facts, or ``"path/to/file.py:function"``.
             It is computed after the last control step of a chunk.
-        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``, or else LIBERO's download) or a
-            folder.
+        assets: ``"builtin"``, ``"libero"`` (the folder in ``LIBERO_ASSETS``, else installed wheels, else
+            LIBERO's download) or a folder.
         quality: How LIBERO's assets are rendered: ``"exact"`` gives its own pixels, ``"fast"`` has simplified
             meshes and no multisampling. The built-in assets have only one quality.
         wrist_camera: Whether observations have a ``wrist_image``.
@@ -320,19 +321,24 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "instruction": np.array(self.instructions),
             "diverged": np.array([bool(reason) for reason in self._reason]),
             "reason": np.array(self._reason),
+            **self._category_info(),
         } | self._perturbation_info()
 
+    def _category_info(self) -> dict[str, Any]:
+        """What is varied in each task (N,), in suites of varied tasks, and of LIBERO-Plus how much."""
+        categories = [task.category for task in self.tasks]
+        levels = [task.variant.level for task in self.tasks if task.variant]
+        its_levels = {"level": np.array(levels)} if levels else {}
+        return {"category": np.array(categories)} | its_levels if any(categories) else {}
+
     def _perturbation_info(self) -> dict[str, Any]:
-        """What each scene is perturbed by (N,), if any ever was, and what LIBERO-Plus says of its tasks."""
-        variants = [task.variant for task in self.tasks if task.variant]
+        """What each scene is perturbed by (N,), if any can be or ever was."""
+        variants = any(task.variant for task in self.tasks)
         if not (self._levels or variants or any(self._perturbations)):
             return {}
         drawn = np.full(self.num_envs, None, object)
         drawn[:] = [copy.deepcopy(its) for its in self._perturbations]
-        if not variants:
-            return {"perturbation": drawn}
-        category, level = zip(*((variant.category, variant.level) for variant in variants))
-        return {"perturbation": drawn, "category": np.array(category), "level": np.array(level)}
+        return {"perturbation": drawn}
 
     @exclusive
     def set_reward(self, reward: str | Reward) -> None:

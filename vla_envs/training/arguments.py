@@ -68,7 +68,7 @@ class CommonArgs:
     eval_perturb: str | None = None
     """Evaluate in perturbed scenes, the same ones every time"""
     assets: str = "builtin"
-    """builtin, libero (LIBERO's own: the folder in LIBERO_ASSETS, else downloaded) or a folder"""
+    """builtin, libero (LIBERO's own: LIBERO_ASSETS, else wheels, else downloaded) or a folder"""
     quality: str = "exact"
     """Of LIBERO's own assets: exact, its very pixels, or fast, with simpler meshes"""
     cache: bool = True

@@ -11,9 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.files import whole
-from vla_envs.liberoplus import liberos
 from vla_envs.policies.images import openvla_images
-from vla_envs.tasks import SUITES
+from vla_envs.tasks import SUITES, base_suite
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Protocol:
 
     def limit(self, suite: str) -> int:
         """Control steps per episode of ``suite``; of one's own the most that any suite has."""
-        return self.max_episode_steps.get(liberos(suite), max(self.max_episode_steps.values()))
+        return self.max_episode_steps.get(base_suite(suite), max(self.max_episode_steps.values()))
 
 
 _OPENVLA_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400)))

@@ -7,10 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vla_envs import liberoplus
 from vla_envs.files import read_json
 from vla_envs.inputs import as_numbers, in_short
-from vla_envs.tasks import SUITES
+from vla_envs.tasks import SUITES, base_suite
 
 BINS = 256
 ACTION_DIM = 7
@@ -47,7 +46,7 @@ def action_statistics(
     if not isinstance(stored, dict):
         raise ValueError(f"the norm_stats in its {file.name} are {in_short(stored)}; expected an object")
     keys = [key for key in stored if key.startswith("libero")] if len(stored) > 1 else list(stored)
-    liberos = SUITES.get(liberoplus.liberos(suite or ""))  # its name there; none of a suite of one's own
+    liberos = SUITES.get(base_suite(suite or ""))  # its name there; none of a suite of one's own
     wanted = liberos or "one LIBERO suite"
     its = [key for key in keys if liberos and (key == liberos or key.startswith(f"{liberos}_"))]
     chosen = min(its, key=len) if its else keys[0] if len(keys) == 1 else None
