@@ -207,7 +207,7 @@ def _plus_task(suite: str, task_id: int) -> Task:
     """
     name = liberoplus.task_names(suite)[task_id]
     variant = liberoplus.variant(suite, name)
-    liberos = liberoplus.SUITES[suite][0]
+    liberos = base_suite(suite)
     base = get_task(liberos, _task_map()[SUITES[liberos]].index(variant.base))
     if variant.missing:
         raise ValueError(
@@ -224,10 +224,11 @@ def _plus_task(suite: str, task_id: int) -> Task:
     problem = bddl.read(file)
     digest = hashlib.sha256(problem.text().encode()).hexdigest()
     states = Path("init_files", "libero_newobj", SUITES[liberos], f"{name}.pruned_init")
-    layout = Task(suite, task_id, name, base.instruction, file, None, problem, digest)
-    return replace(
-        with_init_states(layout, liberoplus.folder() / states), variant=variant, category=variant.category
-    )
+    layout = Task(
+        suite, task_id, name, base.instruction, file, None, problem, digest, category=variant.category,
+        variant=variant,
+    )  # fmt: skip
+    return with_init_states(layout, liberoplus.folder() / states)
 
 
 def suite_or_file(suite: str, bddl_file: Path | None, **tasks: Any) -> str:
