@@ -212,7 +212,7 @@ def _plus_task(suite: str, task_id: int) -> Task:
     if variant.missing:
         raise ValueError(
             f"task_id {task_id} of {suite} needs {variant.missing} of LIBERO-Plus's assets, which its package"
-            f" lacks; expected another of its {variant.category} tasks or categories: liberoplus.list_tasks"
+            " lacks; expected one that vla_envs.liberoplus.list_tasks says is playable"
         )
     if variant.category != "layout":
         asked = variant.perturbation.get("instruction", {"sentence": base.instruction})
