@@ -27,7 +27,7 @@ SCRIPTS = {"tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "sft": sft_vla}
 # Flags of other programs: torchrun's, pip's, and those of our programs that are no script.
 OTHER_FLAGS = set(
     "standalone nproc-per-node nnodes rdzv-backend rdzv-endpoint help no-cache check plot demonstrations"
-    " image-size videos noise out tiny workers methods seeds cycles logdir axes levels".split()
+    " image-size videos noise out tiny workers methods seeds cycles logdir axes levels benchmark".split()
 )
 
 
