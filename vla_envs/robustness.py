@@ -324,9 +324,10 @@ def draw_scenes(args: Args, cells: list[Cell], path: Path) -> None:
         for level, panel in zip(levels, row):
             panel.set_xticks([])
             panel.set_yticks([])
-            for cell in cells:
-                if (cell.axis, cell.level) == (axis, level):
-                    panel.imshow(_scene(args, cell))
+            chosen = [cell for cell in cells if (cell.axis, cell.level) == (axis, level)]
+            panel.spines[:].set_visible(bool(chosen))
+            for cell in chosen:
+                panel.imshow(_scene(args, cell))
     for level, panel in zip(levels, panels[0]):
         panel.set_title(f"level {level}" if level else "", fontsize=9)
     with whole(path) as partial:
