@@ -139,7 +139,7 @@ def test_what_perturb_does_not_take(value, words):
         ({"instruction": {"sentense": "grab it"}}, "has 'sentense'; .*mean 'sentence'"),
         *(
             ({"instruction": {"sentence": its}}, "the instruction's sentence .*; expected text of 1 to 200")
-            for its in ("", " \n", 3, "a" * 201)
+            for its in ("", " \n", 3, "a" * 1001)
         ),
     ],
 )  # fmt: skip

@@ -33,7 +33,7 @@ DIM = 0.14  # share of a light's brightness that is lost or gained, per level; o
 TILT = 0.12  # that is added to a light's direction, a unit vector, per level; ours
 TINT = 0.17  # share of a colour that is taken away at most, per level; ours
 PARTS = ("floor", "walls", "table")
-LONGEST = 200  # characters of a sentence that is asked for
+LONGEST = 1000  # characters of a sentence that is asked for
 #: Whether the arm starts in the other pose, as a reset of LIBERO-Plus's environments gives it, or whether its
 #: recorded joints are written back, as its evaluators do, and the controller alone keeps the other pose.
 READINGS = ("kept", "written back")
