@@ -51,6 +51,7 @@ class Task:
         problem: What one's own file asks for; None for LIBERO's tasks, which its own parser reads.
         digest: Of the contents of one's own files.
         objects: Its objects of one's own, by class.
+        distractors: Classes of further objects in its scene (``vla_envs.distractors``).
     """
 
     suite: str
@@ -62,6 +63,7 @@ class Task:
     problem: bddl.Problem | None = None
     digest: str = ""
     objects: tuple[OwnObject, ...] = ()
+    distractors: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
