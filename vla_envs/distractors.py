@@ -29,9 +29,15 @@ CLASSES = (
     " salad_dressing new_salad_dressing tomato_sauce white_bowl akita_black_bowl glazed_rim_porcelain_ramekin"
     " moka_pot red_coffee_mug porcelain_mug white_yellow_mug"
 ).split()
-#: Where they stand: least x and y, greatest x and y (m) from the middle of the surface. In each of the rooms
-#: the camera sees all of it, and the arm reaches it.
-REGION = (-0.3, -0.27, 0.1, 0.27)
+#: Where they stand, by surface: least x and y, greatest x and y (m) from its middle. The camera sees all of
+#: it, and the arm reaches it.
+REGIONS = {
+    "main_table": (-0.3, -0.28, 0.15, 0.28),
+    "kitchen_table": (-0.3, -0.28, 0.15, 0.28),
+    "living_room_table": (-0.3, -0.25, 0.05, 0.25),
+    "study_table": (-0.3, -0.28, 0.15, 0.28),
+    "floor": (-0.3, -0.28, 0.25, 0.28),
+}
 REGION_NAME = "vla_envs_distractors"
 GAP = 0.03  # m from a distractor to anything else; an open finger needs as much
 NARROW_GAP = 0.01  # m, where there is no place with more
@@ -84,7 +90,7 @@ def with_distractors(task: Task, level: int) -> Task:
             f" expected a level of at most {len(kinds)}, or other axes"
         )
     surface = problem.arena.surface
-    region = bddl.Region(f"{surface}_{REGION_NAME}", surface, (REGION,), (0.0, 0.0), 0)
+    region = bddl.Region(f"{surface}_{REGION_NAME}", surface, (REGIONS[surface],), (0.0, 0.0), 0)
     further = replace(
         problem,
         objects=problem.objects + tuple((thing_of(kind), kind) for kind in kinds),
