@@ -18,12 +18,13 @@ from vla_envs.training import evaluation
 
 AXES = list(perturbations.DRAWS)
 SENTENCE = "pick up the ketchup and place it in the basket"
-ALL = "all:2"
+ALL = "all:3"  # of distractors too, so that one more scene does for this file
+REGIONS = {"milk": (-0.3, -0.2, 0.1, 0.2), "cookies": (-0.3, -0.2, 0.1, 0.2)}
 LOOKS = ("camera", "light", "background", "noise")  # leave the physics alone
 
 
 def subject(*movable):
-    return perturbations.Subject(movable, SENTENCE)
+    return perturbations.Subject(movable, SENTENCE, REGIONS)
 
 
 def image(**kwargs):
@@ -51,9 +52,12 @@ def size_of(axis, drawn):
 # ---- What is drawn -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", AXES[:-1])  # sentences have no size
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis not in ("instruction", "distractors")])
 def test_levels_are_ordered(axis):
-    """The higher a level, the farther from LIBERO's scene: in every quarter of what is drawn."""
+    """The higher a level, the farther from LIBERO's scene: in every quarter of what is drawn.
+
+    Of those that have a size: a sentence has none, and of distractors there are more.
+    """
     quarters = []
     for level in perturbations.LEVELS:
         drawn = [perturbations.draw({axis: level}, [k], subject("a", "b", "c"))[axis] for k in range(400)]
@@ -82,8 +86,8 @@ def test_an_axis_does_not_depend_on_the_others():
     whole = perturbations.draw(perturbations.parse("all:3"), [7], subject("a", "b"))
     for axis in AXES:
         assert perturbations.draw({axis: 3}, [7], subject("a", "b")) == {axis: whole[axis]}
-    assert perturbations.validate(whole, ("a", "b")) == whole
-    assert AXES == ["camera", "robot", "light", "background", "noise", "layout", "instruction"]
+    assert perturbations.validate(whole, ("a", "b"), REGIONS) == whole
+    assert AXES == ["camera", "robot", "light", "background", "noise", "layout", "instruction", "distractors"]
     assert (round(whole["light"]["specular"], 6), whole["noise"]["seed"]) == (1.045321, 477838241)
 
 
@@ -106,7 +110,8 @@ def test_what_perturb_takes():
         ({"light": 1.5}, "level 1.5"),
         ({"light": 3.0}, "level 3.0"),
         ({"light": np.array([1, 2])}, "level array"),
-        ("distractors:1", "'distractors', not available yet"),
+        ("distractor:1", "axis 'distractor'.*did you mean 'distractors'"),
+        ("all:1,distractors:2", "distractors twice"),
         (3, "perturb is 3"),
         ("", "is ''"),
     ],
@@ -141,11 +146,15 @@ def test_what_perturb_does_not_take(value, words):
             ({"instruction": {"sentence": its}}, "the instruction's sentence .*; expected text of 1 to 200")
             for its in ("", " \n", 3, "a" * 1001)
         ),
+        ({"distractors": {"mikl": [0, 0]}}, "distractors has 'mikl'; .*mean 'milk'"),
+        ({"distractors": ["milk"]}, "has distractors .*; expected a dict of \\['milk', 'cookies'\\]"),
+        ({"distractors": {"milk": [0, 0, 0]}}, "distractors' milk .*; expected 2 numbers"),
+        ({"distractors": {"milk": [0.0, 0.3]}}, "expected x from -0.3 to 0.1 and y from -0.2 to 0.2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_for(value, words):
     with pytest.raises(ValueError, match=words) as error:
-        perturbations.validate(value, ("ketchup_1",))
+        perturbations.validate(value, ("ketchup_1",), REGIONS)
     assert "\n" not in str(error.value)
 
 
@@ -208,7 +217,7 @@ def test_members_of_a_group_see_the_same(seen):
 
 
 @pytest.mark.longer
-@pytest.mark.parametrize("axis", AXES[:-1])
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis not in ("instruction", "distractors")])
 def test_an_axis_changes_what_it_is_about_alone(axis, seen):
     plain, info, _, _, envs = seen(None, wrist_camera=True)
     assert "perturbation" not in info
@@ -222,12 +231,12 @@ def test_an_axis_changes_what_it_is_about_alone(axis, seen):
 
 @pytest.mark.longer
 def test_what_was_drawn_can_be_asked_for(seen):
-    """Of plain environments, on the same seeds: the same scene, now and after a step."""
+    """Of environments with the same distractors, on the same seeds: the same scene, now and after a step."""
     first, info, later, _, _ = seen(ALL)
-    asked = seen(None, options={"perturbation": list(info["perturbation"])})
+    asked = seen("distractors:3", options={"perturbation": list(info["perturbation"])})
     assert same(asked[0], first) and same(asked[2], later)
     assert asked[1]["perturbation"].tolist() == info["perturbation"].tolist()
-    for_all = seen(None, options={"perturbation": info["perturbation"][2]})
+    for_all = seen("distractors:3", options={"perturbation": info["perturbation"][2]})
     assert np.array_equal(for_all[0]["image"][2], first["image"][2])
 
 
@@ -240,7 +249,7 @@ def test_recorded_states_are_perturbed_the_same_every_time(seen):
     assert same(envs.reset(options=options)[0], first)
     joints = info["perturbation"][0]["robot"]["joints"]
     plain = seen(None, options=options, settle_steps=0)[-1].unwrapped
-    moved = seen("robot:2", options=options, settle_steps=0)[-1].unwrapped
+    moved = seen("robot:3", options=options, settle_steps=0)[-1].unwrapped
     for each in (plain, moved):
         each.reset(options=options)
     assert np.allclose(moved.qpos[0, :7] - plain.qpos[0, :7], joints, atol=1e-9)
@@ -407,7 +416,8 @@ def test_each_task_has_the_look_of_its_own_scene(make_vec):
 @pytest.mark.longer
 def test_nothing_of_the_model_stays_changed(make_vec):
     """Environments without perturbations share it."""
-    plain, perturbed = make_vec(1, image_size=64), make_vec(1, image_size=64, perturb="all:5")
+    shared = {axis: 5 for axis in AXES if axis != "distractors"}  # these have a scene of their own
+    plain, perturbed = make_vec(1, image_size=64), make_vec(1, image_size=64, perturb=shared)
     expected = plain.reset(seed=[0])[0]
     perturbed.reset(seed=[0])
     perturbed.step(np.zeros((1, 7)))
@@ -468,10 +478,10 @@ def test_a_script_trains_and_evaluates_in_perturbed_scenes(execute, tmp_path):
         "num_groups": 1, "group_size": 2, "num_iterations": 1, "max_episode_steps": 16, "eval_episodes": 2,
         "eval_every": 0, "num_threads": 1, "keep_low": 0, "keep_high": 1,
     }  # fmt: skip
-    execute("grpo_vla", **flags, perturb="camera:1", eval_perturb="all:1", run_dir=tmp_path / "run")
-    assert read_json(tmp_path / "run" / "result.json")["eval_perturb"] == "all:1"
+    execute("grpo_vla", **flags, perturb="camera:1", eval_perturb=ALL, run_dir=tmp_path / "run")
+    assert read_json(tmp_path / "run" / "result.json")["eval_perturb"] == ALL
     arguments = read_json(tmp_path / "run" / "args.json")
-    assert (arguments["perturb"], arguments["eval_perturb"]) == ("camera:1", "all:1")
+    assert (arguments["perturb"], arguments["eval_perturb"]) == ("camera:1", ALL)
     with pytest.raises(SystemExit) as exit_:
         execute("grpo_vla", **flags, perturb="camera:9", run_dir=tmp_path / "other")
     assert exit_.value.code == 2 and not (tmp_path / "other").exists()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vla_envs.assets.builtin import simple_robot, write_builtin
 from vla_envs.assets.simplify import simplify
+from vla_envs.distractors import thing_of
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, UP, UP_HEIGHT, order
 from vla_envs.own_objects import OwnObject
 from vla_envs.scene import Placement, assemble, digest
@@ -90,7 +91,7 @@ def _build(
             _predicate(env, model, *words)
             for words in sorted(env.parsed_problem["goal_state"], key=lambda words: order(words[0]))
         ],
-        "placements": _placements(env, model),
+        **_placements(env, model, task.distractors),
         "joint_ranges": _joint_ranges(env, model),
         "burners": [
             (model.site(site).id, _address(model, env.get_object(name).joints), _turned_on(env, name)[0])
@@ -152,13 +153,20 @@ def _recorded(
         scene = assemble(task, model, description | {"recorded": []})
         streams = np.random.SeedSequence(0, spawn_key=(EVALUATION,)).spawn(FROZEN_STATES)
         return [scene.sample_init_state(np.random.default_rng(stream)).tolist() for stream in streams]
-    width = 1 + model.nq + model.nv
+    further = len(task.distractors)  # they are in no recorded state; each has 7 positions and 6 velocities
+    width = 1 + model.nq + model.nv - 13 * further
     if states.shape[1] != width:
         raise ValueError(
             f"init states in {task.init_states_file} have {states.shape[1]} numbers each; expected {width}:"
             " time, joint positions and velocities of this task"
         )
-    return states[:, 1 : 1 + model.nq].tolist()
+    own = np.ones(model.nq, bool)
+    for item in description["distractors"]:
+        start = model.jnt_qposadr[model.body_jntadr[item["body"]]]
+        own[start : start + 7] = False
+    recorded = np.tile(model.qpos0, (len(states), 1))
+    recorded[:, own] = states[:, 1 : 1 + own.sum()]
+    return recorded.tolist()
 
 
 def _address(model: mujoco.MjModel, joints: list[str]) -> int:
@@ -221,11 +229,18 @@ def _predicate(
     return {"kind": kind, "subject": body, "target": target_id, "parameters": parameters, "contact": contact}
 
 
-def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
-    """What LIBERO's placement samplers are told, in the order in which they place."""
+def _placements(
+    env: Any, model: mujoco.MjModel, distractors: tuple[str, ...]
+) -> dict[str, list[dict[str, Any]]]:
+    """What LIBERO's placement samplers are told, in the order in which they place.
+
+    Those of the classes ``distractors`` are apart, so that the task's own are the same as without them.
+    """
     from libero.libero.envs.regions.base_region_sampler import InSiteRegionRandomSampler
 
     placements: list[Placement] = []
+    kinds = {thing_of(kind): kind for kind in distractors}
+    further: list[Placement] = []
     for initializer in (
         env.placement_initializer,
         env.conditional_placement_initializer,
@@ -248,9 +263,9 @@ def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
                 sampler, InSiteRegionRandomSampler
             ):  # in a drawer: there is no margin, and objects lie below its top
                 inside, origin[2] = False, -placements[names.index(str(reference))].top
-            placements.append(
+            (further if item.name in kinds else placements).append(
                 Placement(
-                    name=item.name,
+                    name=kinds.get(item.name, item.name),
                     body=model.body(item.root_body).id,
                     reference=-1 if reference is None else names.index(reference),
                     site=model.site(arguments["site_name"]).id if "site_name" in arguments else -1,
@@ -269,7 +284,10 @@ def _placements(env: Any, model: mujoco.MjModel) -> list[dict[str, Any]]:
                     top=float(item.top_offset[2]),
                 )
             )
-    return [vars(placement) for placement in placements]
+    return {
+        "placements": [vars(placement) for placement in placements],
+        "distractors": [vars(placement) for placement in further],
+    }
 
 
 def _joint_ranges(env: Any, model: mujoco.MjModel) -> list[tuple[int, float, float]]:

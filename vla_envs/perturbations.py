@@ -12,6 +12,7 @@ What is drawn is a dict of plain values, axis by axis, as ``info["perturbation"]
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +42,16 @@ READINGS = ("kept", "written back")
 Perturbation = dict[str, Any]
 
 
+Regions = Mapping[str, tuple[float, float, float, float]]
+NO_REGIONS: Regions = MappingProxyType({})
+
+
 class Subject(NamedTuple):
-    """What of a task its perturbations depend on."""
+    """What of a task and its scene its perturbations depend on."""
 
     movable: tuple[str, ...]  # names of the objects that a layout moves
     sentence: str
+    regions: Regions = NO_REGIONS  # least x and y, greatest x and y (m) of where each distractor can stand
 
 
 def _sign(rng: np.random.Generator) -> float:
@@ -118,10 +124,18 @@ def _instruction(level: int, rng: np.random.Generator, subject: Subject) -> dict
     return {"sentence": paraphrase(subject.sentence, level, rng)}
 
 
+def _distractors(level: int, rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
+    """Where each further object stands, x and y (m); see ``vla_envs.distractors`` for taken places."""
+    return {
+        kind: [float(rng.uniform(low, high)) for low, high in ((x, x_end), (y, y_end))]
+        for kind, (x, y, x_end, y_end) in list(subject.regions.items())[:level]
+    }
+
+
 #: By axis; a new one goes to the end, because an axis's number decides what it draws.
 DRAWS: dict[str, Callable[[int, np.random.Generator, Subject], dict[str, Any]]] = {
     "camera": _camera, "robot": _robot, "light": _light, "background": _background, "noise": _noise,
-    "layout": _layout, "instruction": _instruction,
+    "layout": _layout, "instruction": _instruction, "distractors": _distractors,
 }  # fmt: skip
 
 
@@ -144,10 +158,6 @@ def parse(value: Any) -> dict[str, int]:
         raise ValueError(f"perturb is {in_short(value)}; {form}")
     levels: dict[str, int] = {}
     for axis, level in pairs:
-        if axis == "distractors":
-            raise ValueError(
-                f"perturb has the axis 'distractors', not available yet; expected some of {list(DRAWS)}"
-            )
         if axis not in ("all", *DRAWS):
             names = ["all", *DRAWS]
             raise ValueError(
@@ -229,8 +239,13 @@ _WORDS: dict[str, dict[str, list[str]]] = {
 }
 
 
-def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
+def validate(value: Any, movable: tuple[str, ...], regions: Regions = NO_REGIONS) -> Perturbation:
     """``value`` as a perturbation that ``reset`` is asked for, in the form of ``info["perturbation"]``.
+
+    Args:
+        value: What ``reset`` is given.
+        movable: As in ``Subject``.
+        regions: As in ``Subject``.
 
     Raises:
         ValueError: When a name does not exist, or a number does not fit; names the first.
@@ -242,7 +257,13 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
     chosen: Perturbation = {}
     for axis, given in value.items():
         _require_known(axis, list(DRAWS), "perturbation has the axis")
-        fields = dict.fromkeys(movable, (2, -1.0, 1.0)) if axis == "layout" else _FIELDS.get(axis, {})
+        if axis == "distractors" and not regions:
+            raise ValueError(
+                "perturbation has distractors, and the environment was made without; expected it to be made"
+                " with perturb='distractors:1', or 2 to 5"
+            )
+        movables = {"layout": movable, "distractors": tuple(regions)}
+        fields = dict.fromkeys(movables[axis], (2, -1.0, 1.0)) if axis in movables else _FIELDS.get(axis, {})
         words = _WORDS.get(axis, {})
         known = [*fields, *words, *(["sentence"] if axis == "instruction" else [])]
         if not isinstance(given, Mapping):
@@ -250,10 +271,10 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
         for name in given:
             _require_known(name, known, f"perturbation's {axis} has")
         given = {"reading": READINGS[0], **given} if axis == "robot" else given
-        missing = [name for name in known if name not in given and axis != "layout"]
+        missing = [name for name in known if name not in given and axis not in movables]
         if missing:
             raise ValueError(f"perturbation's {axis} has no {missing[0]}; expected all of {known}")
-        chosen[axis] = {}
+        chosen[axis], whose = {}, axis + ("'" if axis.endswith("s") else "'s")
         for name, x in given.items():
             if name in words:
                 _require_known(x, words[name], f"perturbation's {axis} has the {name}")
@@ -261,13 +282,24 @@ def validate(value: Any, movable: tuple[str, ...]) -> Perturbation:
             elif axis == "instruction":
                 chosen[axis][name] = _sentence(x)
             else:
-                chosen[axis][name] = _numbers(f"{axis}'s {name}", x, *fields[name], whole=name in _WHOLE)
+                chosen[axis][name] = _numbers(f"{whose} {name}", x, *fields[name], whole=name in _WHOLE)
+            if axis == "distractors":
+                _require_inside(name, chosen[axis][name], regions[name])
     return chosen
 
 
 def _require_known(name: Any, known: list[str], what: str) -> None:
     if name not in known:
         raise ValueError(f"{what} {in_short(name)}; expected some of {known}{nearest(str(name), known)}")
+
+
+def _require_inside(name: str, place: list[float], region: tuple[float, float, float, float]) -> None:
+    x, y, x_end, y_end = region
+    if not (x <= place[0] <= x_end and y <= place[1] <= y_end):
+        raise ValueError(
+            f"perturbation has distractors' {name} {place}; expected x from {x:g} to {x_end:g} and y from"
+            f" {y:g} to {y_end:g}, in m"
+        )
 
 
 def _sentence(value: Any) -> str:

@@ -32,7 +32,7 @@ from vla_envs.goals import Goal
 from vla_envs.inputs import nearest
 from vla_envs.looks import Parts, parts_of
 from vla_envs.machine import cache_folder
-from vla_envs.tasks import Task, get_task, recorded_init_states
+from vla_envs.tasks import SUITES, Task, get_task, recorded_init_states
 
 Moves: TypeAlias = Mapping[str, Sequence[float]]
 MUJOCO_VERSION = "3.3.2"  # later versions draw LIBERO's floors darker and break a LIBERO-Spatial task
@@ -73,6 +73,10 @@ class Placement:
     bottom: float  # m from the object's origin
     top: float  # m from the object's origin
 
+    def upright(self) -> NDArray[np.float64]:
+        """The unit quaternion (4,) in the middle of its rotations, as MuJoCo and LIBERO place things."""
+        return _sample_quat(self.rotation, None)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -93,6 +97,7 @@ class Scene:
     ]  # address in qpos, low, high of drawers, doors and knobs
     burners: tuple[tuple[int, int, float], ...]  # site, address in qpos of its knob, where it turns on
     recorded: NDArray[np.float64]  # (S, nq) recorded joint positions, LIBERO has S = 50; or whole init states
+    distractors: tuple[Placement, ...] = ()  # of further objects, named by their class (vla_envs.distractors)
 
     @cached_property
     def movable(self) -> tuple[str, ...]:
@@ -406,6 +411,7 @@ def assemble(task: Task, model: mujoco.MjModel, description: dict[str, Any]) -> 
         joint_ranges=tuple(tuple(item) for item in description["joint_ranges"]),
         burners=tuple(tuple(item) for item in description["burners"]),
         recorded=np.array(description["recorded"]),
+        distractors=tuple(Placement(**item) for item in description["distractors"]),
     )
 
 
@@ -439,7 +445,9 @@ def digest(blob: bytes, description: dict[str, Any]) -> str:
 
 
 def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
-    shown = f"{task.suite} task {task.task_id}" if task.problem is None else task.name
+    shown = f"{task.suite} task {task.task_id}" if task.suite in SUITES else task.name
+    if task.distractors:
+        shown += f" with {len(task.distractors)} more objects"
     print(
         f"Building the scene of {shown}; this happens once and takes about 10 s.", file=sys.stderr, flush=True
     )

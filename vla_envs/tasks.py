@@ -55,6 +55,7 @@ class Task:
         category: What a benchmark of varied tasks varies in it, as LIBERO-PRO's ``"swap"``; "" elsewhere.
         variant: How a task of LIBERO-Plus differs from LIBERO's; None for all others.
         base: LIBERO's task in whose scene a task of LIBERO-Plus is played; None for a scene of its own.
+        distractors: Classes of further objects in its scene (``vla_envs.distractors``).
     """
 
     suite: str
@@ -69,6 +70,7 @@ class Task:
     category: str = ""
     variant: liberoplus.Variant | None = None
     base: "Task | None" = None
+    distractors: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

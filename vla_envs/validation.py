@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.inputs import as_array, as_numbers, in_short, nearest
 from vla_envs.own_objects import OwnObject, read_objects
-from vla_envs.perturbations import READINGS, Perturbation
+from vla_envs.perturbations import READINGS, Perturbation, Regions
 from vla_envs.perturbations import validate as validate_perturbation
 from vla_envs.rewards import warn_of_recorded_states
 from vla_envs.tasks import Task, get_task, with_init_states
@@ -128,7 +128,12 @@ def require_open(envs: VectorEnv) -> None:
 
 
 def validate_reset(
-    seed: Any, options: Any, recorded: Sequence[int], movable: Sequence[tuple[str, ...]], learning: bool
+    seed: Any,
+    options: Any,
+    recorded: Sequence[int],
+    movable: Sequence[tuple[str, ...]],
+    regions: Sequence[Regions],
+    learning: bool,
 ) -> tuple[NDArray[np.bool_], list[int | None], list[int | None], list[Perturbation | None]]:
     """What ``reset`` has to do: the mask ``(N,)``, and per environment an init state, a seed, a perturbation.
 
@@ -139,6 +144,7 @@ def validate_reset(
         options: As in ``LiberoVectorEnv.reset``.
         recorded: How many recorded init states each of the N environments has.
         movable: The objects of each that a perturbed layout can move.
+        regions: Where distractors of each can stand, as in ``perturbations.Subject``.
         learning: Whether the reward is for learning; recorded init states then give a warning.
 
     Raises:
@@ -194,7 +200,7 @@ def validate_reset(
         if not (several or isinstance(wanted, Mapping)):
             raise ValueError(f"perturbation is {in_short(wanted)}; expected a dict, or a list of {num_envs}")
         each = wanted if several else [wanted] * num_envs
-        asked = [validate_perturbation(one, names) for one, names in zip(each, movable)]
+        asked = [validate_perturbation(*one) for one in zip(each, movable, regions)]
     return mask, ids, [None if s is None else int(s) for s in seeds], asked
 
 

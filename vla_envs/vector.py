@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from vla_envs import noise, perturbations
+from vla_envs import distractors, noise, perturbations
 from vla_envs.control import Arm, require_compiled
 from vla_envs.goals import FACTS, JOINT
 from vla_envs.inputs import in_short
@@ -188,13 +188,20 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         self._reading = validate_variants(self.tasks, bool(self._levels), robot_reading)
         self._crew = Crew(num_threads)
         self.set_reward(reward)
-        scenes = {task: scene_of(task, str(assets), quality, cache) for task in dict.fromkeys(self.tasks)}
+        further = self._levels.get("distractors", 0)  # objects, which are in the scene and not in the task
+        scenes = {
+            task: scene_of(
+                distractors.with_distractors(task, further) if further else task, str(assets), quality, cache
+            )
+            for task in dict.fromkeys(self.tasks)
+        }
         self.simulations = [Simulation(scenes[task]) for task in self.tasks]
         #: Of each environment's episode: its task's sentence, or a perturbed one. A reset makes a new list.
         self.instructions = [task.instruction for task in self.tasks]
         self._cameras = {
             name: CAMERAS[name] for name in (["image", "wrist_image"] if wrist_camera else ["image"])
         }
+        self._regions = [distractors.regions_of(simulation.scene) for simulation in self.simulations]
         self._renderers: dict[tuple[int, int], Renderer] = {}
         self._settled: OrderedDict[tuple[int, bytes, str], Settled] = OrderedDict()
         self._perturbations: list[Perturbation] = [{} for _ in range(num_envs)]
@@ -369,7 +376,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         require_open(self)
         scenes = [simulation.scene for simulation in self.simulations]
         recorded, movable = [len(scene.recorded) for scene in scenes], [scene.movable for scene in scenes]
-        mask, ids, seeds, asked = validate_reset(seed, options, recorded, movable, self._reward is not binary)
+        mask, ids, seeds, asked = validate_reset(
+            seed, options, recorded, movable, self._regions, self._reward is not binary
+        )
         self._reset(np.flatnonzero(mask), ids, seeds, asked)
         return self._observation(), self._info()
 
@@ -404,7 +413,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             elif perturbation is None:
                 entropy = perturbations.entropy_of(rng, state_id) if self._levels else []
                 perturbation = perturbations.draw(
-                    self._levels, entropy, Subject(scene.movable, self.tasks[i].instruction)
+                    self._levels, entropy, Subject(scene.movable, self.tasks[i].instruction, self._regions[i])
                 )
             moves = perturbation.get("layout", {})
             if state_id is None:
@@ -413,6 +422,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
                 state = scene.moved(scene.recorded_init_state(state_id), moves)
             if perturbation.get("robot", {}).get("reading") == "kept":
                 state[:7] = scene.clip_arm(state[:7] + perturbation["robot"]["joints"])
+            if scene.distractors:
+                state = distractors.place(scene, state, perturbation.get("distractors", {}))
             self._init_state_id[i] = -1 if state_id is None else state_id
             shown = {axis: its for axis, its in perturbation.items() if axis != "instruction"}
             words = repr(shown) if shown else ""

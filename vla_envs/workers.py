@@ -160,6 +160,7 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self.instructions = [task.instruction for task in self.tasks]
         self._recorded = [count for each in facts for count in each["recorded"]]
         self._movable = [names for each in facts for names in each["movable"]]
+        self._regions = [regions for each in facts for regions in each["regions"]]
         self._learning = reward != "binary"
         #: Seconds spent so far by kind of work, averaged over the workers.
         self.seconds = {"physics": 0.0, "render": 0.0}
@@ -288,7 +289,9 @@ class LiberoWorkersEnv(FromArguments, VectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Reset all environments, or those of ``options["reset_mask"]``; see ``LiberoVectorEnv.reset``."""
-        mask, *what = validate_reset(seed, options, self._recorded, self._movable, self._learning)
+        mask, *what = validate_reset(
+            seed, options, self._recorded, self._movable, self._regions, self._learning
+        )
         self._ready &= ~mask  # until everything is done
         answers = self._call("reset", self._split(mask), *map(self._split, what))
         observation, info = self._observe(answers)
@@ -410,6 +413,7 @@ def _work(pipe: Connection, memory: dict[str, Any], space: Any, part: slice, **a
         "max_episode_steps": envs.max_episode_steps, "stages": dict(envs.stages),
         "recorded": [len(simulation.scene.recorded) for simulation in envs.simulations],
         "movable": [simulation.scene.movable for simulation in envs.simulations],
+        "regions": envs._regions,
     }  # fmt: skip
 
     def answer(obs: dict[str, NDArray[Any]], info: dict[str, Any], *results: NDArray[Any]) -> dict[str, Any]:
