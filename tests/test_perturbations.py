@@ -143,7 +143,7 @@ def test_what_perturb_does_not_take(value, words):
         ({"instruction": {}}, "instruction has no sentence"),
         ({"instruction": {"sentense": "grab it"}}, "has 'sentense'; .*mean 'sentence'"),
         *(
-            ({"instruction": {"sentence": its}}, "the instruction's sentence .*; expected text of 1 to 200")
+            ({"instruction": {"sentence": its}}, "the instruction's sentence .*; expected text of 1 to 1000")
             for its in ("", " \n", 3, "a" * 1001)
         ),
         ({"distractors": {"mikl": [0, 0]}}, "distractors has 'mikl'; .*mean 'milk'"),
