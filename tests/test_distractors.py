@@ -59,12 +59,12 @@ def test_every_task_of_libero_has_its_own():
             task = get_task(suite, k)
             problem = bddl.read(task.bddl_file)
             nouns = {kind.split("_")[-1] for _, kind in problem.fixtures + problem.objects}
-            further = [with_distractors(task, level) for level in range(1, 6)]
+            further = [with_distractors(task, level) for level in (2, 5)]
             kinds = further[-1].distractors
-            assert [each.distractors for each in further] == [kinds[:level] for level in range(1, 6)]
+            assert further[0].distractors == kinds[:2]
             own = {kind.split("_")[-1] for kind in kinds}
             assert len(own) == 5 and set(kinds) <= set(CLASSES) and not own & nouns
-            assert len({each.digest for each in further}) == 5
+            assert further[0].digest != further[1].digest
             last = further[-1].problem
             assert last.goal == problem.goal and last.objects[:-5] == problem.objects
             assert (further[-1].suite, further[-1].instruction) == (suite, task.instruction)
