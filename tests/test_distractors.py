@@ -101,14 +101,19 @@ def test_a_task_that_leaves_too_few(tmp_path):
 
 
 def test_a_place_that_is_taken_gives_way():
-    region = (0.0, 0.0, 1.0, 2.0)
+    region, gaps = (0.0, 0.0, 1.0, 2.0), (0.03, 0.01)
     low, high = np.array([[0.4, 0.4]]), np.array([[0.6, 0.6]])
-    assert distractors._free([0.2, 0.2], region, low, high) == [0.2, 0.2]
-    assert distractors._free([0.5, 0.63001], region, low, high) == [0.5, 0.63001]  # GAP away
-    x, y = distractors._free([0.5, 0.62], region, low, high)
-    assert (x, y) == pytest.approx(((0.5 + 0.7548776662) % 1, (0.62 + 2 * 0.5698402910) % 2))
-    assert distractors._free([0.5, 0.62], (0.0, 0.0, 1.0, 0.63), low, np.array([[0.6, 0.63]])) is not None
-    assert distractors._free([0.5, 0.5], region, low - 1, high + 2) is None
+
+    def free(*wanted, end=high, within=region):
+        return distractors._free(list(wanted), within, low, end, gaps)
+
+    assert free(0.2, 0.2) == [0.2, 0.2] and free(0.5, 0.63001) == [0.5, 0.63001]
+    expected = (0.5 + 0.7548776662) % 1, (0.62 + 2 * 0.5698402910) % 2
+    assert free(0.5, 0.62) == pytest.approx(expected)
+    narrow = (0.41, 0.0, 0.59, 0.62)  # nowhere 3 cm away, but above it there is room for 1 cm
+    low[0, 1] = -1
+    assert 0.61 < free(0.5, 0.615, within=narrow)[1] <= 0.62
+    assert free(0.5, 0.5, within=(0.4, 0.4, 0.6, 0.6)) is None
 
 
 @pytest.fixture
@@ -146,8 +151,12 @@ def test_the_tasks_own_things_stand_as_without(pair):
 
 @pytest.mark.longer
 def test_they_stand_free_and_in_view(make_vec):
-    envs = make_vec(8, perturb=AXIS, settle_steps=10).unwrapped
-    _, info = envs.reset(seed=list(range(8)))
+    """And the task's own things come to rest as they do without: none is dropped onto a distractor."""
+    plain, envs = (make_vec(16, perturb=its).unwrapped for its in (None, AXIS))
+    plain.reset(seed=list(range(16)))
+    _, info = envs.reset(seed=list(range(16)))
+    for mine, expected in zip(own_joints_of(envs), own_joints_of(plain)):
+        assert all(np.allclose(mine[name], expected[name], atol=1e-3) for name in expected)
     for simulation, drawn in zip(envs.simulations, info["perturbation"]):
         scene, data, places = simulation.scene, simulation.data, drawn["distractors"]
         model = scene.model
@@ -219,6 +228,22 @@ def test_places_that_are_asked_for(make_vec):
     assert np.sum(here, axis=1).tolist() == [1, 1]
     _, info = envs.reset(options={"perturbation": {}})
     assert info["perturbation"].tolist() == [{}, {}]
+
+
+@pytest.mark.longer
+def test_none_is_under_what_will_fall(make):
+    """LIBERO's init states have things above the surface, onto which they drop."""
+    scene = make(perturb=AXIS).unwrapped._envs.simulations[0].scene
+    state = scene.sample_init_state(np.random.default_rng(0))
+    start = scene.model.jnt_qposadr[scene.model.body_jntadr[scene.goal.subject[0]]]
+    for kind in scene.task.distractors:
+        places = {kind: [0.1, 0.0]}
+        distractors.place(scene, state, places)  # where it can stand
+        above = state.copy()
+        above[start : start + 3] = [*places[kind], 0.3]
+        others = {kind: places[kind]}
+        distractors.place(scene, above, others)
+        assert np.hypot(*np.subtract(places[kind], others[kind])) > GAP
 
 
 @pytest.mark.longer

@@ -113,7 +113,9 @@ def regions_of(scene: Scene) -> dict[str, tuple[float, float, float, float]]:
 # ---- Where they stand ----------------------------------------------------------------------------------
 
 
-def place(scene: Scene, state: NDArray[np.float64], places: dict[str, list[float]]) -> NDArray[np.float64]:
+def place(
+    scene: Scene, state: NDArray[np.float64], places: dict[str, list[float]], asked: bool = False
+) -> NDArray[np.float64]:
     """The init state with distractors at ``places``; everything else stands as it did.
 
     They are turned as LIBERO places their class. A place is free when it is ``GAP`` away from everything
@@ -125,7 +127,9 @@ def place(scene: Scene, state: NDArray[np.float64], places: dict[str, list[float
         state: An init state of it, wherever its distractors are.
         places: x and y (m) by class. Those that have none, and those that find no free place, are not in the
             scene: they are behind its walls. This dict then has the places where they really are.
+        asked: Whether somebody asks for these places, so that ``NARROW_GAP`` is enough.
     """
+    gaps = (NARROW_GAP,) if asked else (GAP, NARROW_GAP)
     state = state.copy()
     data = mujoco.MjData(scene.model)
     _pose(scene, data, state)
@@ -143,7 +147,7 @@ def place(scene: Scene, state: NDArray[np.float64], places: dict[str, list[float
         if item.name in places:
             begin = low[near, :2] - most[:, :2].max(axis=0)  # of where its origin would touch something
             end = high[near, :2] - least[:, :2].min(axis=0)
-            found = _free(places[item.name], regions[item.name], begin, end)
+            found = _free(places[item.name], regions[item.name], begin, end, gaps)
         if found is None:
             places.pop(item.name, None)
             position = np.array([ABSENT[0], ABSENT[1] * number, depth])
@@ -160,11 +164,15 @@ def _free(
     region: tuple[float, float, float, float],
     low: NDArray[np.float64],
     high: NDArray[np.float64],
+    gaps: tuple[float, ...],
 ) -> list[float] | None:
-    """The first place to try, of ``wanted`` and others, that is far enough from all rectangles (n, 2)."""
+    """The first place to try, of ``wanted`` and others, that is far enough from all rectangles (n, 2).
+
+    Far enough is the first of ``gaps`` (m) that any of them is away.
+    """
     corner, size = np.array(region[:2]), np.subtract(region[2:], region[:2])
     start = (np.array(wanted) - corner) / size
-    for gap in (GAP, NARROW_GAP):
+    for gap in gaps:
         for k in range(TRIES):
             at = corner + size * ((start + k * STEP) % 1.0) if k else np.array(wanted)
             outside = np.maximum(np.maximum(low - at, at - high), 0.0)  # (n, 2)
@@ -183,14 +191,18 @@ def _pose(scene: Scene, data: mujoco.MjData, state: NDArray[np.float64]) -> None
 def _taken(
     scene: Scene, data: mujoco.MjData, state: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Boxes, as least and greatest corners (n, 3), in which no distractor may stand."""
+    """Boxes, as least and greatest corners (n, 3), in which no distractor may stand.
+
+    All but the arm's reach from below the surface to above everything: LIBERO drops its objects from up to
+    6 cm, and what is put into a region comes from above.
+    """
     model, goal = scene.model, scene.goal
     roots = [item.body for item in scene.placements]
     robot = model.body_rootid[model.site_bodyid[scene.arm.site]]
     jointed = np.flatnonzero(
         np.isin(model.body_rootid[model.jnt_bodyid], roots) & (model.jnt_type != mujoco.mjtJoint.mjJNT_FREE)
     )
-    boxes = [_bounds(model, data, [*roots, robot])]
+    arm, boxes = _bounds(model, data, [robot]), [_bounds(model, data, roots)]
     for end in (0, 1) if len(jointed) else ():  # drawers and doors that are closed, and wide open
         data.qpos[model.jnt_qposadr[jointed]] = model.jnt_range[jointed, end]
         mujoco.mj_kinematics(model, data)
@@ -198,10 +210,10 @@ def _taken(
     _pose(scene, data, state)
     for site in goal.target[np.isin(goal.kind, (IN_REGION, ON_REGION))]:
         reach = np.abs(data.site_xmat[site].reshape(3, 3)) @ model.site_size[site]
-        reach[2] = math.inf  # what is put there comes from above
         boxes.append(((data.site_xpos[site] - reach)[None], (data.site_xpos[site] + reach)[None]))
     low, high = (np.concatenate(ends) for ends in zip(*boxes))
-    return low, high
+    low[:, 2], high[:, 2] = -math.inf, math.inf
+    return np.concatenate([low, arm[0]]), np.concatenate([high, arm[1]])
 
 
 def _bounds(

@@ -423,7 +423,9 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             if perturbation.get("robot", {}).get("reading") == "kept":
                 state[:7] = scene.clip_arm(state[:7] + perturbation["robot"]["joints"])
             if scene.distractors:
-                state = distractors.place(scene, state, perturbation.get("distractors", {}))
+                state = distractors.place(
+                    scene, state, perturbation.get("distractors", {}), asked[i] is not None
+                )
             self._init_state_id[i] = -1 if state_id is None else state_id
             shown = {axis: its for axis, its in perturbation.items() if axis != "instruction"}
             words = repr(shown) if shown else ""
