@@ -290,6 +290,7 @@ def test_a_scene_of_ones_own_with_a_drawer(tmp_path):
         envs.close()
 
 
+@pytest.mark.slow
 @pytest.mark.longer
 def test_real_assets(real_assets, make_vec):
     """The same objects, as LIBERO draws them."""

@@ -228,9 +228,8 @@ def results_of_the_same_files(*folders):
     return [read_json(folder / "result.json") for folder in folders]
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param(k, marks=[pytest.mark.slow] if k == "ppo_vla" else []) for k in OWN]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", OWN)
 def test_two_processes_learn_what_one_does(script, tmp_path, execute, reward):
     flags = TINY | OWN[script] | {"reward": reward}
     execute(script, **flags, run_dir=tmp_path / "one")
@@ -314,6 +313,7 @@ def test_two_processes_go_on_where_one_stopped(spread, tmp_path, execute, reward
     assert_same_learning(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all(tmp_path):
     text = "import os\n\ndef fragile(facts):\n    if os.environ['RANK'] == '1':\n"
     text += "        raise KeyError('last words')\n    return 0.0\n"

@@ -10,7 +10,7 @@ import pytest
 from artifacts import some_tasks
 from gymnasium.utils.env_checker import check_env
 
-from vla_envs import FactsReward, LiberoEnv
+from vla_envs import FactsReward, LiberoEnv, liberoplus, liberopro
 from vla_envs.scene import load_scene
 from vla_envs.tasks import SUITES, get_task, recorded_init_states
 
@@ -20,7 +20,8 @@ STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 def test_the_suites_are_registered():
     ours = [name for name in gym.registry if name.startswith("vla_envs/")]
-    assert sorted(ours) == sorted([*IDS, "vla_envs/Libero-v0"]) and "vla_envs/LiberoObject-v0" in ours
+    others = [f"vla_envs/{suite}-v0" for suite in ("Libero", *liberoplus.SUITES, *liberopro.SUITES)]
+    assert sorted(ours) == sorted([*IDS, *others]) and "vla_envs/LiberoObject-v0" in ours
 
 
 # The state has no bounds; everything else that Gymnasium warns of is a mistake.

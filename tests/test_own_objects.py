@@ -291,6 +291,7 @@ def test_a_task_with_them_is_like_any_other(files, make):
     assert not np.array_equal(obs["image"][0], start)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_workers_too(make):
     one, split = make(3), make(3, workers=2)
     assert same(one.reset(seed=[5, 6, 5])[0], split.reset(seed=[5, 6, 5])[0])

@@ -30,7 +30,7 @@ def gap(env, envs):
 
 
 @pytest.mark.parametrize(
-    "task_id", [pytest.param(k, marks=[] if k in (1, 4, 8) else [pytest.mark.slow]) for k in range(10)]
+    "task_id", [pytest.param(k, marks=[] if k in (1, 4) else [pytest.mark.slow]) for k in range(10)]
 )
 def test_one_control_step(libero_env, make_vec, task_id):
     env, envs = libero_env(task_id), make_vec(1, task_id=task_id)

@@ -285,7 +285,7 @@ def test_the_recorded_joints_can_be_written_back(make_vec):
     assert np.abs(envs.qpos[1, :7] - written).max() > 0.02 > np.abs(envs.qpos[0, :7] - plain).max()
 
 
-@pytest.mark.longer
+@pytest.mark.slow
 def test_workers_of_which_one_is_perturbed(make_vec):
     """Their infos are those of one process."""
     for workers in (0, 2):

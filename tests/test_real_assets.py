@@ -169,6 +169,7 @@ def similarities(simulation, task_id, states):
     return np.array(rows)
 
 
+@pytest.mark.slow
 def test_fast_looks_like_exact(simulation):
     assert similarities(simulation, 4, (0, 25)).mean(0).min() > 0.97
 

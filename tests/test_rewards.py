@@ -278,7 +278,7 @@ def test_the_wrappers_spec_can_be_made_again(make):
     again.close()
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.slow)])
 def test_the_wrapper_in_gymnasiums_list(mode):
     envs = gym.make_vec(
         "vla_envs/LiberoObject-v0", 2, mode, task_id=4, image_size=16,

@@ -536,6 +536,7 @@ def test_sft_stopped_between_its_two_states(start, resume, finished, monkeypatch
     assert_same_run(run, finished("sft_vla"))
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_critic_go_on_as_well(start, resume, monkeypatch):
     flags = {"train": "lora", "lora_rank": 4}
     run = stop(start, monkeypatch, "ppo_vla", stop_after_saving, 1, **flags)
@@ -711,6 +712,7 @@ def test_a_protocol_sets_the_evaluation(
     assert (made.num_envs, made.max_episode_steps, made.image_size) == (episodes, limit, size)
 
 
+@pytest.mark.slow
 def test_openvlas_protocol_is_deterministic_only(start):
     with pytest.raises(SystemExit) as exit_:
         start("tgrpo_vla", evaluate=None, protocol="openvla", num_threads=2, max_episode_steps=280)
@@ -724,7 +726,7 @@ def test_openvlas_protocol_is_deterministic_only(start):
 # ---- How long a run is -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["grpo_vla", "ppo_vla", pytest.param("tgrpo_vla", marks=pytest.mark.slow)])
+@one_online_script
 def test_control_steps_end_a_run(script, start):
     run = start(script, num_iterations=20, total_env_steps=100)
     result, logged = read_json(run / "result.json"), scalars(run)
@@ -874,6 +876,7 @@ def test_early_stop_keeps_the_best(start, own, capfd):
     assert f"lowest at {best['iteration']}" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_early_stop_in_a_stopped_run(start, resume, monkeypatch):
     """Stopped when training had ended, in the last evaluation: it trains no further."""
     run = stop(start, monkeypatch, "sft_vla", stop_at, evaluation, "write_video", **EARLY)
@@ -909,6 +912,7 @@ def test_several_tasks(script, start, capfd):
     assert "; task 7: 0; task 4: 0" in out and "\nsuccess 0 -> 0/4 " in out and "; sampled 0 -> 0/4 " in out
 
 
+@pytest.mark.slow
 @one_online_script
 def test_one_adapter_above_those_of_the_tasks(script, start, execute, tmp_path, capfd):
     """The tasks' adapters are left alone; what is trained lies above both, and merges with each."""

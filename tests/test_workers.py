@@ -48,7 +48,9 @@ def same(one, other):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("mode", ["Disabled", pytest.param("NextStep", marks=pytest.mark.slow), "SameStep"])
+@pytest.mark.parametrize(
+    "mode", ["Disabled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("NextStep", "SameStep"))]
+)
 def test_the_same_as_one_process(mode):
     """Of different tasks, with both cameras, chunks, resets of some, and episodes that end."""
     settings = {
