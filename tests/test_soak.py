@@ -78,6 +78,7 @@ def test_verdicts():
     assert words == "grown: memory by 21.5 MB, files by 1, buffers by 2"
 
 
+@pytest.mark.slow
 def test_a_short_soak(capsys):
     assert soak("episodes", 10, play(SMALL))
     lines = capsys.readouterr().out.splitlines()

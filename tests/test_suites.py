@@ -16,7 +16,7 @@ from vla_envs.vector import LiberoVectorEnv
 FEW = {
     "LiberoSpatial": (4,),  # a bowl in a drawer
     "LiberoGoal": (0, 7),  # Open, TurnOn
-    "Libero10": (3, 9),  # a drawer to close, a microwave
+    "Libero10": (3,),  # a drawer to close
     "Libero90": (40,),
 }
 ONE = {suite: ids[:1] for suite, ids in FEW.items()}
