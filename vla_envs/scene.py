@@ -176,11 +176,15 @@ class Scene:
         moves.update({name: [0.0, 0.0] for name in moves})
         return place(PLACEMENT_TRIES)
 
+    def pose(self, data: mujoco.MjData, state: NDArray[np.float64]) -> None:
+        """Write an init state's joint positions, and where its fixtures stand, into ``data``."""
+        data.qpos[:], fixtures = np.split(state, [self.model.nq])
+        data.mocap_pos[:], data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
+
     def _overlapping(self, state: NDArray[np.float64]) -> set[str]:
         """The things on the room's surface that are inside one another, and would be flung apart."""
         data = mujoco.MjData(self.model)
-        data.qpos[:], fixtures = np.split(state, [self.model.nq])
-        data.mocap_pos[:], data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
+        self.pose(data, state)
         mujoco.mj_forward(self.model, data)
         names: dict[int, str] = {}  # of what each body stands on, by the body
         for item in self.placements:
@@ -286,6 +290,16 @@ def _sample_quat(
             -x1 * x0 - y1 * y0 - z1 * z0 + w1 * w0,
         )
     return np.array([x0, y0, z0, w0])
+
+
+def boxes_around(
+    model: mujoco.MjModel, data: mujoco.MjData, geoms: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and greatest corners (n, 3) of boxes around ``geoms``, upright in the world (m)."""
+    turns, bounds = data.geom_xmat[geoms].reshape(-1, 3, 3), model.geom_aabb[geoms]  # in the geom's own frame
+    extent = np.einsum("gij,gj->gi", np.abs(turns), bounds[:, 3:])
+    middle = data.geom_xpos[geoms] + np.einsum("gij,gj->gi", turns, bounds[:, :3])
+    return middle - extent, middle + extent
 
 
 def require_mujoco() -> None:

@@ -58,8 +58,7 @@ class Simulation:
     def restore(self, init_state: NDArray[np.float64]) -> None:
         """Put joints and fixtures as in an init state (``Scene``), at rest, like ``set_init_state``."""
         mujoco.mj_resetData(self.scene.model, self.data)
-        self.data.qpos[:], fixtures = np.split(init_state, [self.scene.model.nq])
-        self.data.mocap_pos[:], self.data.mocap_quat[:] = np.split(fixtures.reshape(-1, 7), [3], axis=1)
+        self.scene.pose(self.data, init_state)
         self.memory.goal_rotation[...] = self.arm.reset_rotation
         self.memory.gripper[:] = 0.0
         self.just_restored = True

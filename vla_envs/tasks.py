@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs import bddl, liberoplus, liberopro, own_objects
+from vla_envs.files import package_folder
 from vla_envs.inputs import in_short, nearest
 from vla_envs.own_objects import OwnObject
 
@@ -87,10 +88,10 @@ def base_suite(suite: str) -> str:
 
 def libero_folder() -> Path:
     """The folder of the installed ``libero.libero`` package."""
-    spec = importlib.util.find_spec("libero")
-    if spec is None or not spec.submodule_search_locations:
+    installed = package_folder("libero")
+    if installed is None:
         raise ModuleNotFoundError("LIBERO is not installed: pip install hf-libero==0.1.4")
-    return Path(next(iter(spec.submodule_search_locations))) / "libero"
+    return installed / "libero"
 
 
 @lru_cache

