@@ -95,6 +95,21 @@ def test_what_perturb_takes():
     assert perturbations.parse("camera:3, light:2") == {"camera": 3, "light": 2}
     assert perturbations.parse({"noise": 5}) == {"noise": 5} and perturbations.parse(None) == {}
     assert perturbations.parse("all:1") == dict.fromkeys(AXES, 1)
+    assert perturbations.parse("any:3") == {"any": 3}
+
+
+def test_any_is_one_axis_at_a_level_up_to_its_own():
+    """Each axis at each of the levels, as often as any other, and as that axis and level draw it."""
+    found = {}
+    for seed in range(720):
+        ((axis, its),) = perturbations.draw({"any": 3}, [seed], subject("a", "b")).items()
+        at = {
+            level: perturbations.draw({axis: level}, [seed], subject("a", "b"))[axis] for level in (1, 2, 3)
+        }
+        level = next(level for level in at if at[level] == its)  # a sentence can be the same at two
+        found[axis, level] = found.get((axis, level), 0) + 1
+    assert set(found) == set(itertools.product(AXES, (1, 2, 3)))
+    assert 10 < min(found.values()) and max(found.values()) < 60  # 30 each, by chance
 
 
 @pytest.mark.parametrize(
@@ -112,6 +127,8 @@ def test_what_perturb_takes():
         ({"light": np.array([1, 2])}, "level array"),
         ("distractor:1", "axis 'distractor'.*did you mean 'distractors'"),
         ("all:1,distractors:2", "distractors twice"),
+        ("any:2,camera:1", "expected 'any' alone"),
+        ("any:6", "any at level '6'"),
         (3, "perturb is 3"),
         ("", "is ''"),
     ],

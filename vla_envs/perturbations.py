@@ -139,15 +139,21 @@ DRAWS: dict[str, Callable[[int, np.random.Generator, Subject], dict[str, Any]]] 
 }  # fmt: skip
 
 
+#: In the place of an axis: one of them for each episode, at a level from 1 to the one that is given.
+ANY = "any"
+
+
 def parse(value: Any) -> dict[str, int]:
     """The level of each axis, from what ``perturb`` takes: ``"camera:3,light:2"``, ``"all:1"`` or a dict.
 
+    ``"any:3"`` stands alone and stays as it is: ``draw`` takes one axis for each episode.
+
     Raises:
-        ValueError: When an axis or a level does not exist.
+        ValueError: When an axis or a level does not exist, or when ``any`` has others beside it.
     """
     if value is None:
         return {}
-    form = "expected 'camera:3,light:2', 'all:1' or a dict of levels"
+    form = "expected 'camera:3,light:2', 'all:1', 'any:3' or a dict of levels"
     if isinstance(value, Mapping):
         pairs = list(value.items())
     elif isinstance(value, str) and value:
@@ -158,8 +164,8 @@ def parse(value: Any) -> dict[str, int]:
         raise ValueError(f"perturb is {in_short(value)}; {form}")
     levels: dict[str, int] = {}
     for axis, level in pairs:
-        if axis not in ("all", *DRAWS):
-            names = ["all", *DRAWS]
+        if axis not in ("all", ANY, *DRAWS):
+            names = ["all", ANY, *DRAWS]
             raise ValueError(
                 f"perturb has the axis {in_short(axis)}; expected some of {names}{nearest(str(axis), names)}"
             )
@@ -170,6 +176,8 @@ def parse(value: Any) -> dict[str, int]:
             if each in levels:
                 raise ValueError(f"perturb has {each} twice; expected each axis once")
             levels[each] = int(number)
+    if ANY in levels and len(levels) > 1:
+        raise ValueError(f"perturb has {list(levels)}; expected 'any' alone, which is one of all axes")
     return levels
 
 
@@ -181,6 +189,9 @@ def draw(levels: dict[str, int], entropy: list[int], subject: Subject) -> Pertur
         entropy: What decides; see ``entropy_of``.
         subject: What is perturbed.
     """
+    if most := levels.get(ANY):
+        rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(3,)))
+        levels = {str(rng.choice(list(DRAWS))): int(rng.integers(1, most + 1))}
     drawn = {}
     for axis, make in DRAWS.items():
         if axis in levels:

@@ -92,9 +92,10 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             ``{"my_mug": "mug.xml"}``. A file that lies beside the BDDL file and is named as the class,
             ``my_mug.xml``, is found without.
         perturb: How far each episode's scene and instruction differ from LIBERO's: ``"camera:3,light:2"``,
-            ``"all:1"`` or a dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``). The seed
-            decides what is drawn, and ``info["perturbation"]`` says it. The tasks of LIBERO-Plus, which are
-            perturbed already, take none.
+            ``"all:1"`` or a dict of levels, 1 to 5, by axis (``vla_envs.perturbations.DRAWS``), or
+            ``"any:3"``, one axis per episode at a level from 1 to 3. The seed decides what is drawn, and
+            ``info["perturbation"]`` says it. The tasks of LIBERO-Plus, which are perturbed already, take
+            none.
         robot_reading: How the arm's pose in LIBERO-Plus's robot tasks is read: ``"written back"`` (the
             default), as its evaluators do, or ``"kept"``, as a reset of its environments gives it
             (``vla_envs.perturbations.READINGS``).
@@ -194,7 +195,8 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             self._categories["level"] = np.array(levels)
         self._crew = Crew(num_threads)
         self.set_reward(reward)
-        further = self._levels.get("distractors", 0)  # objects, which are in the scene and not in the task
+        # Objects that are in the scene and not in the task.
+        further = self._levels.get("distractors", self._levels.get(perturbations.ANY, 0))
         scenes = {
             task: scene_of(
                 distractors.with_distractors(task, further) if further else task, str(assets), quality, cache

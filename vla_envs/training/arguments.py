@@ -64,7 +64,7 @@ class CommonArgs:
     init_state_file: Path | None = None
     """Recorded init states of a task of one's own, for evaluations [50 that training never sees]"""
     perturb: str | None = None
-    """Train in perturbed scenes: camera:3,light:2 or all:1, levels 1 to 5 by axis"""
+    """Train in perturbed scenes: camera:3,light:2, all:1, or any:3 (one axis per episode); levels 1 to 5"""
     eval_perturb: str | None = None
     """Evaluate in perturbed scenes, the same ones every time"""
     assets: str = "builtin"

@@ -82,7 +82,7 @@ def _task_adapters(args: Any) -> dict[str, Path]:
     if len(set(texts)) < len(texts):
         raise ValueError(f"two of the tasks {args.task_ids} have the same instruction: adapters go by it")
     axes = {part.partition(":")[0].strip() for part in f"{args.perturb},{args.eval_perturb}".split(",")}
-    if axes & {"all", "instruction"}:
+    if axes & {"all", "any", "instruction"}:
         raise ValueError(
             "shared_adapter goes by the tasks' own sentences; expected --perturb and --eval-perturb without"
             " the axis instruction"
