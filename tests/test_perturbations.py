@@ -99,17 +99,15 @@ def test_what_perturb_takes():
 
 
 def test_any_is_one_axis_at_a_level_up_to_its_own():
-    """Each axis at each of the levels, as often as any other, and as that axis and level draw it."""
-    found = {}
-    for seed in range(720):
+    """Each of them about as often as any other, and as that axis and level draw it."""
+    counts, sizes = dict.fromkeys(AXES, 0), dict.fromkeys((0.1, 0.2, 0.3), 0)
+    for seed in range(800):
         ((axis, its),) = perturbations.draw({"any": 3}, [seed], subject("a", "b")).items()
-        at = {
-            level: perturbations.draw({axis: level}, [seed], subject("a", "b"))[axis] for level in (1, 2, 3)
-        }
-        level = next(level for level in at if at[level] == its)  # a sentence can be the same at two
-        found[axis, level] = found.get((axis, level), 0) + 1
-    assert set(found) == set(itertools.product(AXES, (1, 2, 3)))
-    assert 10 < min(found.values()) and max(found.values()) < 60  # 30 each, by chance
+        assert its in [perturbations.draw({axis: k}, [seed], subject("a", "b"))[axis] for k in (1, 2, 3)]
+        counts[axis] += 1
+        if axis == "robot":
+            sizes[round(float(np.linalg.norm(its["joints"])), 6)] += 1
+    assert min(counts.values()) > 70 and min(sizes.values()) > 15
 
 
 @pytest.mark.parametrize(
