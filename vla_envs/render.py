@@ -6,6 +6,7 @@ left open at the end of the process.
 """
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
@@ -13,8 +14,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import mujoco
@@ -108,7 +108,7 @@ class _Context:
         if backend == "glfw":
             self._module.glfw.init()  # without it GLFW does not know what is current
         api = self._module.EGL.eglQueryAPI() if backend == "egl" else None
-        restore = self._remember()  # after a context is made, none is current
+        held = self.held()  # after a context is made, none is current
         try:
             with _environment(LP_NUM_THREADS="0"):  # Mesa draws on the calling thread
                 if backend == "egl":
@@ -117,7 +117,7 @@ class _Context:
         finally:
             if api is not None:
                 self._module.EGL.eglBindAPI(api)
-            restore()
+            self.hold(held)
         with self.current():
             from OpenGL import GL
 
@@ -139,31 +139,36 @@ class _Context:
             raise RuntimeError(f"none of EGL's {len(_egl_devices())} devices can be used")
         return display
 
-    def _remember(self) -> Callable[[], object]:
-        """A function that makes the present context current again; none, if its owner has destroyed it."""
+    def held(self) -> Any:
+        """What is current in this thread, in this backend's words; None for none."""
         module = self._module
         if self._backend == "glfw":
-            return partial(module.glfw.make_context_current, module.glfw.get_current_context())
+            return module.glfw.get_current_context()
         if self._backend == "osmesa":
             osmesa = module.osmesa
             context = osmesa.OSMesaGetCurrentContext()
             if not context:
-                return partial(osmesa.OSMesaMakeCurrent, None, None, module.GL.GL_FLOAT, 0, 0)
+                return None
             width, height, _, pixels = osmesa.OSMesaGetColorBuffer(context)
-            kind = osmesa.OSMesaGetIntegerv(osmesa.OSMESA_TYPE)
-            return partial(osmesa.OSMesaMakeCurrent, context, pixels, kind, width, height)
+            return context, pixels, osmesa.OSMesaGetIntegerv(osmesa.OSMESA_TYPE), width, height
         if self._backend == "cgl":
-            return lambda: None
+            return None
         egl = module.EGL
         context = egl.eglGetCurrentContext()
-        held = context and (
-            egl.eglGetCurrentDisplay(),
-            egl.eglGetCurrentSurface(egl.EGL_DRAW),
-            egl.eglGetCurrentSurface(egl.EGL_READ),
-            context,
-        )
+        if not context:
+            return None
+        surfaces = egl.eglGetCurrentSurface(egl.EGL_DRAW), egl.eglGetCurrentSurface(egl.EGL_READ)
+        return egl.eglGetCurrentDisplay(), *surfaces, context
 
-        def restore() -> None:
+    def hold(self, held: Any) -> None:
+        """Make what was ``held`` current in this thread; none, if its owner has destroyed it meanwhile."""
+        module = self._module
+        if self._backend == "glfw":
+            module.glfw.make_context_current(held)
+        elif self._backend == "osmesa":
+            module.osmesa.OSMesaMakeCurrent(*(held or (None, None, module.GL.GL_FLOAT, 0, 0)))
+        elif self._backend == "egl":
+            egl = module.EGL
             with contextlib.suppress(module.error.GLError):
                 if held and egl.eglMakeCurrent(*held):
                     return
@@ -171,13 +176,13 @@ class _Context:
                 none = egl.EGL_NO_SURFACE, egl.EGL_NO_SURFACE, egl.EGL_NO_CONTEXT
                 egl.eglMakeCurrent(module.EGL_DISPLAY, *none)
 
-        return restore
-
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make this context current in this thread until the end of the block, then the previous one."""
-        back = self._remember()
+        held, outer = self.held(), _here.context
         with contextlib.ExitStack() as stack:
+            stack.callback(setattr, _here, "context", outer)
+            _here.context = self
             try:
                 self.gl.make_current()
             except Exception:
@@ -189,7 +194,7 @@ class _Context:
                 glfw.make_context_current(None)
                 stack.callback(glfw.make_context_current, window)
                 self.gl.make_current()
-            stack.callback(back)
+            stack.callback(self.hold, held)
             yield
 
     def drop(self, buffers: mujoco.MjrContext) -> None:
@@ -207,6 +212,31 @@ class _Context:
         while self._dropped:
             self._dropped.pop().free()
 
+
+class _Here(threading.local):
+    """The context of ours that a thread uses, and what was current when it began to collect garbage."""
+
+    context: _Context | None = None
+    held: Any = None
+
+
+_here = _Here()
+
+
+def _step_aside(phase: str, _: dict[str, int]) -> None:
+    """Make no context current while Python collects garbage in a thread that uses one of ours.
+
+    robosuite and others free buffers when their objects are collected, in whichever context is current. In
+    ours, the same numbers are our buffers, and no later image would be right. The contexts of MuJoCo and
+    robosuite leave none current when they are collected, and this image would not be drawn.
+    """
+    if _here.context is not None:
+        if phase == "start":
+            _here.held = _here.context.held()
+        _here.context.hold(None if phase == "start" else _here.held)
+
+
+gc.callbacks.append(_step_aside)
 
 Burners: TypeAlias = Sequence[tuple[int, int, float]]
 _model_lock = threading.Lock()  # threads share models; held while drawing changes one
