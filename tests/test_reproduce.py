@@ -15,6 +15,9 @@ pd = pytest.importorskip("pandas", reason="needs the dev extra's pandas")
 import methods  # noqa: E402
 import reproduce  # noqa: E402
 import results_page  # noqa: E402
+import robust_training  # noqa: E402
+
+from vla_envs import perturbations  # noqa: E402
 
 
 def line(method, task_id, seed, after, before=10):
@@ -215,6 +218,26 @@ def test_the_page_is_that_of_the_published_runs(tmp_path, monkeypatch):
     assert text == (ROOT / "docs" / "results.md").read_text()
     links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert links and all((ROOT / "docs" / link).is_file() for link in links)
+
+
+def test_the_page_on_robust_training(tmp_path, monkeypatch):
+    """Pooled successes, and differences over pairs; the committed page is that of the committed rows."""
+    won = {robust_training.START: 1, robust_training.PLAIN: 2, robust_training.PERTURBED: 4}
+    rows = [
+        (policy, 4, seed, axis, level, won[policy] + (seed == 2), 5, "abc")
+        for policy in won for seed in (1, 2)
+        for axis, level in (("plain", 0), *((axis, k) for axis in perturbations.DRAWS for k in range(1, 6)))
+    ]  # fmt: skip
+    results = pd.DataFrame(rows, columns=robust_training.ROWS)
+    (line,) = (line for line in robust_training.summary(results).splitlines() if "| camera |" in line)
+    cells = [cell.strip() for cell in line[1:-1].split("|")]
+    assert cells[1].startswith("30 (") and cells[3].startswith("90 (") and cells[4] == "+40 (+40 to +40)"
+    for name in ("PAGE", "FIGURE"):
+        monkeypatch.setattr(robust_training, name, tmp_path / getattr(robust_training, name).name)
+    robust_training.main(robust_training.Args(run=False))
+    text = (tmp_path / "robust-training.md").read_text()
+    assert text == (ROOT / "docs" / "robust-training.md").read_text()
+    assert (ROOT / "docs" / "results" / "robust_training.png").is_file()
 
 
 def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
