@@ -401,7 +401,7 @@ def test_a_script_says_in_one_line_that_it_has_died(execute, start, tmp_path, ca
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.longer
+@pytest.mark.slow
 def test_robustness_plays_it_and_goes_on_after_its_death(start, tmp_path):
     args = robustness.Args(
         task_ids=(4,), axes=("camera",), levels=(1,), episodes=1, max_episode_steps=12, num_threads=1,
