@@ -47,7 +47,7 @@ class Args:
     """Evaluate checkpoints on every axis and level of perturbed scenes."""
 
     policy: str = "nano"
-    """nano, flow, openvla, openvla-oft or path/to/file.py:function"""
+    """nano, flow, openvla, openvla-oft, path/to/file.py:function or ws://host:port"""
     checkpoints: tuple[Path, ...] = ()
     """Checkpoints, side by side [the shipped one]"""
     suite: str = "LiberoObject"
@@ -355,7 +355,7 @@ def main(args: Args) -> str:
     names = list(map(str, args.checkpoints)) or [shipped]
     cells = cells_of(args)
     results = read_results(args, cells)
-    for each in args.checkpoints:  # a mistake shows now, and not when its turn comes
+    for each in args.checkpoints or (None,):  # a mistake shows now, and not when its turn comes
         load_policy(args.policy, each, "meta", suite=args.suite)
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "scenes.png").is_file():

@@ -30,6 +30,8 @@ from vla_envs.policies.nano import NanoConfig, NanoPolicy
 from vla_envs.policies.protocol import Policy as Policy
 from vla_envs.policies.protocol import is_own as is_own
 from vla_envs.policies.protocol import make_own
+from vla_envs.policies.server import ServerPolicy
+from vla_envs.policies.server import is_server as is_server
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
@@ -55,8 +57,8 @@ SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object", "flow": CHECKPOINTS / "fl
 def _validate_name(name: str) -> None:
     if name not in POLICIES and not is_own(name):
         raise ValueError(
-            f"policy {name!r} is unknown; expected one of {list(POLICIES)} or 'path/to/file.py:function'"
-            f"{nearest(name, list(POLICIES))}"
+            f"policy {name!r} is unknown; expected one of {list(POLICIES)}, 'path/to/file.py:function' or, to"
+            f" evaluate, 'ws://host:port'{nearest(name, list(POLICIES))}"
         )
 
 
@@ -91,7 +93,7 @@ def load_policy(
     """A policy with the weights of ``checkpoint``, or those shipped.
 
     Args:
-        name: One of ``POLICIES``, or ``path/to/file.py:function``.
+        name: One of ``POLICIES``, ``path/to/file.py:function``, or ``ws://host:port``: a policy server.
         checkpoint: Folder with ``config.json`` and ``model.safetensors``; ``openvla``: a folder in the
             published format, or a repository of the Hugging Face hub; or the state of a run that goes on,
             ``RUN/checkpoints/latest``.
@@ -102,7 +104,10 @@ def load_policy(
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
+        OSError: When a policy server does not answer.
     """
+    if is_server(name):
+        return _connect(name, checkpoint, device)
     _validate_name(name)
     if is_training_state(checkpoint):
         return _load_state(name, Path(str(checkpoint)), device, suite)
@@ -211,6 +216,18 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
         note_tasks(policy, args["suite"], args["task_ids"])
     if device != "meta":
         _check_finite(policy, folder)
+    return policy
+
+
+def _connect(name: str, checkpoint: str | Path | None, device: str) -> ServerPolicy:
+    if checkpoint is not None:
+        raise ValueError(
+            f"checkpoint is {str(checkpoint)!r} with policy {name!r}; expected none: a server plays what it"
+            " was started with"
+        )
+    policy = ServerPolicy(name)
+    if device == "meta":
+        policy.close()
     return policy
 
 

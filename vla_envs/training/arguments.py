@@ -12,7 +12,7 @@ from vla_envs import distributed
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args, read_dataclass
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import SHIPPED, is_own, load_policy
+from vla_envs.policies import SHIPPED, is_own, is_server, load_policy
 from vla_envs.tasks import SUITES, get_task, num_init_states, suite_or_file, with_init_states
 from vla_envs.training.evaluation import PROTOCOLS
 
@@ -82,7 +82,7 @@ class CommonArgs:
 
     # ---- Policy ----
     policy: str = "nano"
-    """nano, flow, openvla, openvla-oft or path/to/file.py:function"""
+    """nano, flow, openvla, openvla-oft, path/to/file.py:function; to evaluate, also ws://host:port"""
     checkpoint: Path | None = None
     """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
     train: str = "all"
@@ -220,6 +220,27 @@ def _check_together(args: Any) -> None:
             )
 
 
+def _check_server(args: Any) -> None:
+    """Refuse what a policy server cannot do.
+
+    Raises:
+        ValueError: Says what was expected.
+    """
+    if not is_server(args.policy):
+        return
+    if not args.evaluate:
+        raise ValueError(
+            f"policy {args.policy!r} is a server, which can be evaluated and not trained; expected --evaluate"
+        )
+    if args.eval_temperature:
+        raise ValueError(
+            f"eval_temperature is {args.eval_temperature} with policy {args.policy!r}; expected none, as a"
+            " server has one way of playing, its own"
+        )
+    if args.train != "all":
+        raise ValueError(f"train is {args.train} with policy {args.policy!r}; expected none: it is a server")
+
+
 def _fill_in_length(args: ArgsT) -> ArgsT:
     """``args`` with groups for every task, and control steps unless the number of iterations is given."""
     given: Any = args
@@ -248,9 +269,12 @@ def complete(args: ArgsT) -> ArgsT:
         tasks = {with_init_states(task, given.init_state_file) for task in tasks}
     init_states = min(map(num_init_states, tasks))
     _check_together(given)
+    _check_server(given)
     check_numbers(args, "eval_temperature", above=False)
     protocol = PROTOCOLS[given.protocol] if given.protocol else None
     temperature = protocol.temperature if protocol else None
+    if is_server(given.policy):
+        temperature = 0.0  # a server has one way of playing, its own
     defaults: dict[str, Any] = {
         "eval_episodes": min(protocol.episodes, init_states) if protocol else init_states,
         "eval_temperature": given.temperature if temperature is None else temperature,
@@ -272,7 +296,7 @@ def complete(args: ArgsT) -> ArgsT:
         load_policy(given.policy, given.compare, "meta", suite=given.suite)
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
     train = given.train
-    if given.evaluate and train == "all" and not is_own(given.policy):
+    if given.evaluate and train == "all" and not (is_own(given.policy) or is_server(given.policy)):
         train = "head"  # what is trained is float32
     if not (given.evaluate or given.merge or train == "lora"):
         raise ValueError(f"--no-merge saves nothing but the adapter; expected --train lora, got {train}")

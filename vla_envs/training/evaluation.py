@@ -58,7 +58,9 @@ def settings(protocol: str | None, suite: str, policy: Any = None) -> dict[str, 
 
     Without one, and where ``policy`` processes images itself, they have the size that ``policy`` takes.
     """
-    wanted = {} if policy is None else {"image_size": policy.image_size}
+    wanted: dict[str, Any] = {} if policy is None else {"image_size": policy.image_size}
+    if getattr(policy, "wrist_camera", False):
+        wanted["wrist_camera"] = True
     if protocol is None:
         return wanted
     chosen = PROTOCOLS[protocol]
