@@ -207,6 +207,9 @@ def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int, int]]:
     elif args.questions and not args.methods:
         names = ("TGRPO", *(x for x in ASKED if x != PAPERS or args.suite == "LiberoObject"))
     made = set(with_twins(known)[WHICH].itertuples(index=False, name=None))
+    # On some tasks the paper's alphas are the default.
+    defaults = [k for k, its in enumerate(PAPER_ALPHAS) if its == (0.3, 0.7)]
+    made |= {(PAPERS, k, seed) for k in defaults for seed in args.seeds}
     return [each for seed in args.seeds for task_id in task_ids for method in names
             if (each := (method, task_id, seed)) not in made and TWINS.get(method) not in names]  # fmt: skip
 
