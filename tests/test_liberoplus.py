@@ -30,7 +30,7 @@ from vla_envs import bddl, liberoplus, noise
 from vla_envs.assets.builtin import write_builtin
 from vla_envs.build_scene import PLUS_ROTATION
 from vla_envs.looks import _moved_camera
-from vla_envs.scene import load_scene
+from vla_envs.scene import load_scene, scene_of
 from vla_envs.tasks import get_task, libero_folder, num_init_states, num_tasks, recorded_init_states
 from vla_envs.training import evaluation
 
@@ -298,6 +298,21 @@ def test_a_layout_starts_from_its_recorded_state(small, make_vec):
     assert info["category"] == ["layout"] and info["perturbation"][0] == {}
     with pytest.raises(ValueError, match="init_state_id 1 does not exist; expected 0 to 0"):
         envs.reset(options={"init_state_id": 1})
+
+
+@pytest.mark.slow
+def test_a_moved_layout_in_liberos_scene_is_as_one_built_alone(small):
+    """But for the sites of its regions, which nothing reads."""
+    task = get_task("LiberoPlusObject", 2)
+    shared, own = scene_of(task), scene_of(replace(task, base=None), cache=False)
+    assert shared.placements == own.placements and shared.joint_ranges == own.joint_ranges
+    assert shared.placements != load_scene("LiberoObject", 4).placements
+    assert same(shared.recorded, own.recorded) and same(shared.goal._asdict(), own.goal._asdict())
+    arrays = {name for name in dir(own.model) if isinstance(getattr(own.model, name), np.ndarray)}
+    differ = {each for each in arrays if not same(getattr(shared.model, each), getattr(own.model, each))}
+    assert differ == {"site_pos", "site_size"}
+    states = [scene.sample_init_state(np.random.default_rng(0)) for scene in (shared, own)]
+    assert same(*states)
 
 
 @pytest.mark.parametrize(
@@ -621,6 +636,26 @@ def test_every_category_is_played(make_vec, suite):
     envs.reset(seed=0)
     info = envs.step(random_actions(len(first)))[4]
     assert len(first) == 5 and not info["diverged"].any() and (info["level"] > 0).all()
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_background_of_liberos_textures(real_assets, make_vec):
+    """62 combine those that LIBERO has: another floor or wall, and LIBERO's task's physics."""
+    listed = liberoplus.list_tasks("LiberoPlusObject", real_assets)
+    found = [each for each in listed if each.playable and each.category == "background"]
+    assert len(found) == 62
+    task_id, base, *_ = found[0]
+    given = {"assets": real_assets, "quality": "fast", "image_size": 64}
+    plus = make_vec(1, suite="LiberoPlusObject", task_id=task_id, **given)
+    plain = make_vec(
+        1, task_id=next(k for k in range(10) if get_task("LiberoObject", k).name == base), **given
+    )
+    obs, expected = (envs.reset(options={"init_state_id": 0})[0] for envs in (plus, plain))
+    assert np.abs(obs["image"].astype(float) - expected["image"]).mean() > 5
+    for _ in range(5):
+        actions = random_actions(1)
+        assert same(plus.step(actions)[0]["state"], plain.step(actions)[0]["state"])
 
 
 def parsing():
