@@ -33,6 +33,46 @@ def test_what_a_file_asks_for():
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("Put the butter on", "Bring the butter to", True), ("-0.1 -0.2", "-0.2 -0.3", True),
+        ("On butter kitchen_table_left", "On butter kitchen_table_back", True), ("pi/4", "pi/2", False),
+        ("On butter kitchen_table_left", "On butter kitchen_table_middle", False),  # which is turned
+        ("On mug cabinet_top_side", "On mug dish", False), ("(Open cabinet_bottom_region)", "", False),
+        ("(And (On butter dish))", "(And (On mug dish))", False), ("- plate", "- basket", False),
+    ],
+)  # fmt: skip
+def test_problems_that_differ_in_places(old, new, same):
+    assert old in KITCHEN
+    assert bddl.differ_in_places(bddl.parse(KITCHEN), bddl.parse(KITCHEN.replace(old, new))) == same
+
+
+def test_a_region_of_the_goal_is_no_mere_place():
+    texts = [
+        KITCHEN.replace("(And (On butter dish))", f"(And (On butter kitchen_table_{region}))")
+        .replace("-0.26 0.24 -0.24 0.26", box)
+        for region in ("back", "left") for box in ("-0.26 0.24 -0.24 0.26", "-0.25 0.25 -0.24 0.26")
+    ]  # fmt: skip
+    back, back_moved, left, left_moved = map(bddl.parse, texts)
+    assert bddl.differ_in_places(left, left_moved) and not bddl.differ_in_places(back, back_moved)
+
+
+def test_regions_beyond_the_edge_are_taken_where_that_is_asked_for():
+    text = KITCHEN.replace("-0.1 -0.2 -0.05 -0.15", "-0.6 -0.2 -0.55 -0.15")
+    with pytest.raises(ValueError, match="reaches beyond kitchen_table"):
+        bddl.parse(text)
+    assert bddl.parse(text, beyond=True).places()["butter"].ranges == ((-0.6, -0.2, -0.55, -0.15),)
+
+
+def test_classes_are_read_out_of_files_with_other_mistakes():
+    text = KITCHEN.replace("- plate", "- Gold_plate ; (of - gold)\n").replace("(:goal (And", "(:goal (Nor")
+    assert bddl.classes(text) == [
+        "kitchen_table", "white_cabinet", "butter", "gold_plate", "white_yellow_mug",
+    ]  # fmt: skip
+    assert bddl.new_classes(text) == ["gold_plate"]
+
+
+@pytest.mark.parametrize(
     ("text", "number"),
     [("1", 1), ("-2.5", -2.5), (".5", 0.5), ("1e-2", 0.01), ("pi", 3.14159265), ("-pi/2", -1.57079633),
      ("2*pi", 6.28318531), ("+pi*0.5", 1.57079633)],

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,10 @@ from playing import random_actions, same
 from scipy.spatial.transform import Rotation
 
 from vla_envs import bddl, liberoplus, noise
+from vla_envs.assets.builtin import write_builtin
+from vla_envs.build_scene import PLUS_ROTATION
 from vla_envs.looks import _moved_camera
+from vla_envs.scene import load_scene, scene_of
 from vla_envs.tasks import get_task, libero_folder, num_init_states, num_tasks, recorded_init_states
 from vla_envs.training import evaluation
 
@@ -88,7 +92,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A package of LIBERO-Plus's form with six tasks of LIBERO-Object, on the path."""
+    """A package of LIBERO-Plus's form with seven tasks of LIBERO-Object, on the path."""
     folder = tmp_path / "liberoplus" / "liberoplus"
     endings = [
         "_view_0_0_100_0_0_initstate_150", "_view_30_0_100_0_0_initstate_0", "_level2_sample1", "_light_1",
@@ -100,7 +104,16 @@ def small(tmp_path, monkeypatch):
     (folder / "benchmark" / "libero_suite_task_map.py").write_text(f"libero_task_map = {names}\n")
     (folder / "envs" / "problems").mkdir(parents=True)
     (folder / "envs" / "problems" / "libero_floor_manipulation.py").write_text(
-        'class Libero_Floor_Manipulation_dim_1(Base):\n    x = {"scene_xml": "scenes/dim_1.xml"}\n'
+        "class Libero_Floor_Manipulation_dim_1(Base):\n"
+        '    x = {"scene_xml": "scenes/lights/dim_1.xml", "floor_style": "grass", "wall_style": "white"}\n'
+    )
+    (folder / "envs" / "arenas").mkdir()
+    (folder / "envs" / "arenas" / "style.py").write_text(
+        'FLOOR_STYLE = {"grass": "grass_6K.png"}\nWALL_STYLE = {"white": "light-gray-plaster.png"}\n'
+    )
+    (folder / "envs" / "objects").mkdir()
+    (folder / "envs" / "objects" / "custom_objects.py").write_text(
+        'class CanOfSoda_1(Base):\n    x = f"assets/new_objects/can/can.xml"\n'
     )
     files = folder / "bddl_files" / "libero_object"
     files.mkdir(parents=True)
@@ -108,16 +121,28 @@ def small(tmp_path, monkeypatch):
     (files / f"{BASE}_language_1.bddl").write_text(
         re.sub(r"\(:language [^)]*\)", "(:language Put Ketchup away)", text)
     )
-    (files / f"{BASE}_level2_sample1.bddl").write_text(text)
+    moved = text.replace("(-0.145 -0.265 -0.095 -0.215)", "(-0.1 -0.3 -0.08 -0.2)")
+    (files / f"{BASE}_level2_sample1.bddl").write_text(moved)
     (files / f"{BASE}_light_1.bddl").write_text(
         re.sub(r"\(problem \w+\)", "(problem Libero_Floor_Manipulation_dim_1)", text)
     )
-    (files / f"{BASE}_add_1.bddl").write_text(text.replace("(:objects", "(:objects\n    can_1 - can_of_soda"))
+    for section, line in (
+        ("(:objects", "can_1 - can_of_soda__1"), ("(:init", "(On can_1 floor_can_region)"),
+        ("(:regions", "(can_region (:target floor) (:ranges ((0.25 0.1 0.26 0.11))))"),
+    ):  # fmt: skip
+        text = text.replace(section, f"{section}\n    {line}")
+    (files / f"{BASE}_add_1.bddl").write_text(text)
     states = folder / "init_files" / "libero_newobj" / "libero_object"
     states.mkdir(parents=True)
-    state = torch.from_numpy(recorded_init_states(get_task("LiberoObject", 4))[7])
-    torch.save(state, states / f"{BASE}_level2_sample1.pruned_init")
-    caches = (liberoplus.task_names, liberoplus.variant, liberoplus._published, liberoplus._drawn_with)
+    state = recorded_init_states(get_task("LiberoObject", 4))[7]
+    torch.save(torch.from_numpy(state), states / f"{BASE}_level2_sample1.pruned_init")
+    standing = [0.25, 0.1, 0.05, 1, 0, 0, 0]  # of the can, which comes first of the objects
+    state = np.concatenate([state[:10], standing, state[10:], np.zeros(6)])
+    torch.save(torch.from_numpy(state), states / f"{BASE}_add_1.pruned_init")
+    caches = (
+        liberoplus.task_names, liberoplus.variant, liberoplus._published, liberoplus._rooms,
+        liberoplus._objects,
+    )  # fmt: skip
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for cache in caches:
         cache.cache_clear()
@@ -135,13 +160,86 @@ def test_tasks_of_a_small_package(small):
     assert [each.playable for each in listed] == [True, True, True, False, True, True, False]
     base = get_task("LiberoObject", 4)
     tasks = {k: get_task("LiberoPlusObject", k) for k in (0, 1, 2, 4, 5)}
-    assert all(tasks[k].base == base for k in (0, 1, 4, 5)) and tasks[2].base is None
+    assert all(task.base == base for task in tasks.values())
     assert {k: num_init_states(task) for k, task in tasks.items()} == {0: 50, 1: 50, 2: 1, 4: 50, 5: 50}
     assert tasks[4].instruction == "put ketchup away" and tasks[2].instruction == base.instruction
     assert num_tasks("LiberoPlusObject") == 7 and tasks[1].label == "LiberoPlusObject_1"
-    for k, words in ((3, "the scene scenes/dim_1.xml"), (6, "the object class can_of_soda")):
-        with pytest.raises(ValueError, match=f"task_id {k} of LiberoPlusObject needs {words}"):
-            get_task("LiberoPlusObject", k)
+
+
+@pytest.fixture
+def plus_assets(small, tmp_path):
+    """A folder like LIBERO-Plus's assets, which we do not have: built-in files, and three of ours.
+
+    A scene whose light is another, a green floor, and an object in the layout that LIBERO-Plus's reader and
+    not robosuite's takes, with the body "object" outermost.
+    """
+    folder = tmp_path / "assets"
+    write_builtin(folder)
+    scene = ET.parse(folder / "scenes" / "libero_floor_base_style.xml")
+    for light in scene.iter("light"):
+        light.set("diffuse", "0.11 0.22 0.33")
+    for texture in scene.iterfind("asset/texture[@file]"):
+        texture.set("file", f"../{texture.get('file')}")
+    (folder / "scenes" / "lights").mkdir()
+    scene.write(folder / "scenes" / "lights" / "dim_1.xml")
+    Image.new("RGB", (64, 64), (10, 200, 30)).save(folder / "textures" / "grass_6K.png")
+    (folder / "new_objects" / "can").mkdir(parents=True)
+    (folder / "new_objects" / "can" / "can.xml").write_text(
+        '<mujoco><worldbody><body name="object">'
+        '<geom type="cylinder" size="0.03 0.05" group="0" rgba="1 0 0 1"/>'
+        '<site name="bottom_site" pos="0 0 -0.05"/><site name="top_site" pos="0 0 0.05"/>'
+        '<site name="horizontal_radius_site" pos="0.03 0 0"/></body></worldbody></mujoco>'
+    )
+    return folder
+
+
+FILES = {3: "scenes/lights/dim_1.xml", 6: "new_objects/can/can.xml"}
+
+
+def test_what_assets_lack_is_one_line(plus_assets):
+    playable = [each.playable for each in liberoplus.list_tasks("LiberoPlusObject", plus_assets)]
+    assert playable == [True] * 7
+    for k, file in FILES.items():
+        needs = f"task_id {k} of LiberoPlusObject needs {file} of LIBERO-Plus's assets, which"
+        with pytest.raises(ValueError, match=f"{needs} the built-in assets lack; expected assets='libero'"):
+            load_scene("LiberoPlusObject", k)
+        (plus_assets / file).unlink()
+        with pytest.raises(ValueError, match=f"{needs} {plus_assets} lacks") as error:
+            load_scene("LiberoPlusObject", k, plus_assets)
+        assert "\n" not in str(error.value)
+    (plus_assets / "textures" / "grass_6K.png").unlink()
+    assert get_task("LiberoPlusObject", 3).variant.missing(str(plus_assets)) == FILES[3]
+    playable = [each.playable for each in liberoplus.list_tasks("LiberoPlusObject", plus_assets)]
+    assert playable == [True, True, True, False, True, True, False]
+
+
+def test_a_room_is_drawn_with_files_of_the_assets(plus_assets, make_vec):
+    envs = make_vec(2, suite="LiberoPlusObject", task_id=3, assets=plus_assets, cache=False)
+    model = envs.unwrapped.simulations[0].scene.model
+    assert np.allclose(model.light_diffuse, [0.11, 0.22, 0.33])
+    floor = model.tex("texplane")
+    start = floor.adr[0]
+    assert model.tex_data[start : start + 3].tolist() == [10, 200, 30]
+    info = envs.reset(seed=[0, 1])[1]
+    assert info["category"].tolist() == ["light"] * 2 and info["level"].tolist() == [0, 0]
+    assert info["instruction"].tolist() == [get_task("LiberoObject", 4).instruction] * 2
+    envs.reset(options={"init_state_id": [0, 49]})
+    assert not envs.step(random_actions(2))[4]["diverged"].any()
+
+
+def test_a_new_object_is_an_mjcf_file_of_the_assets(plus_assets, make_vec):
+    envs = make_vec(2, suite="LiberoPlusObject", task_id=6, assets=plus_assets, cache=False, settle_steps=0)
+    scene = envs.unwrapped.simulations[0].scene
+    (can,) = (item for item in scene.placements if item.name == "can_1")
+    assert (can.radius, can.bottom, can.top) == (0.03, -0.05, 0.05)
+    assert can.x_ranges == [[0.25, 0.26]] and can.y_ranges == [[0.1, 0.11]]
+    assert [axis for axis, *_ in can.rotation] == ["x", "y", "z"]
+    info = envs.reset(options={"init_state_id": 0})[1]
+    recorded = recorded_init_states(get_task("LiberoPlusObject", 6))[0]
+    assert np.array_equal(envs.unwrapped.qpos, [recorded[1 : 1 + scene.model.nq]] * 2)
+    assert info["category"].tolist() == ["layout"] * 2 and not info["success"].any()
+    envs.reset(seed=[0, 1])
+    assert not envs.step(random_actions(2))[4]["diverged"].any()
 
 
 def test_step_limits_are_those_of_liberos_suite():
@@ -195,10 +293,26 @@ def test_a_layout_starts_from_its_recorded_state(small, make_vec):
     envs = make_vec(1, suite="LiberoPlusObject", task_id=2, settle_steps=0)
     info = envs.reset(options={"init_state_id": 0})[1]
     recorded = recorded_init_states(get_task("LiberoObject", 4))[7]
+    assert envs.unwrapped.simulations[0].scene.model is load_scene("LiberoObject", 4).model
     assert np.allclose(envs.unwrapped.qpos[0], recorded[1 : 1 + envs.unwrapped.qpos.shape[1]])
     assert info["category"] == ["layout"] and info["perturbation"][0] == {}
     with pytest.raises(ValueError, match="init_state_id 1 does not exist; expected 0 to 0"):
         envs.reset(options={"init_state_id": 1})
+
+
+@pytest.mark.slow
+def test_a_moved_layout_in_liberos_scene_is_as_one_built_alone(small):
+    """But for the sites of its regions, which nothing reads."""
+    task = get_task("LiberoPlusObject", 2)
+    shared, own = scene_of(task), scene_of(replace(task, base=None), cache=False)
+    assert shared.placements == own.placements and shared.joint_ranges == own.joint_ranges
+    assert shared.placements != load_scene("LiberoObject", 4).placements
+    assert same(shared.recorded, own.recorded) and same(shared.goal._asdict(), own.goal._asdict())
+    arrays = {name for name in dir(own.model) if isinstance(getattr(own.model, name), np.ndarray)}
+    differ = {each for each in arrays if not same(getattr(shared.model, each), getattr(own.model, each))}
+    assert differ and all(each.startswith("site_") for each in differ)
+    states = [scene.sample_init_state(np.random.default_rng(0)) for scene in (shared, own)]
+    assert same(*states)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +483,7 @@ def test_sentences_are_the_packages(stride):
         if variant.category == "instruction":
             assert sentence == variant.perturbation["instruction"]["sentence"]
             assert sentence == get_task(suite, k).instruction
-        elif not variant.missing:
+        else:
             ours = get_task(suite, k).instruction
             assert sentence == f"{ours}{name[len(variant.base) :].replace('_', ' ')}"
 
@@ -387,9 +501,7 @@ def test_init_states_are_the_packages(stride):
         theirs("benchmark", "__init__.py"), {"get_task_init_states"}, os=os, re=re, torch=torch,
         get_libero_path=lambda _: str(theirs("init_files")),
     )  # fmt: skip
-    for suite, k, variant in every(stride, *liberoplus.CATEGORIES):
-        if variant.missing:
-            continue
+    for suite, k, _ in every(stride, *liberoplus.CATEGORIES):
         name, folder = liberoplus.task_names(suite)[k], liberoplus.SUITES[suite][1]
         task = SimpleNamespace(init_states_file=f"{name}.pruned_init", problem_folder=folder)
         states = scope["get_task_init_states"](SimpleNamespace(tasks=[task]), 0)
@@ -399,19 +511,17 @@ def test_init_states_are_the_packages(stride):
 @needs_package
 @sampled
 def test_regions_are_the_packages(stride):
-    """Of moved layouts: where things are placed and turned, and the goal; with other sentences, LIBERO's."""
+    """Of layouts: where things are placed and turned, and the goal; with other sentences, LIBERO's."""
     parse = cut(
         theirs("envs", "bddl_utils.py"),
         {"_core_robosuite_parse_problem", "get_regions", "get_scenes", "get_problem_info"},
         np=np, **parsing(),
     )["_core_robosuite_parse_problem"]  # fmt: skip
     for suite, k, variant in every(stride, "layout", "instruction"):
-        if variant.missing:
-            continue
         file = liberoplus.bddl_file(suite, variant.file)
         with contextlib.redirect_stdout(io.StringIO()):
             expected = parse(str(file))
-        problem = bddl.read(file)
+        problem = get_task(suite, k).problem or bddl.read(file)
         regions = {region.name: region for region in problem.regions}
         for name, its in expected["regions"].items():
             if name in regions:
@@ -425,6 +535,65 @@ def test_regions_are_the_packages(stride):
         if variant.category == "instruction":
             liberos = bddl.read(get_task(suite, k).base.bddl_file)
             assert replace(problem, language="") == replace(liberos, language="")
+
+
+@needs_package
+@sampled
+def test_rooms_are_the_packages(stride):
+    """What its problem classes give to LIBERO's, and its files of styles; all else of a file is LIBERO's."""
+    style = cut(theirs("envs", "arenas", "style.py"), {"get_texture_filename"})
+    exec(theirs("envs", "arenas", "style.py").read_text("utf-8"), style)
+    problems = {}
+    for path in theirs("envs", "problems").glob("libero_*.py"):
+        problems |= {node.name.lower(): node for node in source(path).body if isinstance(node, ast.ClassDef)}
+    for suite, k, variant in every(stride, "light", "background"):
+        text = liberoplus.bddl_file(suite, variant.file).read_text("utf-8")
+        name = re.search(r"\(problem (\w+)\)", text)[1]
+        node = problems[name.lower()]
+        (init,) = (each for each in node.body if isinstance(each, ast.FunctionDef))
+        scope = {"kwargs": {}}
+        exec(
+            compile(ast.Module(init.body[:-1], []), "problems", "exec"), scope
+        )  # the rest is super().__init__
+        given = scope["kwargs"]
+        floor, wall = (
+            style["get_texture_filename"](part, given["scene_properties"][f"{part}_style"])
+            for part in ("floor", "wall")
+        )
+        assert variant.room == (given.get("scene_xml", ""), floor, wall)
+        liberos = get_task(suite, k).bddl_file
+        arena = bddl.read(liberos).arena.problem
+        assert node.bases[0].id.lower() == arena.lower()
+        assert text.replace(name, "").split() == re.sub(f"(?i){arena}", "", liberos.read_text()).split()
+
+
+@needs_package
+def test_new_objects_are_the_packages():
+    """Where its classes say that their files are, and how they are turned."""
+    path, found = theirs("envs", "objects", "custom_objects.py"), {}
+
+    class Recorded:
+        def __init__(self, custom_path, name, obj_name):
+            self.custom_path = custom_path
+
+    scope = {"CustomObjects": Recorded, "os": os, "np": np, "absolute_path": "/package", "re": re}
+    cut_scope = cut(theirs("envs", "base_object.py"), {"register_object"}, re=re, OBJECTS_DICT=found)
+    scope["register_object"] = cut_scope["register_object"]
+    classes = [n for n in source(path).body if isinstance(n, ast.ClassDef) and n.name != "CustomObjects"]
+    exec(compile(ast.Module(classes, []), str(path), "exec"), scope)
+    assert len(found) == 867
+    made = {name: each() for name, each in found.items()}
+    assert {name: f"/package/assets/{file}" for name, file in liberoplus._objects().items()} == {
+        name: each.custom_path for name, each in made.items()
+    }
+    for each in made.values():
+        assert each.rotation == PLUS_ROTATION and each.rotation_axis is None
+
+
+@needs_package
+def test_moved_layouts_share_liberos_scenes():
+    shared = [get_task(suite, k).base for suite, k, its in every(1, "layout") if not its.objects]
+    assert len(shared) == 696 and shared.count(None) == 36  # whose goal is one of the moved regions
 
 
 # Mean brightness and contrast differ by no more of what is random; means over the pixels of the others.
@@ -467,6 +636,26 @@ def test_every_category_is_played(make_vec, suite):
     envs.reset(seed=0)
     info = envs.step(random_actions(len(first)))[4]
     assert len(first) == 5 and not info["diverged"].any() and (info["level"] > 0).all()
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_background_of_liberos_textures(real_assets, make_vec):
+    """62 combine those that LIBERO has: another floor or wall, and LIBERO's task's physics."""
+    listed = liberoplus.list_tasks("LiberoPlusObject", real_assets)
+    found = [each for each in listed if each.playable and each.category == "background"]
+    assert len(found) == 62
+    task_id, base, *_ = found[0]
+    given = {"assets": real_assets, "quality": "fast", "image_size": 64}
+    plus = make_vec(1, suite="LiberoPlusObject", task_id=task_id, **given)
+    plain = make_vec(
+        1, task_id=next(k for k in range(10) if get_task("LiberoObject", k).name == base), **given
+    )
+    obs, expected = (envs.reset(options={"init_state_id": 0})[0] for envs in (plus, plain))
+    assert np.abs(obs["image"].astype(float) - expected["image"]).mean() > 5
+    for _ in range(5):
+        actions = random_actions(1)
+        assert same(plus.step(actions)[0]["state"], plain.step(actions)[0]["state"])
 
 
 def parsing():

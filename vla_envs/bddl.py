@@ -118,6 +118,11 @@ class Problem:
     init: tuple[Predicate, ...]
     goal: tuple[Predicate, ...]
 
+    def places(self) -> dict[str, Region]:
+        """The region of the surface that each thing is placed on, of those that stand there."""
+        surface = {region.name: region for region in self.regions if region.target == self.arena.surface}
+        return {words[1]: surface[words[-1]] for words in self.init if words[-1] in surface}
+
     def text(self) -> str:
         """The file anew, for LIBERO's parser: validated names, and numbers written out."""
 
@@ -146,6 +151,26 @@ class Problem:
             f"  (:obj_of_interest {' '.join(self.of_interest)})\n"
             f"  (:init {predicates(self.init)})\n  (:goal (and {predicates(self.goal)}))\n)\n"
         )
+
+
+def differ_in_places(one: Problem, other: Problem) -> bool:
+    """Whether two problems differ, if at all, in their sentence and in where on the surface things stand."""
+
+    def rest(problem: Problem) -> tuple[object, ...]:
+        """All that shapes the compiled scene and the goal."""
+        places, goal = problem.places(), {word for words in problem.goal for word in words}
+        regions = {
+            (region.name, region.ranges, region.yaw)
+            for region in problem.regions
+            if region.target != problem.arena.surface or region.name in goal
+        }
+        init = [
+            (*words[:-1], places[words[1]].yaw) if len(words) == 3 and words[1] in places else words
+            for words in problem.init
+        ]
+        return problem.arena, problem.fixtures, problem.objects, regions, init, problem.goal
+
+    return rest(one) == rest(other)
 
 
 # ---- From text to lists --------------------------------------------------------------------------------
@@ -417,12 +442,13 @@ def _validate_predicate(
             raise BDDLError(line, f"{first} does not turn on; expected a flat_stove")
 
 
-def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
+def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({}), beyond: bool = False) -> Problem:
     """What the BDDL file ``text`` asks for.
 
     Args:
         text: The file's.
         own: Classes that its objects can have besides LIBERO's.
+        beyond: Whether regions may reach beyond the surface's edge.
 
     Raises:
         BDDLError: A ValueError; names the line, what is wrong there, and what was expected.
@@ -474,7 +500,8 @@ def parse(text: str, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
     if not objects:
         raise BDDLError(sections[":objects"][0], "there are no objects; expected at least one")
 
-    regions = _regions(sections[":regions"][1], things, arena, kinds)
+    within = arena._replace(half=None) if beyond else arena
+    regions = _regions(sections[":regions"][1], things, within, kinds)
     if len(regions) > MOST_REGIONS:
         raise BDDLError(
             sections[":regions"][0], f"there are {len(regions)} regions; expected {MOST_REGIONS} at most"
@@ -550,8 +577,20 @@ def _validate_placements(
             seen.append(below)
 
 
-def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
-    """What the BDDL file ``path`` asks for; ``own`` as in ``parse``.
+def classes(text: str) -> list[str]:
+    """The classes of the things in a BDDL file's ``text``, each once, whatever else is in it."""
+    blocks = re.findall(r"\(:(?:objects|fixtures)([^()]*)\)", re.sub(";.*", "", text.lower()))
+    return list(dict.fromkeys(kind for block in blocks for kind in re.findall(r"\s-\s+(\w+)", block)))
+
+
+def new_classes(text: str) -> list[str]:
+    """Those of ``classes`` that LIBERO does not have."""
+    surfaces = {arena.kind for arena in ARENAS.values()}
+    return [kind for kind in classes(text) if kind not in KINDS and kind not in surfaces]
+
+
+def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({}), beyond: bool = False) -> Problem:
+    """What the BDDL file ``path`` asks for; ``own`` and ``beyond`` as in ``parse``.
 
     Raises:
         ValueError: When it cannot be read, is too large or has a mistake; one line, with the line number.
@@ -560,7 +599,7 @@ def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({})) -> Problem:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"it has {size} bytes; expected at most {MOST_BYTES}")
-        return parse(path.read_text(encoding="utf-8"), own)
+        return parse(path.read_text(encoding="utf-8"), own, beyond)
     except UnicodeDecodeError as error:
         raise ValueError(f"BDDL file {str(path)!r} is not UTF-8: byte {error.start}") from None
     except OSError as error:

@@ -5,6 +5,7 @@ the user a question and never touches an existing configuration.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -22,8 +23,7 @@ from vla_envs.assets.builtin import simple_robot, write_builtin
 from vla_envs.assets.simplify import simplify
 from vla_envs.distractors import thing_of
 from vla_envs.goals import IN_REGION, JOINT, ON_OBJECT, ON_REGION, UP, UP_HEIGHT, order
-from vla_envs.own_objects import OwnObject
-from vla_envs.scene import Placement, assemble, digest
+from vla_envs.scene import Placement, assemble, digest, validate_init_states
 from vla_envs.tasks import Task, libero_folder
 
 ARENA_BYTES = (
@@ -32,6 +32,8 @@ ARENA_BYTES = (
 #: Init states for the evaluation of a task without recorded ones, as many as LIBERO has, and the branch of
 #: random numbers that they are drawn from: a placement's seed never leads there.
 FROZEN_STATES, EVALUATION = 50, 1
+#: How all of LIBERO-Plus's new objects are turned when they are placed (``envs/objects/custom_objects.py``).
+PLUS_ROTATION = {"x": (-np.pi / 2, -np.pi / 2), "y": (-np.pi, -np.pi), "z": (np.pi, np.pi)}
 
 
 def _build(
@@ -56,8 +58,14 @@ def _build(
         write_builtin(folder)
     libero.libero._assets_path_cache = str(folder)
     for own in task.objects:
-        _register(own, scratch / "objects" / own.name)
-    env = _liberos_env(task.bddl_file)
+        place = scratch / "objects" / own.name
+        place.mkdir(parents=True)
+        for name, content in (("object.xml", own.xml.encode()), *own.files):
+            (place / name).write_bytes(content)
+        _register(own.name, place / "object.xml", (np.pi, np.pi), "x")  # none, in LIBERO's order
+    for name, file in task.variant.objects if task.variant else ():
+        _register(name, folder / file, PLUS_ROTATION, None)
+    env = _liberos_env(task.bddl_file, _room(task))
     xml = env.model.get_xml()
     spec = mujoco.MjSpec.from_string(simple_robot(xml) if assets == "builtin" else xml)
     # Sparse algebra and no sensors give the same motion in less time. robosuite solves a substep's contacts
@@ -108,29 +116,54 @@ def _build(
         os.replace(partial, f"{base}{suffix}")
 
 
-def _register(own: OwnObject, folder: Path) -> None:
-    """Make a class of one's own, whose files go to ``folder``, one of LIBERO's (``envs/objects``)."""
+def _register(name: str, file: Path, rotation: Any, rotation_axis: str | None) -> None:
+    """Make the class of objects in an MJCF file one of LIBERO's (``envs/objects``).
+
+    Args:
+        name: The class's name.
+        file: In robosuite's layout.
+        rotation: How its objects are turned when they are placed (rad), as LIBERO's samplers take it.
+        rotation_axis: About which axis; None where ``rotation`` says so.
+    """
     from libero.libero.envs.base_object import OBJECTS_DICT
     from robosuite.models.objects import MujocoXMLObject
 
-    folder.mkdir(parents=True)
-    for name, content in (("object.xml", own.xml.encode()), *own.files):
-        (folder / name).write_bytes(content)
-
-    class Own(MujocoXMLObject):
+    class New(MujocoXMLObject):
         def __init__(self, name: str) -> None:
             joint = {"type": "free", "damping": "0.0005"}  # as all of LIBERO's
-            file = str(folder / "object.xml")
-            super().__init__(file, name, joints=[joint], duplicate_collision_geoms=False)
-            self.category_name = own.name
+            super().__init__(str(file), name, joints=[joint], duplicate_collision_geoms=False)
+            self.category_name = kind
             self.object_properties: dict[str, Any] = {"vis_site_names": {}}
-            self.rotation, self.rotation_axis = (np.pi, np.pi), "x"  # none, in the order that LIBERO takes
+            self.rotation, self.rotation_axis = rotation, rotation_axis
 
-    OBJECTS_DICT[own.name] = Own
+        def _get_object_subtree(self) -> Any:
+            outer = self.worldbody.find("./body")
+            if outer.get("name") == "object":  # LIBERO-Plus takes such files, too; robosuite looks inside
+                outer.append(copy.deepcopy(outer))
+            return super()._get_object_subtree()
+
+    kind = name
+    OBJECTS_DICT[name] = New
 
 
-def _liberos_env(bddl_file: Path) -> Any:
+def _room(task: Task) -> dict[str, Any]:
+    """What LIBERO's environment is told about a room that LIBERO-Plus draws differently."""
+    if task.variant is None or task.variant.room is None:
+        return {}
+    from libero.libero.envs.arenas.style import STYLE_MAPPING
+
+    scene, floor, wall = task.variant.room
+    STYLE_MAPPING["floor"][floor], STYLE_MAPPING["wall"][wall] = floor, wall  # styles named as their files
+    properties = {"scene_properties": {"floor_style": floor, "wall_style": wall}}
+    return properties | ({"scene_xml": scene} if scene else {})
+
+
+def _liberos_env(bddl_file: Path, room: dict[str, Any]) -> Any:
     """LIBERO's own environment, reset; always to the same placements, in which meshes are simplified.
+
+    Args:
+        bddl_file: The task's.
+        room: What LIBERO's problem classes take besides.
 
     Raises:
         ValueError: When things find no free place.
@@ -141,7 +174,7 @@ def _liberos_env(bddl_file: Path) -> Any:
     for seed in range(10):
         np.random.seed(seed)  # noqa: NPY002  (what LIBERO places things with)
         with contextlib.suppress(RandomizationError):
-            return ControlEnv(str(bddl_file), use_camera_obs=False, has_offscreen_renderer=False).env
+            return ControlEnv(str(bddl_file), use_camera_obs=False, has_offscreen_renderer=False, **room).env
     raise ValueError("its things found no free place in their regions; expected larger ones")
 
 
@@ -154,12 +187,7 @@ def _recorded(
         streams = np.random.SeedSequence(0, spawn_key=(EVALUATION,)).spawn(FROZEN_STATES)
         return [scene.sample_init_state(np.random.default_rng(stream)).tolist() for stream in streams]
     further = len(task.distractors)  # they are in no recorded state; each has 7 positions and 6 velocities
-    width = 1 + model.nq + model.nv - 13 * further
-    if states.shape[1] != width:
-        raise ValueError(
-            f"init states in {task.init_states_file} have {states.shape[1]} numbers each; expected {width}:"
-            " time, joint positions and velocities of this task"
-        )
+    validate_init_states(task, states, 1 + model.nq + model.nv - 13 * further)
     own = np.ones(model.nq, bool)
     for item in description["distractors"]:
         start = model.jnt_qposadr[model.body_jntadr[item["body"]]]

@@ -93,7 +93,12 @@ class Arm(NamedTuple):
         """Read ``model`` with the arm at ``reset_qpos`` (7,) (rad) and everything else at its default."""
         data = mujoco.MjData(model)
         data.qpos[:ARM_DOF] = reset_qpos
-        mujoco.mj_forward(model, data)
+        for stage in (
+            mujoco.mj_kinematics,
+            mujoco.mj_comPos,
+            mujoco.mj_crb,
+        ):  # all that is read of mj_forward
+            stage(model, data)
         site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, "gripper0_grip_site")
         root = int(model.body_rootid[model.site_bodyid[site]])
         madr = np.asarray(model.dof_Madr[:ARM_DOF], dtype=np.int64)

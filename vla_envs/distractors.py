@@ -99,7 +99,7 @@ def with_distractors(task: Task, level: int) -> Task:
     )
     states = task.init_states_file.read_bytes() if task.init_states_file else b""
     digest = hashlib.sha256(task.digest.encode() + further.text().encode() + states).hexdigest()
-    return replace(task, problem=further, digest=digest, distractors=tuple(kinds))
+    return replace(task, problem=further, digest=digest, distractors=tuple(kinds), base=None)
 
 
 def regions_of(scene: Scene) -> dict[str, tuple[float, float, float, float]]:

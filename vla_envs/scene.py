@@ -25,6 +25,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_envs import bddl
 from vla_envs.assets.libero import QUALITIES, resolve_assets, verify_files
 from vla_envs.bddl import KINDS
 from vla_envs.control import Arm
@@ -349,6 +350,8 @@ def load_scene(
 def scene_of(task: Task, assets: str = "builtin", quality: str = "exact", cache: bool = True) -> Scene:
     """The compiled scene of a task, which is in use already, read from the cache on disk, or built now.
 
+    One that differs from LIBERO's task in where things stand alone is played in that task's compiled model.
+
     Args:
         task: The task.
         assets: ``"builtin"``, ``"libero"`` or a folder of LIBERO's assets.
@@ -358,20 +361,65 @@ def scene_of(task: Task, assets: str = "builtin", quality: str = "exact", cache:
 
     Raises:
         ValueError: When the assets or the quality do not exist, files of the assets are missing or damaged,
-            or the assets lack a thing of the task.
+            the assets lack a thing of the task, or its init states are of another one.
         RuntimeError: When LIBERO's code cannot build the scene; the message ends with its last words.
     """
     require_mujoco()
-    task = task.base or task
     if not isinstance(quality, str) or quality not in QUALITIES:
         expected = " or ".join(map(repr, QUALITIES))
         raise ValueError(
             f"quality is {quality!r}; expected {expected}{nearest(str(quality), list(QUALITIES))}"
         )
     assets = resolve_assets(assets)
+    if task.variant and (file := task.variant.missing(assets)):
+        whose = "the built-in assets lack" if assets == "builtin" else f"{assets} lacks"
+        raise ValueError(
+            f"task_id {task.task_id} of {task.suite} needs {file} of LIBERO-Plus's assets, which {whose};"
+            " expected assets='libero' or a folder that has it, or a task that"
+            " vla_envs.liberoplus.list_tasks says is playable"
+        )
     if assets == "builtin" and task.problem:
         _require_built_in(task)
-    return _load(task, assets, "exact" if assets == "builtin" else quality, cache)
+    scene = _load(task.base or task, assets, "exact" if assets == "builtin" else quality, cache)
+    return _in_other_places(scene, task) if task.base and task.problem else scene
+
+
+def _in_other_places(scene: Scene, task: Task) -> Scene:
+    """The scene of a task that differs from ``scene``'s in where things stand: in the same model.
+
+    Raises:
+        ValueError: When its recorded init states are of another scene.
+    """
+    assert task.problem
+    before, now = bddl.read(scene.task.bddl_file).places(), task.problem.places()
+    placements = []
+    for item in scene.placements:
+        if item.name in now:
+            x, y, *_ = before[item.name].ranges[0]
+            x, y = item.x_ranges[0][0] - x, item.y_ranges[0][0] - y  # of the surface's middle
+            boxes = now[item.name].ranges
+            item = replace(
+                item,
+                x_ranges=[[x + low, x + high] for low, _, high, _ in boxes],
+                y_ranges=[[y + low, y + high] for _, low, _, high in boxes],
+            )
+        placements.append(item)
+    states, model = recorded_init_states(task), scene.model
+    validate_init_states(task, states, 1 + model.nq + model.nv)
+    return replace(scene, task=task, placements=tuple(placements), recorded=states[:, 1 : 1 + model.nq])
+
+
+def validate_init_states(task: Task, states: NDArray[np.float64], width: int) -> None:
+    """Refuse recorded init states that do not have ``width`` numbers each.
+
+    Raises:
+        ValueError: When they have more or fewer.
+    """
+    if states.shape[1] != width:
+        raise ValueError(
+            f"init states in {task.init_states_file} have {states.shape[1]} numbers each; expected {width}:"
+            " time, joint positions and velocities of this task"
+        )
 
 
 def _require_built_in(task: Task) -> None:
@@ -473,7 +521,8 @@ def _build_in_child(task: Task, assets: str, quality: str, base: Path) -> None:
             task = replace(task, bddl_file=Path(scratch) / "task.bddl")
             task.bddl_file.write_text(text, encoding="utf-8")
         if assets != "builtin":
-            verify_files(Path(assets), task.bddl_file, [each.name for each in task.objects])
+            own = [each.name for each in task.objects]
+            verify_files(Path(assets), task.bddl_file, own, task.variant)
         (Path(scratch) / "task.pickle").write_bytes(pickle.dumps((task, states)))
         command = [sys.executable, "-m", "vla_envs.build_scene", assets, quality, str(base), scratch]
         environment = {**os.environ, "LIBERO_CONFIG_PATH": scratch}

@@ -1,4 +1,4 @@
-"""Suites and tasks, LIBERO's, LIBERO-Plus's and one's own: names, instructions, BDDL files, init states.
+"""Suites and tasks, LIBERO's, -Plus's, -PRO's and one's own: names, instructions, BDDL files, init states.
 
 LIBERO's are read from the installed ``hf-libero`` package without importing it, because its import asks a
 question on the terminal when no configuration file exists. A folder of BDDL files is a suite of one's own,
@@ -55,7 +55,7 @@ class Task:
         objects: Its objects of one's own, by class.
         category: What a benchmark of varied tasks varies in it, as LIBERO-PRO's ``"swap"``; "" elsewhere.
         variant: How a task of LIBERO-Plus differs from LIBERO's; None for all others.
-        base: LIBERO's task in whose scene a task of LIBERO-Plus is played; None for a scene of its own.
+        base: LIBERO's task in whose compiled scene a varied one is played; None for a scene of its own.
         distractors: Classes of further objects in its scene (``vla_envs.distractors``).
     """
 
@@ -161,7 +161,7 @@ def get_task(
 
     Raises:
         ValueError: When the suite or the task id does not exist, one's own file has a mistake, or the task of
-            LIBERO-Plus or LIBERO-PRO needs assets that its package lacks.
+            LIBERO-PRO needs files or assets that its package lacks.
         ModuleNotFoundError: When the suite is of LIBERO-Plus or LIBERO-PRO, which is not installed.
     """
     count = num_tasks(suite)
@@ -175,7 +175,7 @@ def get_task(
     if isinstance(suite, str) and suite in liberoplus.SUITES:
         return _plus_task(suite, int(task_id))
     if isinstance(suite, str) and suite in liberopro.SUITES:
-        return liberopro.vary(get_task(base_suite(suite), task_id), suite)
+        return _pro_task(suite, int(task_id))
     if suite not in SUITES:
         file = _own_files(suite)[task_id]
         own = own_objects.beside(file, objects) | dict(objects)
@@ -205,6 +205,8 @@ def get_task(
 def _plus_task(suite: str, task_id: int) -> Task:
     """A task of LIBERO-Plus: in the scene of LIBERO's task, whose files it has unchanged, or in its own.
 
+    Whether the assets have what it needs shows when its scene is built (``Variant.missing``).
+
     Its init states are those that ``Benchmark.get_task_init_states`` gives (``benchmark/__init__.py``): the
     50 of LIBERO's task, of which its evaluators play the first, or the one of the moved layout.
     """
@@ -212,26 +214,46 @@ def _plus_task(suite: str, task_id: int) -> Task:
     variant = liberoplus.variant(suite, name)
     liberos = base_suite(suite)
     base = get_task(liberos, _task_map()[SUITES[liberos]].index(variant.base))
-    if variant.missing:
-        raise ValueError(
-            f"task_id {task_id} of {suite} needs {variant.missing} of LIBERO-Plus's assets, which its package"
-            " lacks; expected one that vla_envs.liberoplus.list_tasks says is playable"
-        )
-    if variant.category != "layout":
-        asked = variant.perturbation.get("instruction", {"sentence": base.instruction})
-        return replace(
-            base, suite=suite, task_id=task_id, name=name, instruction=asked["sentence"], variant=variant,
-            base=base, category=variant.category,
-        )  # fmt: skip
-    file = liberoplus.bddl_file(suite, variant.file)
-    problem = bddl.read(file)
-    digest = hashlib.sha256(problem.text().encode()).hexdigest()
-    states = Path("init_files", "libero_newobj", SUITES[liberos], f"{name}.pruned_init")
-    layout = Task(
-        suite, task_id, name, base.instruction, file, None, problem, digest, category=variant.category,
-        variant=variant,
+    asked = variant.perturbation.get("instruction", {"sentence": base.instruction})
+    task = replace(
+        base, suite=suite, task_id=task_id, name=name, instruction=asked["sentence"], variant=variant,
+        category=variant.category,
     )  # fmt: skip
-    return with_init_states(layout, liberoplus.folder() / states)
+    if variant.room:  # its BDDL file is LIBERO's, except for the problem's name
+        return replace(task, digest=hashlib.sha256(repr(variant.room).encode()).hexdigest())
+    if variant.category != "layout":
+        return replace(task, base=base)
+    states = Path("init_files", "libero_newobj", SUITES[liberos], f"{name}.pruned_init")
+    file, own = liberoplus.bddl_file(suite, variant.file), {kind: bddl.Kind() for kind, _ in variant.objects}
+    problem = bddl.read(file, own, beyond=bool(own))  # some new objects stand beside the table
+    return _varied(task, base, problem, file, liberoplus.folder() / states)
+
+
+def _pro_task(suite: str, task_id: int) -> Task:
+    """The task of LIBERO-PRO that is made of LIBERO's.
+
+    Its sentence is the ``:language`` of its file where LIBERO-PRO has rewritten that, in the suites of other
+    sentences and other tasks. Elsewhere it is LIBERO's, which comes from the file's name.
+    """
+    its, base = liberopro.SUITES[suite], get_task(base_suite(suite), task_id)
+    file, states = liberopro.files(suite, base.name)
+    if lacking := bddl.new_classes(file.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{suite} task {task_id} needs LIBERO-PRO's own {', '.join(sorted(lacking))}; expected a task of"
+            f" LIBERO's {len(bddl.KINDS)} classes, as all of LiberoPro{its.base.removeprefix('Libero')}Swap"
+        )
+    problem = bddl.read(file)
+    sentence = problem.language if its.category in ("language", "task") else base.instruction
+    task = replace(base, suite=suite, instruction=sentence, category=its.category)
+    return _varied(task, base, problem, file, states)
+
+
+def _varied(task: Task, base: Task, problem: bddl.Problem, file: Path, states: Path) -> Task:
+    """The varied ``task`` with files of its own; in the scene of LIBERO's ``base`` if that has all of it."""
+    same = bddl.differ_in_places(problem, bddl.read(base.bddl_file))
+    digest = hashlib.sha256(problem.text().encode()).hexdigest()
+    own = replace(task, bddl_file=file, problem=problem, digest=digest, base=base if same else None)
+    return with_init_states(own, states)
 
 
 def suite_or_file(suite: str, bddl_file: Path | None, **tasks: Any) -> str:

@@ -299,7 +299,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
 
     def _renderer(self, i: int, size: int) -> Renderer:
         scene = self.simulations[i].scene
-        key = (id(scene), size)
+        key = (id(scene.model), size)  # which scenes that differ in where things stand share
         with self._renderers_lock:
             if key not in self._renderers:
                 self._renderers[key] = Renderer(scene.model, size, scene.burners)
@@ -430,7 +430,7 @@ class LiberoVectorEnv(FromArguments, VectorEnv):
             shown = {axis: its for axis, its in perturbation.items() if axis != "instruction"}
             words = repr(shown) if shown else ""
             keys[i] = (id(scene), state.tobytes(), words)
-            look = (id(scene), words)  # geoms and the camera's own pose differ from scene to scene
+            look = (id(scene.model), words)  # geoms and the camera's own pose differ from scene to scene
             if shown and look not in looks:
                 looks[look] = look_of(scene.model, scene.parts, perturbation, CAMERAS["image"])
             self._perturbations[i], self._looks[i], self._steps[i] = perturbation, looks.get(look), 0

@@ -5,14 +5,19 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 import numpy as np
 from PIL import Image
 
+from vla_envs.bddl import classes
 from vla_envs.files import package_folder
 from vla_envs.inputs import in_short, nearest
 from vla_envs.machine import session_folder, writable
+
+if TYPE_CHECKING:
+    from vla_envs.liberoplus import Variant
 
 QUALITIES = ("exact", "fast")
 REPOSITORY = "lerobot/libero-assets"  # on the Hugging Face hub; hf-libero downloads it too
@@ -24,6 +29,7 @@ OBJECT_FOLDERS = (
     "articulated_objects",
 )
 ARENAS = ("floor", "table", "kitchen_table", "study_table")  # fixtures that have no file of their own
+STYLED = ("texplane", "tex-wall")  # textures of a scene that LIBERO replaces by those of a style
 FAULTS_SHOWN = 20
 
 
@@ -132,14 +138,23 @@ def download() -> Path:
 # ---- Whether whole -------------------------------------------------------------------------------------
 
 
-def verify_files(folder: Path, bddl_file: Path, own: Collection[str] = ()) -> None:
-    """Verify every file that the scene of ``bddl_file`` needs from ``folder``; not of the classes ``own``.
+def verify_files(
+    folder: Path, bddl_file: Path, own: Collection[str] = (), variant: "Variant | None" = None
+) -> None:
+    """Verify every file that the scene of ``bddl_file`` needs from ``folder``.
+
+    Args:
+        folder: Of LIBERO's assets, or LIBERO-Plus's.
+        bddl_file: The task's.
+        own: Classes that come from elsewhere.
+        variant: How a task of LIBERO-Plus differs from LIBERO's.
 
     Raises:
         ValueError: When files are missing or damaged; has one line for each.
     """
     faults = dict.fromkeys(
-        f"{os.path.relpath(path, folder)}: {fault}" for path, fault in _faults(folder, bddl_file, own)
+        f"{os.path.relpath(path, folder)}: {fault}"
+        for path, fault in _faults(folder, bddl_file, own, variant)
     )
     if faults:
         lines = list(faults)[:FAULTS_SHOWN]
@@ -148,21 +163,25 @@ def verify_files(folder: Path, bddl_file: Path, own: Collection[str] = ()) -> No
         raise ValueError(f"files of LIBERO's assets in {folder} are missing or damaged:\n" + "\n".join(lines))
 
 
-def _faults(folder: Path, bddl_file: Path, own: Collection[str]) -> Iterator[tuple[Path, str]]:
+def _faults(
+    folder: Path, bddl_file: Path, own: Collection[str], variant: "Variant | None"
+) -> Iterator[tuple[Path, str]]:
     task = bddl_file.read_text()
     problem = re.findall(r"\(problem LIBERO_(\w+)_Manipulation\)", task)[0].lower()
-    scene = problem.replace("study_tabletop", "study")
-    descriptions = [folder / "scenes" / f"libero_{scene}_base_style.xml"]
-    for block in re.findall(r"\(:(?:objects|fixtures)([^)]*)\)", task):
-        for name in sorted(set(re.findall(r"-\s+(\w+)", block)) - {*ARENAS, *own}):
-            places = [
-                place for root in (*OBJECT_FOLDERS, "scenes") for place in folder.glob(f"{root}/{name}.xml")
-            ]
-            places += [place for place in folder.glob(f"*/{name}/{name}.xml")]
-            if not places:
-                yield folder / f"{name}.xml", "missing from every folder of objects"
-            descriptions += places
-    for path in sorted((folder / "textures").glob("*")):  # any of them may cover a floor or wall
+    room, new = (variant.room, dict(variant.objects)) if variant else (None, {})
+    scene = f"scenes/libero_{problem.replace('study_tabletop', 'study')}_base_style.xml"
+    descriptions = [folder / (room.scene if room and room.scene else scene)]
+    for kind in sorted(set(classes(task)) - {*ARENAS, *own}):
+        roots = (*OBJECT_FOLDERS, "scenes")
+        places = [place for root in roots for place in folder.glob(f"{root}/{kind}.xml")]
+        places += folder.glob(f"*/{kind}/{kind}.xml")
+        if kind in new:
+            places = [folder / new[kind]]
+        if not places:
+            yield folder / f"{kind}.xml", "missing from every folder of objects"
+        descriptions += places
+    textures = folder / "textures"  # of LIBERO's any may cover a floor or wall
+    for path in [textures / name for name in room[1:]] if room else sorted(textures.glob("*")):
         if fault := _fault(path):
             yield path, fault
     while descriptions:
@@ -179,7 +198,7 @@ def _faults(folder: Path, bddl_file: Path, own: Collection[str]) -> Iterator[tup
             if name := element.get("file"):
                 if element.tag == "include":
                     descriptions.append(path.parent / name)
-                elif fault := _fault(path.parent / name):
+                elif element.get("name") not in STYLED and (fault := _fault(path.parent / name)):
                     yield path.parent / name, fault
 
 
