@@ -35,7 +35,7 @@ from vla_envs.policies.openvla import (
     checkpoint,
 )
 from vla_envs.policies.openvla.actions import bin_values, value_bins
-from vla_envs.policies.openvla.checkpoint import INDEX, SINGLE
+from vla_envs.policies.published import INDEX, SINGLE
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.policy import choose
 from vla_envs.training.checkpoints import save_training_state
@@ -911,7 +911,7 @@ def test_a_failed_download_is_one_line(monkeypatch):
     def fail(name, **_):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    monkeypatch.setattr(published, "snapshot_download", fail)
     assert "no route to host" in refusal("openvla/no-such-checkpoint")
 
 
@@ -923,7 +923,7 @@ def test_weights_are_not_downloaded_where_they_do_not_fit(tiny, monkeypatch):
         asked.extend(allow_patterns)
         return str(tiny)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(published, "snapshot_download", download)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**10))
     refusal("openvla/a-checkpoint", "cuda")
     assert "*.json" in asked and "*.safetensors" not in asked

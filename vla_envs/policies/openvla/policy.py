@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from vla_envs.policies.images import openvla_pixels
 from vla_envs.policies.nano import draw
 from vla_envs.policies.openvla.actions import ACTION_DIM, BINS, action_statistics, bin_values, value_bins
-from vla_envs.policies.openvla.checkpoint import INDEX, fetch
 from vla_envs.policies.openvla.config import OpenVLAConfig
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.model import OpenVLAModel
+from vla_envs.policies.protocol import in_parts
+from vla_envs.policies.published import INDEX, fetch
 
 
 class OpenVLAPolicy(OpenVLAModel):
@@ -220,15 +221,7 @@ class OpenVLAPolicy(OpenVLAModel):
             generators: One per instruction, from which its tokens are drawn; by default torch's own.
         """
         if len(instructions) > self.rollout_batch:
-            parts: Any = zip(*[
-                self.sample(
-                    {name: x[some] for name, x in obs.items()}, instructions[some], temperature,
-                    generators and generators[some],
-                )
-                for some in (slice(self.rollout_batch), slice(self.rollout_batch, None))
-            ])  # fmt: skip
-            actions, tokens, logprobs = parts
-            return np.concatenate(actions), torch.cat(tokens), torch.cat(logprobs)
+            return in_parts(self.sample, self.rollout_batch, obs, instructions, temperature, generators)
         inputs = self.prepare(obs, instructions)
         training = self.training
         if training:  # layers that recompute their activations drop the cache
