@@ -37,12 +37,21 @@ from vla_envs.policies.protocol import in_parts
 from vla_envs.policies.published import make_room
 from vla_envs.policies.tensors import read_tensors
 
-NETWORKS: dict[str, Any] = {"smolvla": SmolVLA}
+NETWORKS = ("smolvla", "pi0")
 NOISES = ("sde-one", "sde", "learned")
 EXECUTED = 10  # control steps per decision: of 50, as published, a policy is blind for too long
 LEARNED_STD = (0.08, 0.16)  # between which the learned standard deviation lies
 OWN, OWN_NOISE = "vla_envs.json", "noise.safetensors"  # what LeRobot's files have no place for
 IMAGE_SIZE = 256  # pixels, of LIBERO's data sets in LeRobot's format
+
+
+def network_of(kind: str) -> Any:
+    """The class of the network with LeRobot's name ``kind``, one of ``NETWORKS``."""
+    if kind == "smolvla":
+        return SmolVLA
+    from vla_envs.policies.lerobot.pi0 import Pi0  # transformers takes seconds
+
+    return Pi0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +150,7 @@ class LeRobotPolicy(nn.Module):
         device = torch.device(device or "cpu")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         published = read(checkpoint, kind)
-        network = NETWORKS[kind]
+        network = network_of(kind)
         kept = published.its_json(OWN)
         steps = {"denoising_steps": published.config.get(network.steps_key, 10)}
         with torch.device("meta"):
@@ -167,6 +176,8 @@ class LeRobotPolicy(nn.Module):
         """Write ``weights`` as a checkpoint that LeRobot reads, with what only this package knows beside."""
         steps = {"n_action_steps": self.action_chunk, self.model.steps_key: self.settings.denoising_steps}
         its = {file_name: weights[f"model.{name}"] for name, file_name in self._names.items()}
+        for name, same in self.model.unused.items():
+            its[name] = its[same].clone() if same else torch.zeros(self.published.shapes[name])
         self.published.write(its, folder, **steps)
         (folder / OWN_NOISE).unlink(missing_ok=True)  # of the checkpoint that this one was trained from
         if self.noise_head is not None:
@@ -269,7 +280,9 @@ class LeRobotPolicy(nn.Module):
             temperature: Scales the noise; above 0.
         """
         d = 1.0 / self.settings.denoising_steps
-        t = 1.0 - k * d  # (B,)
+        t = (
+            1.0 - k.double() * d
+        ).float()  # (B,): rounded once, as the fastest of its features turn by 1571 t
         hidden = self.model.denoise(x, t, prefix)  # (B, C, width)
         velocity = self.model.action_out_proj(hidden)  # (B, C, D)
         ahead = x - d * velocity

@@ -275,7 +275,8 @@ class SmolVLA(nn.Module):
 
     centred = False  # whether images that are not square are padded on both sides, or left and above
     steps_key = "num_steps"  # denoising steps, in config.json
-    unused: tuple[str, ...] = ()  # tensors in the files that it lacks
+    #: Tensors in the files that it lacks, each with the one that it equals, or none, where nothing reads it.
+    unused: dict[str, str] = {}
     #: The Linear layers that LeRobot's LoRA adapts, but for ``state_proj``: so the prefix needs no gradient.
     lora_targets = (
         r"vlm_with_expert\.lm_expert\.layers\.\d+\.self_attn\.[qv]_proj"
