@@ -33,7 +33,7 @@ from vla_envs.command_line import check_numbers
 from vla_envs.demos import demonstrations
 from vla_envs.policies import is_own
 from vla_envs.tasks import get_task
-from vla_envs.training import arguments, checkpoints, runs
+from vla_envs.training import arguments, batches, checkpoints, runs
 
 
 @dataclass
@@ -71,7 +71,7 @@ def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray, seeds: Any =
 
     A policy that draws noise for it draws each sample's by one of the ``seeds`` (B,), or from torch's.
     """
-    obs = {name: samples[name][inds] for name in ("image", "state")}
+    obs = {name: samples[name][inds] for name in batches.OBSERVED if name in samples}
     instructions = [samples["instructions"][i] for i in inds]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds] or None
     return policy.imitation_loss(obs, instructions, torch.as_tensor(samples["actions"][inds]), generators)
