@@ -23,21 +23,14 @@ from PIL import Image
 from tiny_openvla import Q01, Q99, SENTENCES, TEXT, TINY, tiny_config, write_tiny
 from torch import nn
 
-from vla_envs.policies import count_parameters, load_policy, new_policy, save_policy
+from vla_envs.policies import count_parameters, load_policy, new_policy, published, save_policy
 from vla_envs.policies.adapters import TRAINABLE_SETS, adapter_off, make_trainable, merged, save_adapter
 from vla_envs.policies.images import openvla_images, openvla_pixels
-from vla_envs.policies.openvla import (
-    LlamaConfig,
-    OpenVLAConfig,
-    OpenVLAModel,
-    OpenVLAPolicy,
-    ViTConfig,
-    checkpoint,
-)
+from vla_envs.policies.openvla import LlamaConfig, OpenVLAConfig, OpenVLAModel, OpenVLAPolicy, ViTConfig
 from vla_envs.policies.openvla.actions import bin_values, value_bins
-from vla_envs.policies.published import INDEX, SINGLE
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.policy import choose
+from vla_envs.policies.published import INDEX, SINGLE
 from vla_envs.training.checkpoints import save_training_state
 from vla_envs.training.evaluation import PROTOCOLS, seen, settings
 

@@ -114,6 +114,11 @@ class FlowPolicy(Backbone):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.head.out.weight)
 
+    @property
+    def settings(self) -> FlowConfig:
+        """How actions are drawn."""
+        return self.config
+
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Conditions ``(B, head_width)`` and hidden states ``(B, C, width)`` of prepared inputs."""
         hidden = self.hidden(inputs)

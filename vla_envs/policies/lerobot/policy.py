@@ -11,7 +11,7 @@ to the actions x_K. Steps of the ODE, x - d v, have no log-probability, so RL ma
 (pi_RL, arXiv 2510.25889, whose Flow-Noise is ``learned``). Of the C actions in a chunk, of D = 32 numbers
 each, LIBERO executes the first H, of 7 numbers; only these count in a log-probability. All of the draw is
 kept, since the velocity reads all of it. For the executed numbers the density is exact at the last step; in
-earlier ones the rest of the draw reaches the actions too, which is left out, as RLinf does, for less variance.
+earlier ones the rest of the draw reaches the actions too, which is left out for less variance, as in RLinf.
 """
 
 import dataclasses
