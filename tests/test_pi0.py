@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from artifacts import ROOT
+from artifacts import ROOT, write_demos
 
+from vla_envs.policies import count_parameters, load_policy, new_policy
+from vla_envs.policies.adapters import make_trainable
 from vla_envs.policies.lerobot import pi0
-from vla_envs.policies.lerobot.policy import FlowSettings, LeRobotPolicy
+from vla_envs.policies.lerobot.policy import NOISES, FlowSettings, LeRobotPolicy
+from vla_envs.policies.protocol import validate
 
 REFERENCE = Path(os.environ.get("PI0_REFERENCE", ROOT.parent / "shared" / "pi0_reference"))
 START = "model.paligemma_with_expert"
@@ -358,13 +361,107 @@ def test_it_is_saved_as_lerobot_publishes_it(copied, tmp_path, obs, expected):
 
 
 def test_loading_on_meta_keeps_nothing(folder):
-    policy = load(folder, device="meta")
+    policy = load_policy("pi0", folder, "meta")
     assert {p.device.type for p in policy.parameters()} == {"meta"}
 
 
-def test_what_lora_adapts(policy):
-    adapted = [
-        name for name, module in policy.named_modules()
-        if isinstance(module, torch.nn.Linear) and re.fullmatch(policy.lora_targets, name)
-    ]  # fmt: skip
-    assert len(adapted) == 2 * 3 + 5
+def test_it_starts_from_a_checkpoint():
+    with pytest.raises(ValueError, match="for instance lerobot/pi0_libero_finetuned_v044"):
+        new_policy("pi0")
+
+
+# ---- A policy ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_it_is_a_policy(folder, obs, expected, noise):
+    policy, sentences = load_policy("pi0", folder, settings={"noise": noise}), list(expected["raw.task"])
+    validate(policy, "pi0")
+    assert (policy.action_chunk, policy.imitation_chunk, policy.hidden_size) == (10, 50, 32)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+    _, tokens, sampled = policy.sample(obs, sentences, 1.3, generators)
+    logprobs, _, hidden = policy.score(obs, sentences, tokens, 1.3)
+    close(logprobs, sampled, 1e-3)
+    assert torch.equal(policy.score(obs, sentences, tokens + 0.1 * (tokens.ndim > 2), 1.3)[2], hidden)
+    logprobs.mean().backward()
+    trained = [name for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any("gemma_expert" in name for name in trained) and any("vision_tower" in name for name in trained)
+
+
+def test_what_is_trained_of_it(folder, obs, expected):
+    sentences = list(expected["raw.task"])
+    counts = {}
+    for train in ("lora", "head", "lora+last-k", "expert", "all"):
+        policy = make_trainable(load_policy("pi0", folder), train, rank=2)
+        counts[train], total = count_parameters(policy)
+        loss = policy.imitation_loss(obs, sentences, torch.zeros(3, 50, 7))
+        loss.backward()
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        assert train == "all" or not any("paligemma.model" in name for name in trained)
+        without = {name for name, p in trained.items() if p.grad is None}
+        # Of PaliGemma's last layer nothing but keys and values is looked at.
+        last = "paligemma.model.language_model.layers.2."
+        assert all(last in name or "language_model.norm" in name for name in without), without
+    assert counts["head"] < counts["lora+last-k"] < counts["expert"] < counts["all"] == total
+
+
+def test_lora_adapts_what_lerobots_adapts(policy):
+    layers = [name for name, module in policy.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(bool(re.fullmatch(policy.lora_targets, name)) for name in layers) == 2 * 3 + 5
+
+
+# ---- Scripts -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(execute, folder, tmp_path, monkeypatch):
+    """A function that runs a script for an iteration on images of 32 pixels; the folder of the run."""
+    monkeypatch.setattr(LeRobotPolicy, "image_size", 32)
+    (tmp_path / "nearer.py").write_text("def nearer(facts):\n    return -facts['gripper_to_object']\n")
+
+    def start(script, **flags):
+        common = {
+            "policy": "pi0", "checkpoint": folder, "train": "expert", "num_iterations": 1,
+            "eval_episodes": 1, "eval_every": 0, "max_episode_steps": 6, "action_chunk": 3, "num_threads": 1,
+            "minibatch_size": 4, "run_dir": "run", "device": "cpu",
+        }  # fmt: skip
+        execute(script, **common | flags)
+        return tmp_path / "run"
+
+    return start
+
+
+ONLINE = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer"}
+OWN = {"grpo_vla": {"keep_low": 0, "keep_high": 1}, "ppo_vla": {"critic_warmup": 1, "num_iterations": 2}}
+
+
+def assert_learnt(run, folder):
+    """The expert is another one, and PaliGemma the same."""
+    before, after = (
+        load_policy("pi0", path).state_dict() for path in (folder, run / "checkpoints" / "final")
+    )
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert "model.action_out_proj.weight" in changed and not any(pi0.VLM in name for name in changed)
+
+
+def test_online_rl(start, folder):
+    assert_learnt(start("grpo_vla", **ONLINE | OWN["grpo_vla"]), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["tgrpo_vla", "ppo_vla", "grpo_vla"])
+@pytest.mark.parametrize("train", ["expert", "lora"])
+def test_every_script_of_online_rl(start, folder, script, train):
+    """PPO needs an iteration more: its critic learns alone at first."""
+    run = start(script, **ONLINE | OWN.get(script, {}) | {"train": train})
+    assert_learnt(run, folder)
+    start(script, resume=run, num_iterations=3)
+    latest, final = (load_policy("pi0", run / "checkpoints" / name) for name in ("latest", "final"))
+    close(latest.head.weight, final.head.weight)
+
+
+@pytest.mark.slow
+def test_imitation(start, folder, tmp_path):
+    (tmp_path / "demos").mkdir()
+    write_demos(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", (6, 6))
+    assert_learnt(start("sft_vla", demos="demos", episodes=1, iteration_steps=2), folder)

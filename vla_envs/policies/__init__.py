@@ -40,6 +40,7 @@ PUBLISHED = {
     "openvla": "openvla/openvla-7b-finetuned-libero-object",
     "openvla-oft": "openvla/openvla-7b-finetuned-libero-object",
     "smolvla": "HuggingFaceVLA/smolvla_libero",
+    "pi0": "lerobot/pi0_libero_finetuned_v044",
 }
 
 
@@ -60,7 +61,7 @@ POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     **{name: _published(name) for name in PUBLISHED},
 }
 #: Those whose checkpoints are in LeRobot's format.
-LEROBOT = ("smolvla",)
+LEROBOT = ("smolvla", "pi0")
 #: What changes how a flow-matching policy draws and executes its actions.
 SETTINGS = ("action_chunk", "denoising_steps", "noise", "noise_level")
 #: The checkpoint that is shipped for each policy.

@@ -76,17 +76,17 @@ class CommonArgs:
     max_episode_steps: int | None = None
     """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
-    """Control steps per decision (C); has to fit the policy [the policy's; smolvla: 10 of its 50]"""
+    """Control steps per decision (C); has to fit the policy [the policy's; smolvla, pi0: 10 of 50]"""
     num_threads: int | None = None
     """Simulator threads [one per core]"""
 
     # ---- Policy ----
     policy: str = "nano"
-    """nano, flow, openvla, openvla-oft, smolvla or path/to/file.py:function"""
+    """nano, flow, openvla, openvla-oft, smolvla, pi0 or path/to/file.py:function"""
     checkpoint: Path | None = None
     """Starting checkpoint: a folder, or a repository of the hub [the shipped one; sft_vla.py: random]"""
     train: str = "all"
-    """What is trained: lora, head, lora+head, lora+last-k, expert (of smolvla) or all"""
+    """What is trained: lora, head, lora+head, lora+last-k, expert (smolvla, pi0) or all"""
     lora_rank: int | None = None
     """LoRA's r [32]"""
     last_k: int | None = None
@@ -102,9 +102,9 @@ class CommonArgs:
     temperature: float = 1.0
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
     noise: str | None = None
-    """Denoising steps that are random: smolvla: sde-one, sde, learned; flow: sde, fixed [the checkpoint's]"""
+    """Random denoising steps: smolvla, pi0: sde-one, sde, learned; flow: sde, fixed [the checkpoint's]"""
     noise_level: float | None = None
-    """Standard deviation of a flow's noise, in units of its actions [the checkpoint's; smolvla: 0.5]"""
+    """Standard deviation of a flow's noise, in units of its actions [the checkpoint's; smolvla, pi0: 0.5]"""
     denoising_steps: int | None = None
     """Steps from noise to a chunk of actions (K) [the checkpoint's]"""
 

@@ -280,9 +280,7 @@ class LeRobotPolicy(nn.Module):
             temperature: Scales the noise; above 0.
         """
         d = 1.0 / self.settings.denoising_steps
-        t = (
-            1.0 - k.double() * d
-        ).float()  # (B,): rounded once, as the fastest of its features turn by 1571 t
+        t = (1.0 - k.double() * d).float()  # (B,), rounded once: the fastest of its features turns by 1571 t
         hidden = self.model.denoise(x, t, prefix)  # (B, C, width)
         velocity = self.model.action_out_proj(hidden)  # (B, C, D)
         ahead = x - d * velocity
