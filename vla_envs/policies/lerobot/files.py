@@ -81,7 +81,7 @@ class Normaliser(nn.Module):
                     f"its statistics {name} are {in_short(value.tolist())}; expected {size} finite numbers,"
                     " as LIBERO's robot has them"
                 )
-        first, second, eps = first.double(), second.double(), float(config.get("eps", 1e-8))
+        first, second, eps = first.float(), second.float(), float(config.get("eps", 1e-8))
         if mode == "MEAN_STD":
             return cls(first, second + eps, second)
         width = torch.where(second == first, torch.full_like(first, eps), second - first)

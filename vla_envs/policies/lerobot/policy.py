@@ -152,12 +152,15 @@ class LeRobotPolicy(nn.Module):
         published = read(checkpoint, kind)
         network = network_of(kind)
         kept = published.its_json(OWN)
-        steps = {"denoising_steps": published.config.get(network.steps_key, 10)}
         with torch.device("meta"):
             model = network.of(published)
+        usual = {
+            "action_chunk": min(EXECUTED, model.config.action_chunk),
+            "denoising_steps": published.config.get(network.steps_key, 10),
+        }
         expected, names = model.state_dict(), model.names()
         tensors = weights_of(published, expected, names, model.unused)
-        policy = cls(model, published, FlowSettings(**steps | kept.get("settings", {}) | settings))
+        policy = cls(model, published, FlowSettings(**usual | kept.get("settings", {}) | settings))
         if device.type == "meta":
             return policy
         make_room(str(checkpoint), sum(p.numel() for p in model.parameters()), dtype, device)
