@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from artifacts import ROOT, write_demos
+from packaging.version import Version
 
 from vla_envs.policies import count_parameters, load_policy, new_policy
 from vla_envs.policies.adapters import make_trainable
-from vla_envs.policies.lerobot import pi0
+from vla_envs.policies.lerobot import pi0, smolvla
 from vla_envs.policies.lerobot.policy import NOISES, FlowSettings, LeRobotPolicy
 from vla_envs.policies.protocol import validate
 
@@ -77,7 +79,7 @@ def float32_angles(monkeypatch):
         angles = t[:, None] * (1.0 / periods * 2 * math.pi)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    monkeypatch.setattr(pi0, "time_features", features)
+    monkeypatch.setattr(smolvla, "time_features", features)
 
 
 def close(mine, theirs, within=2e-5):
@@ -246,7 +248,7 @@ def test_bfloat16_leaves_what_is_no_weight_as_it_is(folder, policy, obs, prefix,
         assert torch.equal(buffer, whole), name
     matrices = {name: p for name, p in half.model.named_parameters() if p.ndim > 1}
     kept = {name.split(".")[0] for name, p in matrices.items() if p.dtype == torch.float32}
-    assert kept == set(pi0.PROJECTIONS)
+    assert kept == set(smolvla.PROJECTIONS)
     its = half.prefix(obs, list(expected["raw.task"]))
     assert {each.dtype for each in [*its.keys, *its.values]} == {torch.bfloat16}
     for t, velocity in zip(expected["times"], expected["lerobot.velocity"]):
@@ -358,6 +360,38 @@ def test_it_is_saved_as_lerobot_publishes_it(copied, tmp_path, obs, expected):
         assert (after / name).read_bytes() == (before / name).read_bytes()
     again = LeRobotPolicy.load("pi0", after)
     assert same_weights(again, policy) and again.settings == policy.settings == FlowSettings(50, 10, "sde")
+
+
+def test_transformers_reads_what_is_saved(folder, expected, tmp_path, float32_angles):
+    """Its class is another reader of LeRobot's names; before 5.24 it loads nothing of them."""
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers reads LeRobot's names since 5.24")
+    policy = load(folder)
+    with torch.no_grad():
+        policy.head.weight += 0.01
+    policy.save(policy.state_dict(), tmp_path)
+    sizes = transformers.PI0Config(**json.loads((tmp_path / "transformers_config.json").read_text()))
+    theirs, loaded = transformers.PI0ForConditionalGeneration.from_pretrained(
+        tmp_path, config=sizes, output_loading_info=True
+    )
+    assert not any(loaded.values())
+    images, masks = expected["images"][:, :2], expected["image_masks"][:, :2]
+    x, t, state = (expected[name] for name in ("x_t", "times", "state"))
+    with torch.no_grad():
+        prefix = policy.model.prefix(images, masks, expected["tokens"], expected["token_mask"], state)
+        velocity = theirs.eval()(
+            state=state, noise=x, timestep=t, input_ids=expected["input_ids"], pixel_values=images,
+            pixel_attention_mask=masks, attention_mask=expected["attention_mask"],
+            position_ids=expected["position_ids"],
+        ).logits  # fmt: skip
+        close(policy.model.velocity(x, t, prefix), velocity)
+
+
+def test_another_tokenizer(copied):
+    path = copied() / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    with pytest.raises(ValueError, match="does not begin a sentence with <bos>"):
+        load(path.parent.parent)
 
 
 def test_loading_on_meta_keeps_nothing(folder):

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import DynamicCache, GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisionModel
@@ -25,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vla_envs.inputs import in_short
 from vla_envs.policies.lerobot.files import Published
-from vla_envs.policies.lerobot.smolvla import PERIODS, PROJECTIONS, Prefix, time_features
+from vla_envs.policies.lerobot.smolvla import PERIODS, ActionNetwork, Prefix
 
 KEY_HEADS, VISION_HEADS = 1, 16  # of PaliGemma 3B, which no tensor's shape shows
 VLM = "paligemma_with_expert.paligemma.model"
@@ -135,7 +134,7 @@ def _gemma(
     )
 
 
-class Pi0(nn.Module):
+class Pi0(ActionNetwork):
     """The network: ``prefix`` of observations, then ``velocity`` as often as one likes."""
 
     centred = True  # whether images that are not square are padded on both sides, or left and above
@@ -166,6 +165,8 @@ class Pi0(nn.Module):
                 network = cls(config)
         finally:
             hook.remove()
+        if published.words("a")[:1] != [published.tokenizer.token_to_id("<bos>")]:
+            raise ValueError("its tokenizer does not begin a sentence with <bos>; expected PaliGemma's")
         network._start, network._words = start, words
         others = {WORDS_OUT: start + words, EXPERT_OUT: ""}
         network.unused = {
@@ -182,7 +183,6 @@ class Pi0(nn.Module):
         super().__init__()
         self.config = c = config
         self._start, self._words = "model.", WORDS  # of names in the files
-        self.unused: dict[str, str] = {}  # tensors in the files that it lacks, see SmolVLA
         projection = nn.Linear(c.vision.hidden_size, c.text.hidden_size)
         parts = {
             "vision_tower": nn.ModuleDict({"vision_model": SiglipVisionModel(c.vision)}),
@@ -195,11 +195,7 @@ class Pi0(nn.Module):
             "paligemma": nn.ModuleDict({"model": nn.ModuleDict(parts)}),
             "gemma_expert": nn.ModuleDict({"model": expert}),
         })  # fmt: skip
-        self.state_proj = nn.Linear(c.state_dim, self.expert_width)
-        self.action_in_proj = nn.Linear(c.action_dim, self.expert_width)
-        self.action_time_mlp_in = nn.Linear(2 * self.expert_width, self.expert_width)
-        self.action_time_mlp_out = nn.Linear(self.expert_width, self.expert_width)
-        self.action_out_proj = nn.Linear(self.expert_width, c.action_dim)
+        self.add_projections(c.state_dim, self.expert_width, c.action_dim, self.expert_width)
 
     @property
     def vlm(self) -> Any:
@@ -210,11 +206,6 @@ class Pi0(nn.Module):
     def expert(self) -> Any:
         """The action expert: ``layers`` and ``norm``."""
         return self.paligemma_with_expert["gemma_expert"]["model"]  # type: ignore[index]
-
-    @property
-    def trained(self) -> list[nn.Module]:
-        """The expert and the five projections."""
-        return [self.expert, *(getattr(self, name) for name in PROJECTIONS)]
 
     @property
     def blocks(self) -> Any:
@@ -235,11 +226,6 @@ class Pi0(nn.Module):
     def expert_width(self) -> int:
         """Width of what ``denoise`` returns."""
         return self.config.expert.hidden_size
-
-    @staticmethod
-    def is_float32(name: str) -> bool:
-        """Whether a matrix of that name stays float32 where the others are bfloat16."""
-        return name.startswith(PROJECTIONS)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -268,7 +254,7 @@ class Pi0(nn.Module):
 
     def attend(
         self, gemma: Any, x: Tensor, mask: Tensor, keys: list[Tensor], values: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, list[Any]]:
         """Last hidden states (B, L, width) float32 of tokens that see one another and all that came before.
 
         Args:
@@ -280,7 +266,7 @@ class Pi0(nn.Module):
                 are, so that several steps can follow the same prefix.
 
         Returns:
-            The hidden states; keys and values (B, key heads, S, size) of each layer.
+            The hidden states; of each layer ``keys`` and ``values`` (B, key heads, S, size).
         """
         cache = DynamicCache()
         for key, value in zip(keys, values):
@@ -293,17 +279,18 @@ class Pi0(nn.Module):
         with self._precision():
             # The cache by its place: its name was ``past_key_values`` until transformers 5.23.
             hidden = gemma(None, sees, positions, cache, x, use_cache=True).last_hidden_state
-        layers: Any = cache.layers
-        keys, values = ([getattr(one, name).to(self.dtype) for one in layers] for name in ("keys", "values"))
-        return hidden.float(), keys, values
+        return hidden.float(), cache.layers
+
+    def _kept(self, layers: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer, in the precision in which they are kept."""
+        return [one.keys.to(self.dtype) for one in layers], [one.values.to(self.dtype) for one in layers]
 
     def read(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """PaliGemma's keys and values of each layer, and the mask, which nothing of the expert is in."""
+        """Keys and values (B, key heads, P - 1, size) of each of PaliGemma's layers, and the mask (B, P - 1)."""
         x, mask = self.embed(images, image_masks, tokens, token_mask)
-        _, keys, values = self.attend(self.vlm["language_model"], x, mask, [], [])
-        return keys, values, mask
+        return *self._kept(self.attend(self.vlm["language_model"], x, mask, [], [])[1]), mask
 
     def prefix(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
@@ -320,14 +307,8 @@ class Pi0(nn.Module):
         keys, values, mask = self.read(images, image_masks, tokens, token_mask)
         x = self.state_proj(state).unsqueeze(1)  # (B, 1, expert_width)
         mask = torch.cat([mask, mask.new_ones(len(x), 1)], dim=1)
-        hidden, keys, values = self.attend(self.expert, x, mask, keys, values)
-        return Prefix(keys, values, mask, hidden[:, 0])
-
-    def embed_actions(self, x: Tensor, t: Tensor) -> Tensor:
-        """Tokens (B, C, expert_width) of noisy actions x (B, C, D) at times t (B,)."""
-        y = self.action_in_proj(x)
-        times = time_features(t, y.shape[2]).unsqueeze(1).expand_as(y)
-        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([y, times], dim=2))))
+        hidden, layers = self.attend(self.expert, x, mask, keys, values)
+        return Prefix(*self._kept(layers), mask, hidden[:, 0])
 
     def denoise(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """The expert's last hidden states (B, C, expert_width) float32, of which ``action_out_proj`` makes
@@ -335,13 +316,3 @@ class Pi0(nn.Module):
         y = self.embed_actions(x, t)
         mask = torch.cat([prefix.mask, prefix.mask.new_ones(y.shape[:2])], dim=1)  # (B, P + C)
         return self.attend(self.expert, y, mask, prefix.keys, prefix.values)[0]
-
-    def velocity(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
-        """Velocities (B, C, D) float32, which point from actions to noise.
-
-        Args:
-            x: (B, C, D) float32, noisy normalised actions.
-            t: (B,) float32, their times: 1 is noise and 0 the action.
-            prefix: Of the same observations.
-        """
-        return self.action_out_proj(self.denoise(x, t, prefix))

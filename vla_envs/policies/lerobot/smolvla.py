@@ -270,13 +270,57 @@ class Prefix:
     hidden: Tensor
 
 
-class SmolVLA(nn.Module):
+class ActionNetwork(nn.Module):
+    """What SmolVLA and pi0 share: five projections around an expert that denoises a chunk of actions.
+
+    A network adds ``prefix``, what the expert sees of observations, and ``denoise``, its last hidden states.
+    """
+
+    #: Tensors in the files that it lacks, each with the one that it equals, or none, where nothing reads it.
+    unused: dict[str, str] = {}
+    expert: Any
+    denoise: Any
+
+    def add_projections(self, state_dim: int, state_width: int, action_dim: int, width: int) -> None:
+        """Make the projections of states to ``state_width``, of actions to ``width``, and back."""
+        self.state_proj = nn.Linear(state_dim, state_width)
+        self.action_in_proj = nn.Linear(action_dim, width)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+        self.action_out_proj = nn.Linear(width, action_dim)
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """What LeRobot trains by default: the expert and the five projections."""
+        return [self.expert, *(getattr(self, name) for name in PROJECTIONS)]
+
+    @staticmethod
+    def is_float32(name: str) -> bool:
+        """Whether a matrix of that name stays float32 where the others are bfloat16."""
+        return name.startswith(PROJECTIONS)
+
+    def embed_actions(self, x: Tensor, t: Tensor) -> Tensor:
+        """Tokens (B, C, expert_width) of noisy actions x (B, C, D) at times t (B,)."""
+        y = self.action_in_proj(x)
+        times = time_features(t, y.shape[2]).unsqueeze(1).expand_as(y)
+        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([y, times], dim=2))))
+
+    def velocity(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
+        """Velocities (B, C, D) float32, which point from actions to noise.
+
+        Args:
+            x: (B, C, D) float32, noisy normalised actions.
+            t: (B,) float32, their times: 1 is noise and 0 the action.
+            prefix: Of the same observations.
+        """
+        return self.action_out_proj(self.denoise(x, t, prefix))
+
+
+class SmolVLA(ActionNetwork):
     """The network: ``prefix`` of observations, then ``velocity`` as often as one likes."""
 
     centred = False  # whether images that are not square are padded on both sides, or left and above
     steps_key = "num_steps"  # denoising steps, in config.json
-    #: Tensors in the files that it lacks, each with the one that it equals, or none, where nothing reads it.
-    unused: dict[str, str] = {}
     #: The Linear layers that LeRobot's LoRA adapts, but for ``state_proj``: so the prefix needs no gradient.
     lora_targets = (
         r"vlm_with_expert\.lm_expert\.layers\.\d+\.self_attn\.[qv]_proj"
@@ -321,11 +365,7 @@ class SmolVLA(nn.Module):
             }),
             "lm_expert": nn.ModuleDict({"layers": nn.ModuleList(expert), "norm": norm}),
         })  # fmt: skip
-        self.state_proj = nn.Linear(c.state_dim, c.width)
-        self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
-        self.action_time_mlp_in = nn.Linear(2 * c.expert_width, c.expert_width)
-        self.action_time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
-        self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
+        self.add_projections(c.state_dim, c.width, c.action_dim, c.expert_width)
 
     @property
     def vlm(self) -> Any:
@@ -336,11 +376,6 @@ class SmolVLA(nn.Module):
     def expert(self) -> Any:
         """The action expert: ``layers`` and ``norm``."""
         return self.vlm_with_expert["lm_expert"]
-
-    @property
-    def trained(self) -> list[nn.Module]:
-        """What LeRobot trains by default: the expert and the five projections."""
-        return [self.expert, *(getattr(self, name) for name in PROJECTIONS)]
 
     @property
     def blocks(self) -> Any:
@@ -361,11 +396,6 @@ class SmolVLA(nn.Module):
     def expert_width(self) -> int:
         """Width of what ``denoise`` returns."""
         return self.config.expert_width
-
-    @staticmethod
-    def is_float32(name: str) -> bool:
-        """Whether a matrix of that name stays float32 where the others are bfloat16."""
-        return name.startswith(PROJECTIONS)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """With bfloat16 weights, everything but the five projections is computed in bfloat16."""
@@ -435,12 +465,6 @@ class SmolVLA(nn.Module):
                     (values[i],) = layer.project("v", values[i].transpose(1, 2).flatten(2))
         return Prefix(keys, values, read.mask, read.hidden)
 
-    def embed_actions(self, x: Tensor, t: Tensor) -> Tensor:
-        """Tokens (B, C, expert_width) of noisy actions x (B, C, D) at times t (B,)."""
-        y = self.action_in_proj(x)
-        times = time_features(t, y.shape[2]).unsqueeze(1).expand_as(y)
-        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([y, times], dim=2))))
-
     def denoise(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """The expert's last hidden states (B, C, expert_width) float32, of which ``action_out_proj`` makes
         velocities; see ``velocity``."""
@@ -463,13 +487,3 @@ class SmolVLA(nn.Module):
                     mixed = attend(rotate(q, later), keys, values, sees_all)
                 y = layer.after(y, mixed)
             return self.expert["norm"](y).float()
-
-    def velocity(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
-        """Velocities (B, C, D) float32, which point from actions to noise.
-
-        Args:
-            x: (B, C, D) float32, noisy normalised actions.
-            t: (B,) float32, their times: 1 is noise and 0 the action.
-            prefix: Of the same observations.
-        """
-        return self.action_out_proj(self.denoise(x, t, prefix))
