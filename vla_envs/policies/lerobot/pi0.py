@@ -288,7 +288,7 @@ class Pi0(ActionNetwork):
     def read(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Keys and values (B, key heads, P - 1, size) of each of PaliGemma's layers, and the mask (B, P - 1)."""
+        """Keys and values (B, key heads, P - 1, size) of PaliGemma's layers, and the mask (B, P - 1)."""
         x, mask = self.embed(images, image_masks, tokens, token_mask)
         return *self._kept(self.attend(self.vlm["language_model"], x, mask, [], [])[1]), mask
 
