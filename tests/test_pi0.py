@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from artifacts import ROOT, write_demos
 from packaging.version import Version
 
@@ -364,6 +363,8 @@ def test_it_is_saved_as_lerobot_publishes_it(copied, tmp_path, obs, expected):
 
 def test_transformers_reads_what_is_saved(folder, expected, tmp_path, float32_angles):
     """Its class is another reader of LeRobot's names; before 5.24 it loads nothing of them."""
+    import transformers  # after vla_envs.policies, which hides a torchvision that does not fit
+
     if Version(transformers.__version__) < Version("5.24"):
         pytest.skip("transformers reads LeRobot's names since 5.24")
     policy = load(folder)
@@ -485,13 +486,15 @@ def test_online_rl(start, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["tgrpo_vla", "ppo_vla", "grpo_vla"])
-@pytest.mark.parametrize("train", ["expert", "lora"])
+@pytest.mark.parametrize(
+    ("script", "train"),
+    [("tgrpo_vla", "expert"), ("ppo_vla", "expert"), ("grpo_vla", "expert"), ("grpo_vla", "lora")],
+)
 def test_every_script_of_online_rl(start, folder, script, train):
     """PPO needs an iteration more: its critic learns alone at first."""
     run = start(script, **ONLINE | OWN.get(script, {}) | {"train": train})
     assert_learnt(run, folder)
-    start(script, resume=run, num_iterations=3)
+    start(script, resume=run, num_iterations=3, train=train)
     latest, final = (load_policy("pi0", run / "checkpoints" / name) for name in ("latest", "final"))
     close(latest.head.weight, final.head.weight)
 
