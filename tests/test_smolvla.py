@@ -22,6 +22,7 @@ from vla_envs.policies.adapters import make_trainable, merged
 from vla_envs.policies.images import lerobot_pixels
 from vla_envs.policies.lerobot.files import Normaliser
 from vla_envs.policies.lerobot.policy import NOISES, LeRobotPolicy
+from vla_envs.policies.lerobot.smolvla import SmolVLA, SmolVLAConfig
 from vla_envs.policies.protocol import blank_observations, validate
 from vla_envs.training.evaluation import settings
 
@@ -328,6 +329,27 @@ def test_an_expert_is_only_trained_where_there_is_one():
         make_trainable(load_policy("nano"), "expert")
 
 
+@pytest.mark.parametrize(
+    "layers, width, mlp, tensors, parameters", [(16, 720, 2048, 500, 450.0), (32, 480, 1280, 788, 604.9)]
+)
+def test_true_sizes_are_the_published_ones(layers, width, mlp, tensors, parameters):
+    """As many tensors as in the published files, and as many million parameters."""
+    config = SmolVLAConfig(
+        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, patch=16, image_size=512,
+        shuffle=4, vocabulary=49280, width=960, layers=layers, head=64, heads=15, key_heads=5, mlp=2560,
+        expert_width=width, expert_mlp=mlp, self_attention_every=2, state_dim=32, action_dim=32,
+        action_chunk=50,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = SmolVLA(config)
+    counts = [parameter.numel() for parameter in model.parameters()]
+    assert len(counts) == tensors and round(sum(counts) / 1e6, 1) == parameters
+    # What sizes a file with such tensors has; those of heads are the published model's.
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    said = {"chunk_size": 50, "resize_imgs_with_padding": [512, 512]}
+    assert SmolVLAConfig.of(shapes, said, {}) == config
+
+
 # ---- Images and statistics -----------------------------------------------------------------------------
 
 
@@ -524,9 +546,7 @@ def test_settings_that_do_not_fit(tiny, settings, words):
 
 
 def test_settings_of_other_policies():
-    with pytest.raises(
-        ValueError, match="noise are of flow matching; expected --policy flow or smolvla, got nano"
-    ):
+    with pytest.raises(ValueError, match="policy 'nano' has no noise; expected one that denoises: flow, sm"):
         load_policy("nano", settings={"noise": "sde"})
     assert load_policy("flow", settings={"noise": "fixed"}).settings.noise == "fixed"
     with pytest.raises(ValueError, match=r"starts from a checkpoint.*HuggingFaceVLA/smolvla_libero"):

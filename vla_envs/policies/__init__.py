@@ -111,8 +111,8 @@ def adjusted(policy: Any, name: str, settings: dict[str, Any]) -> Any:
     changes = {key: value for key, value in settings.items() if key != "action_chunk"}
     if changes and not isinstance(policy, FlowPolicy):
         raise ValueError(
-            f"{' and '.join(changes)} are of flow matching; expected --policy flow or"
-            f" {' or '.join(LEROBOT)}, got {name}"
+            f"policy {name!r} has no {' and no '.join(changes)}; expected one that denoises:"
+            f" {', '.join(['flow', *LEROBOT])}"
         )
     if changes:
         policy.config = dataclasses.replace(policy.config, **changes)
