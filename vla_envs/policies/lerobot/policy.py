@@ -37,7 +37,6 @@ from vla_envs.policies.protocol import in_parts
 from vla_envs.policies.published import make_room
 from vla_envs.policies.tensors import read_tensors
 
-NETWORKS = ("smolvla", "pi0")
 NOISES = ("sde-one", "sde", "learned")
 EXECUTED = 10  # control steps per decision: of 50, as published, a policy is blind for too long
 LEARNED_STD = (0.08, 0.16)  # between which the learned standard deviation lies
@@ -46,7 +45,7 @@ IMAGE_SIZE = 256  # pixels, of LIBERO's data sets in LeRobot's format
 
 
 def network_of(kind: str) -> Any:
-    """The class of the network with LeRobot's name ``kind``, one of ``NETWORKS``."""
+    """The class of the network that LeRobot calls ``kind``, smolvla or pi0."""
     if kind == "smolvla":
         return SmolVLA
     from vla_envs.policies.lerobot.pi0 import Pi0  # transformers takes seconds
@@ -100,7 +99,7 @@ class LearnedNoise(nn.Module):
 
 
 class LeRobotPolicy(nn.Module):
-    """A network of ``NETWORKS`` with the interface of every policy.
+    """A network of ``network_of`` with the interface of every policy.
 
     Its tokens are, with the noise ``sde-one``, k, x_k and x_{k+1} in one row ``(B, 1 + 2 C D)``, else the
     whole chain ``(B, K + 1, C, D)``, float32. Its log-probabilities ``(B, J H 7)`` are the log-densities of
@@ -136,7 +135,7 @@ class LeRobotPolicy(nn.Module):
         """The policy of a checkpoint, a folder in LeRobot's format or a repository of the hub.
 
         Args:
-            kind: One of ``NETWORKS``.
+            kind: LeRobot's name of the network, see ``network_of``.
             checkpoint: The folder or repository.
             device: Where its weights go [cpu]; on ``"meta"`` the checkpoint is checked and nothing kept.
             dtype: Of the weights, but for the small ones that are always float32 [bfloat16 on a GPU, else
