@@ -110,8 +110,7 @@ class Pi0Config:
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], start: str, norm: str) -> int:
     """The number of layers in ``start.layers``, each of which has one ``norm``."""
-    ends = (f".{norm}.weight", f"{start}.layers.")
-    return len([name for name in shapes if name.startswith(ends[1]) and name.endswith(ends[0])])
+    return sum(name.startswith(f"{start}.layers.") and name.endswith(f".{norm}.weight") for name in shapes)
 
 
 def _gemma(
