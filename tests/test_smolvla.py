@@ -101,9 +101,9 @@ def test_the_prefix_is_lerobots(reference):
     names = ("images", "image_masks", "tokens", "token_mask", "state")
     inputs = [figures[name] for name in names]
     close(policy.model.see(inputs[0]), figures["image_embeds"])
-    x, mask = policy.model.embed(*inputs)
+    *parts, mask = policy.model.embed(*inputs)
     assert torch.equal(mask, figures["prefix_pad_mask"])
-    close(x[mask], figures["prefix_embeds"][mask])
+    close(torch.cat(parts, dim=1)[mask], figures["prefix_embeds"][mask])
     read = policy.model.read(*inputs)
     for mine, name in ((read.keys, "prefix_keys"), (read.values, "prefix_values")):
         mine, theirs = (each.transpose(2, 3)[mask[:, None].expand(-1, len(mine), -1)] for each in (
@@ -236,14 +236,14 @@ def test_scores_are_those_of_the_sample(tiny, noise, temperature):
 
 
 @every_noise
-def test_a_draw_depends_on_its_own_generator_alone(tiny, noise):
+def test_a_draw_depends_on_its_own_generator_alone(tiny, noise, monkeypatch):
     policy, obs = load_policy("smolvla", tiny, settings={"action_chunk": 3, "noise": noise}), observations()
     actions, tokens, _ = policy.sample(obs, SENTENCES, 1.0, generators(1, 2, 3))
     last = {name: array[2:] for name, array in obs.items()}
     alone, its, _ = policy.sample(last, SENTENCES[2:], 1.0, generators(3))
     np.testing.assert_allclose(alone, actions[2:], atol=1e-5)
     close(its, tokens[2:])
-    policy.rollout_batch = 2  # in parts
+    monkeypatch.setattr("vla_envs.policies.lerobot.smolvla.IMAGES_AT_ONCE", 4)
     again, parts, _ = policy.sample(obs, SENTENCES, 1.0, generators(1, 2, 3))
     np.testing.assert_allclose(again, actions, atol=1e-5)
     close(parts, tokens)

@@ -113,18 +113,6 @@ def cameras_of(policy: Any) -> tuple[str, ...]:
     return cameras
 
 
-def in_parts(
-    sample: Any, size: int, obs: dict[str, Any], instructions: list[str], temperature: float, generators: Any
-) -> tuple[NDArray[np.float32], Tensor, Tensor]:
-    """What ``sample`` decides of observations, so many at once, because all would take too much memory."""
-    parts = []
-    for some in (slice(i, i + size) for i in range(0, len(instructions), size)):
-        shown = {name: x[some] for name, x in obs.items()}
-        parts.append(sample(shown, instructions[some], temperature, generators and generators[some]))
-    actions, tokens, logprobs = zip(*parts)
-    return np.concatenate(actions), torch.cat(tokens), torch.cat(logprobs)
-
-
 def is_own(name: str) -> bool:
     """Whether the name of a policy is that of one's own, ``path/to/file.py:function``."""
     return ".py:" in name

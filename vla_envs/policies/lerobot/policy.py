@@ -33,7 +33,6 @@ from vla_envs.policies.images import lerobot_pixels
 from vla_envs.policies.lerobot.files import ACTION_DIM, STATE_DIM, Published, read, weights_of
 from vla_envs.policies.lerobot.smolvla import SmolVLA
 from vla_envs.policies.nano import draw
-from vla_envs.policies.protocol import in_parts
 from vla_envs.policies.published import make_room
 from vla_envs.policies.tensors import read_tensors
 
@@ -109,7 +108,6 @@ class LeRobotPolicy(nn.Module):
     image_size = IMAGE_SIZE
     own_images = True  # it processes the images itself
     made_for: dict[str, list[int]] | None = None
-    rollout_batch = 32  # observations; at the published size each takes 20 MiB per camera on its way
 
     def __init__(self, model: Any, published: Published, settings: FlowSettings) -> None:
         super().__init__()
@@ -335,8 +333,6 @@ class LeRobotPolicy(nn.Module):
                 published evaluations do, and gives the log-densities at temperature 1.
             generators: One for each instruction, from which it draws; by default torch's own for all.
         """
-        if len(instructions) > self.rollout_batch:
-            return in_parts(self.sample, self.rollout_batch, obs, instructions, temperature, generators)
         c, steps = self.model.config, self.settings.denoising_steps
         prefix = self.prefix(obs, instructions)
         like = prefix.hidden.new_zeros(len(instructions), c.action_chunk, c.action_dim)  # (B, C, D)

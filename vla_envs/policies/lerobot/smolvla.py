@@ -24,6 +24,7 @@ from vla_envs.policies.lerobot.files import Published
 
 ROPE_BASE = 10_000.0  # LeRobot's own, whatever the language model was trained with
 HEAD, VISION_WIDTH, VISION_HEADS = 64, 768, 12  # of SmolVLM2-500M, which no tensor's shape shows
+IMAGES_AT_ONCE = 64  # through the vision model, each with about 20 MiB on its way
 PERIODS = (0.004, 4.0)  # of the time's features
 VLM = "vlm_with_expert.vlm.model"
 EXPERT = "vlm_with_expert.lm_expert"
@@ -167,11 +168,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
 
     Args:
         q, k, v: Neighbouring heads of q share a head of k and v.
-        sees: (B or 1, 1, L, S) bool, what each query may look at.
+        sees: (B, 1, L, S) or (B, 1, 1, S) bool, what each query may look at.
     """
     shared = q.shape[1] // k.shape[1]
     together = q.unflatten(1, (k.shape[1], shared)).flatten(2, 3)  # one long query per key head
-    mixed = F.scaled_dot_product_attention(together.to(v.dtype), k, v, sees.repeat(1, 1, shared, 1))
+    sees = sees.repeat(1, 1, shared, 1) if sees.shape[2] > 1 else sees
+    mixed = F.scaled_dot_product_attention(together.to(v.dtype), k, v, sees)
     return mixed.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2).flatten(2)
 
 
@@ -404,45 +406,53 @@ class SmolVLA(ActionNetwork):
         return torch.autocast(weight.device.type, torch.bfloat16, enabled=half)
 
     def see(self, images: Tensor) -> Tensor:
-        """Tokens (B, V, n, width) of images (B, V, 3, S, S) in [-1, 1]."""
-        seen = self.vlm["vision_model"](images.flatten(0, 1))
+        """Tokens (B, V, n, width) of images (B, V, 3, S, S) in [-1, 1], some at once to save memory."""
+        vision = self.vlm["vision_model"]
+        seen = torch.cat([vision(part) for part in images.flatten(0, 1).split(IMAGES_AT_ONCE)])
         return self.vlm["connector"]["modality_projection"]["proj"](seen).unflatten(0, images.shape[:2])
 
     def embed(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The prefix (B, P, width) as the language model takes it, and its mask (B, P); see ``prefix``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the language model takes: images and words (B, P - 1, width), the state (B, 1, width), and the
+        mask (B, P) of both; see ``prefix``."""
         scale = self.config.width**0.5
         seen = scale * self.see(images)  # (B, V, n, width)
         words = scale * self.vlm["text_model"]["embed_tokens"](tokens)  # (B, L, width)
         with torch.autocast(state.device.type, enabled=False):
             last = self.state_proj(state).unsqueeze(1)  # (B, 1, width)
-        x = torch.cat([seen.flatten(1, 2).float(), words.float(), last], dim=1)
         there = image_masks.repeat_interleave(seen.shape[2], dim=1)  # (B, V * n)
-        return x, torch.cat([there, token_mask, there.new_ones(len(x), 1)], dim=1)
+        mask = torch.cat([there, token_mask, there.new_ones(len(last), 1)], dim=1)
+        return torch.cat([seen.flatten(1, 2).float(), words.float()], dim=1), last, mask
 
     def read(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
     ) -> Prefix:
         """The language model's own keys and values, which depend on nothing that LeRobot trains but
-        ``state_proj``; see ``prefix``."""
+        ``state_proj``; see ``prefix``.
+
+        The state looks at images and words, which do not look at it. Computed apart, they need no gradient
+        where ``state_proj`` is trained.
+        """
         layers, norm = (self.vlm["text_model"][name] for name in ("layers", "norm"))
         keys, values = [], []
         with self._precision():
-            x, mask = self.embed(images, image_masks, tokens, token_mask, state)
-            positions = mask.cumsum(1) - 1  # (B, P): what is padded takes no position
-            sees = mask[:, None, None, :].repeat(1, 1, x.shape[1], 1)  # (B, 1, P, P)
-            sees[:, :, :-1, -1] = False  # the state sees images and words, which do not see it
+            x, state_x, mask = self.embed(images, image_masks, tokens, token_mask, state)
+            positions, sees = mask.cumsum(1) - 1, mask[:, None, None, :]  # what is padded takes no position
             for i, layer in enumerate(layers):
+                q, k, v = layer.project("qkv", layer.input_layernorm(state_x))
                 y = layer.input_layernorm(x)
-                k, v = layer.project("kv", y)
-                keys.append(rotate(k, positions))
-                values.append(v)
-                if i == len(layers) - 1:  # of the last layer only the state's output is read
-                    x, y, positions, sees = x[:, -1:], y[:, -1:], positions[:, -1:], sees[:, :, -1:]
-                (q,) = layer.project("q", y)
-                x = layer.after(x, attend(rotate(q, positions), keys[-1], v, sees))
-            return Prefix(keys, values, mask, norm(x)[:, 0].float())
+                others_k, others_v = layer.project("kv", y)
+                others_k = rotate(others_k, positions[:, :-1])
+                keys.append(torch.cat([others_k, rotate(k, positions[:, -1:])], dim=2))
+                values.append(torch.cat([others_v, v], dim=2))
+                mixed = attend(rotate(q, positions[:, -1:]), keys[-1], values[-1], sees)
+                state_x = layer.after(state_x, mixed)
+                if i < len(layers) - 1:  # of the last layer only the state's output is read
+                    (q,) = layer.project("q", y)
+                    mixed = attend(rotate(q, positions[:, :-1]), others_k, others_v, sees[..., :-1])
+                    x = layer.after(x, mixed)
+            return Prefix(keys, values, mask, norm(state_x)[:, 0].float())
 
     def prefix(
         self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
@@ -471,9 +481,9 @@ class SmolVLA(ActionNetwork):
         y = self.embed_actions(x, t)
         steps = torch.arange(x.shape[1], device=x.device)  # (C,)
         later = prefix.mask.sum(1, keepdim=True) + steps  # (B, C), behind the prefix
-        sees = prefix.mask[:, None, None, :].expand(-1, 1, len(steps), -1)  # (B, 1, C, P)
+        sees = prefix.mask[:, None, None, :]  # (B, 1, 1, P)
         earlier = (steps <= steps.unsqueeze(1)).expand(len(x), 1, -1, -1)  # (B, 1, C, C)
-        sees_all = torch.cat([sees, earlier], dim=3)  # (B, 1, C, P + C)
+        sees_all = torch.cat([sees.expand(-1, 1, len(steps), -1), earlier], dim=3)  # (B, 1, C, P + C)
         with self._precision():
             for i, layer in enumerate(self.expert["layers"]):
                 z, keys, values = layer.input_layernorm(y), prefix.keys[i], prefix.values[i]

@@ -19,7 +19,6 @@ from vla_envs.policies.openvla.actions import ACTION_DIM, BINS, action_statistic
 from vla_envs.policies.openvla.config import OpenVLAConfig
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.model import OpenVLAModel
-from vla_envs.policies.protocol import in_parts
 from vla_envs.policies.published import INDEX, fetch
 
 
@@ -221,7 +220,15 @@ class OpenVLAPolicy(OpenVLAModel):
             generators: One per instruction, from which its tokens are drawn; by default torch's own.
         """
         if len(instructions) > self.rollout_batch:
-            return in_parts(self.sample, self.rollout_batch, obs, instructions, temperature, generators)
+            parts: Any = zip(*[
+                self.sample(
+                    {name: x[some] for name, x in obs.items()}, instructions[some], temperature,
+                    generators and generators[some],
+                )
+                for some in (slice(self.rollout_batch), slice(self.rollout_batch, None))
+            ])  # fmt: skip
+            actions, tokens, logprobs = parts
+            return np.concatenate(actions), torch.cat(tokens), torch.cat(logprobs)
         inputs = self.prepare(obs, instructions)
         training = self.training
         if training:  # layers that recompute their activations drop the cache
