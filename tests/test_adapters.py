@@ -104,7 +104,7 @@ def test_the_number_of_lora_parameters():
 
 @pytest.mark.parametrize("train", ["lorra", "", "last-k", "lora+head+last-k"])
 def test_unknown_sets(train):
-    with pytest.raises(ValueError, match=r"lora, head, lora\+head, lora\+last-k, all"):
+    with pytest.raises(ValueError, match=r"lora, head, lora\+head, lora\+last-k, expert, all"):
         make_trainable(plain(), train)
 
 

@@ -683,6 +683,7 @@ def test_every_script_of_online_rl(start, tiny, script, noise):
     close(execute_again.head.weight, final.head.weight)
 
 
+@pytest.mark.slow
 def test_imitation(start, tiny, tmp_path):
     (tmp_path / "demos").mkdir()
     write_demos(tmp_path / "demos" / "LiberoObject_4_demo.hdf5", (6, 6))

@@ -324,7 +324,7 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
             f"action_chunk is {given.action_chunk}; expected {policy.action_chunk}, the policy's"
         )
     flow = getattr(policy, "settings", None)
-    filled = {name: getattr(flow, name) for name in SETTINGS if flow is not None}
+    filled = {name: getattr(flow, name) for name in SETTINGS if hasattr(flow, name)}
     return dataclasses.replace(given, **filled | {"action_chunk": policy.action_chunk})
 
 
