@@ -217,7 +217,7 @@ def make_critic(policy: Any) -> torch.nn.Module:
 
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (B, D), of --ratio-level action (B, 1), entropies (B, D) and hidden states (B, H)."""
-    obs = {name: b[name][inds] for name in ("image", "state")}
+    obs = {name: b[name][inds] for name in batches.OBSERVED if name in b}
     tokens = b["tokens"][inds].to(args.device)  # (B, D)
     instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
     logprobs, entropy, hidden = policy.score(obs, instructions, tokens, args.temperature)

@@ -32,8 +32,9 @@ from vla_envs import distributed
 from vla_envs.command_line import check_numbers
 from vla_envs.demos import demonstrations
 from vla_envs.policies import is_own
+from vla_envs.policies.protocol import cameras_of
 from vla_envs.tasks import get_task
-from vla_envs.training import arguments, checkpoints, runs
+from vla_envs.training import arguments, batches, checkpoints, runs
 
 
 @dataclass
@@ -71,7 +72,7 @@ def loss_of(policy: Any, samples: dict[str, Any], inds: np.ndarray, seeds: Any =
 
     A policy that draws noise for it draws each sample's by one of the ``seeds`` (B,), or from torch's.
     """
-    obs = {name: samples[name][inds] for name in ("image", "state")}
+    obs = {name: samples[name][inds] for name in batches.OBSERVED if name in samples}
     instructions = [samples["instructions"][i] for i in inds]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds] or None
     return policy.imitation_loss(obs, instructions, torch.as_tensor(samples["actions"][inds]), generators)
@@ -125,8 +126,9 @@ def load_samples(policy: Any, args: Args) -> tuple[dict[str, Any], dict[str, Any
     tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
     counts = [count + args.held_out for count in args.episodes] or [None] * len(tasks)  # None: all
     least = 1 + args.held_out
+    chunk = getattr(policy, "imitation_chunk", policy.action_chunk)  # it may predict more than it executes
     demos = [
-        demonstrations.load_demonstrations(args.demos, task, count, policy.action_chunk, least=least)
+        demonstrations.load_demonstrations(args.demos, task, count, chunk, least, cameras_of(policy))
         for task, count in zip(tasks, counts)
     ]
     samples = demonstrations.samples(tasks, [its[: len(its) - args.held_out] for its in demos])

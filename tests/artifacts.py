@@ -36,6 +36,7 @@ def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
             demo = {
                 "actions": rng.uniform(-1, 1, (length, 7)),
                 "obs/agentview_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
+                "obs/eye_in_hand_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
                 "obs/ee_states": rng.standard_normal((length, 6)),
                 "obs/gripper_states": rng.standard_normal((length, 2)),
             }

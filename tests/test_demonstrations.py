@@ -13,6 +13,7 @@ from PIL import Image
 
 from vla_envs import demos
 from vla_envs.demos.demonstrations import load_demonstrations, samples
+from vla_envs.demos.hdf5 import write_hdf5
 from vla_envs.tasks import get_task
 
 try:
@@ -43,6 +44,28 @@ def test_demonstrations_by_hand(tmp_path):
         np.testing.assert_array_equal(demo["state"][:, 6:], np.float32(stored["obs/gripper_states"]))
         turned = [np.rot90(picture, 2) for picture in stored["obs/agentview_rgb"]]  # by 180 degrees
         np.testing.assert_array_equal(demo["image"], turned)
+
+
+def test_the_wrists_images_on_request(tmp_path):
+    (written,) = write_demos(tmp_path / OURS, lengths=(5,))
+    cameras = ("image", "wrist_image")
+    (demo,) = load_demonstrations(tmp_path, KETCHUP, 1, chunk=1, cameras=cameras)
+    for name, stored in zip(cameras, ("obs/agentview_rgb", "obs/eye_in_hand_rgb")):
+        np.testing.assert_array_equal(demo[name], written[stored][:, ::-1, ::-1])
+    joined = samples([KETCHUP], [[demo]])
+    np.testing.assert_array_equal(joined["wrist_image"], demo["wrist_image"])
+    write_hdf5(tmp_path / LIBEROS, KETCHUP, [
+        {name: demo[name] for name in (*cameras, "state")}
+        | {"actions": demo["actions"][:, 0], "expert_actions": demo["actions"][:, 0], "seed": np.asarray(3)}
+    ])  # fmt: skip
+    (tmp_path / OURS).unlink()
+    (again,) = load_demonstrations(tmp_path, KETCHUP, 1, chunk=1, cameras=cameras)
+    np.testing.assert_array_equal(again["wrist_image"], demo["wrist_image"])
+    with h5py.File(tmp_path / LIBEROS, "a") as file:
+        del file["data/demo_0/obs/eye_in_hand_rgb"]
+    with pytest.raises(ValueError, match="it has no data/demo_0/obs/eye_in_hand_rgb"):
+        load_demonstrations(tmp_path, KETCHUP, 1, chunk=1, cameras=cameras)
+    assert len(load_demonstrations(tmp_path, KETCHUP, 1, chunk=1)) == 1
 
 
 def test_a_chunk_past_the_end_repeats_the_last_action(tmp_path):
@@ -513,6 +536,17 @@ def test_a_lerobot_data_set(lerobot, version, videos):
             np.testing.assert_array_equal(demo["actions"][:, 0], actions)
             np.testing.assert_array_equal(demo["actions"][:-1, 1], actions[1:])
             np.testing.assert_array_equal(demo["actions"][-1, 1], actions[-1])
+
+
+def test_the_second_camera_of_a_lerobot_data_set(lerobot):
+    data = lerobot("v3.0")
+    cameras = ("image", "wrist_image")
+    for demo in load_demonstrations(data.folder, KETCHUP, 2, chunk=1, cameras=cameras):
+        np.testing.assert_array_equal(demo["wrist_image"], 255 - demo["image"])
+    del data.info["features"][f"{data.camera}2"]
+    data.write_meta()
+    with pytest.raises(ValueError, match="expected images of two cameras"):
+        load_demonstrations(data.folder, KETCHUP, 2, chunk=1, cameras=cameras)
 
 
 def test_a_lerobot_data_set_with_openpis_names(lerobot):

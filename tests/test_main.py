@@ -169,7 +169,8 @@ def test_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 139 * 2**30))
     assert main.gpu() == (
         "ok",
-        "H200, 20 of 139 GiB free: nano trains, flow trains, openvla acts, openvla-oft acts",
+        "H200, 20 of 139 GiB free: nano trains, flow trains, openvla acts, openvla-oft acts, smolvla trains,"
+        " pi0 trains",
     )
 
 

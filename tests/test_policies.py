@@ -667,7 +667,7 @@ def save_state(run, args, learner):
     return run / "checkpoints" / "latest"
 
 
-@pytest.mark.parametrize("train", adapters.TRAINABLE_SETS)
+@pytest.mark.parametrize("train", [each for each in adapters.TRAINABLE_SETS if each != "expert"])
 @pytest.mark.parametrize("critic", [False, True])
 def test_the_state_of_a_run_is_a_policy(checkpoint, train, critic):
     args = Run(checkpoint=str(checkpoint), train=train)

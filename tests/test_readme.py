@@ -8,10 +8,11 @@ import shlex
 import sys
 
 import pytest
+import tiny_openvla
+import tiny_smolvla
 import torch
 from artifacts import ROOT, words_of, write_demos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_openvla import write_tiny
 
 from vla_envs.policies import adapters, load_policy, save_policy
 
@@ -19,7 +20,7 @@ SCRIPTS = ("tgrpo_vla.py", "grpo_vla.py", "ppo_vla.py", "sft_vla.py")
 # Pages whose blocks are typed one after another; the others need several GPUs, or have a test of their own.
 PAGES = (
     "quickstart", "environments", "rewards", "tgrpo", "grpo", "ppo", "sft", "runs", "evaluation", "adapters",
-    "policies",
+    "policies", "smolvla",
 )  # fmt: skip
 TINY = {
     "num_groups": 2, "group_size": 2, "num_iterations": 1, "eval_episodes": 1, "eval_every": 0,
@@ -59,8 +60,9 @@ def small(script, words):
         flags |= {"num_iterations": 1, "iteration_steps": 1, "episodes": (2,) * 10 if several else 2}
     else:
         flags = TINY | ({"num_groups": 10} if "9" in words else {})
-    large = {"device": "cpu"} | ({"lora_rank": 2, "micro_batch_size": 2} if "lora" in words else {})
-    return flags | (large if "openvla" in words else {})
+    large = {"device": "cpu"} | ({"lora_rank": 2} if "lora" in words else {})
+    large |= {"micro_batch_size": 2} if "--micro-batch-size" in words else {}
+    return flags | (large if {"openvla", "smolvla"} & set(words) else {})
 
 
 def execute(words, monkeypatch, instead=()):
@@ -131,7 +133,11 @@ def material(tmp_path, monkeypatch):
     for name in "ab":
         adapters.save_adapter(policy, tmp_path / "runs" / name / "checkpoints" / "adapter")
     save_policy(load_policy("nano"), "nano", tmp_path / "runs/second/checkpoints/final")
-    return {"openvla/openvla-7b-finetuned-libero-object": str(write_tiny(tmp_path / "tiny"))}
+    return {
+        "openvla/openvla-7b-finetuned-libero-object": str(tiny_openvla.write_tiny(tmp_path / "openvla")),
+        "HuggingFaceVLA/smolvla_libero": str(tiny_smolvla.write_tiny(tmp_path / "smolvla")),
+        "libero": "builtin",  # the assets, which are not everywhere
+    }
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ CHECKSUM = "d40038936ef9"  # of the image of the ketchup task's init state 0, dr
 #: processor. They are estimated from the sizes of weights, adapters and caches.
 NEEDS = {"nano": (0.5, 1.0), "flow": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0)}
 NEEDS_ON_CPU = {"nano": (1.0, 2.0), "flow": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
+NEEDS["smolvla"], NEEDS_ON_CPU["smolvla"] = (3.0, 8.0), (5.0, 10.0)
+NEEDS["pi0"], NEEDS_ON_CPU["pi0"] = (8.0, 14.0), (15.0, 22.0)
 INSTALL = "pip install -e . in the repository"
 
 OK, NOTE, MEND = "ok", "note", "mend"
@@ -196,7 +198,7 @@ def cache() -> tuple[str, str]:
     words = f"{len(list(folder.glob('*.mjb')))} compiled scenes in {folder} ({_size(folder)})"
     if named := os.environ.get("NUMBA_CACHE_DIR"):
         words += f"; numba's code in {named}"
-    checkpoints = [path for path in hub.glob("models--*") if "openvla" in path.name]
+    checkpoints = [path for path in hub.glob("models--*") if "vla" in path.name or "pi0" in path.name]
     if checkpoints:
         words += f"; {len(checkpoints)} checkpoints in {hub} ({_size(*checkpoints)})"
     if folder != usual:

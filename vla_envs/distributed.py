@@ -311,8 +311,9 @@ def _keep_up(policy: Any, b: dict[str, Tensor], count: int) -> None:
     """Make the passes, of no weight, that others make through a spread policy beyond this process's count."""
     if not is_spread(policy):
         return
-    image, state, tokens = (b[name].new_zeros(1, *b[name].shape[1:]) for name in ("image", "state", "tokens"))
-    tokens = tokens.to(b["weights"].device)
+    names = [name for name in ("image", "wrist_image", "state", "tokens") if name in b]
+    obs = {name: b[name].new_zeros(1, *b[name].shape[1:]) for name in names}
+    tokens = obs.pop("tokens").to(b["weights"].device)
     for _ in range(max(_gather_objects(count)) - count):
-        logprobs, _, _ = policy.score({"image": image, "state": state}, [""], tokens)
+        logprobs, _, _ = policy.score(obs, [""], tokens)
         (0.0 * logprobs.sum()).backward()

@@ -47,7 +47,7 @@ class Args:
     """Evaluate checkpoints on every axis and level of perturbed scenes."""
 
     policy: str = "nano"
-    """nano, flow, openvla, openvla-oft, path/to/file.py:function or ws://host:port"""
+    """nano, flow, openvla, openvla-oft, smolvla, pi0 or path/to/file.py:function; evaluated: ws://host:port"""
     checkpoints: tuple[Path, ...] = ()
     """Checkpoints, side by side [the shipped one]"""
     suite: str = "LiberoObject"

@@ -16,8 +16,9 @@ from vla_envs.tasks import Task
 
 
 def load_demonstrations(
-    folder: Path, task: Task, episodes: int | None, chunk: int, least: int = 1
-) -> list[Episode]:
+    folder: Path, task: Task, episodes: int | None, chunk: int, least: int = 1,
+    cameras: tuple[str, ...] = ("image",),
+) -> list[Episode]:  # fmt: skip
     """Load the first demonstrations of a task, as samples to imitate.
 
     Args:
@@ -27,10 +28,11 @@ def load_demonstrations(
         episodes: How many demonstrations to load; None loads all.
         chunk: Control steps per decision (C).
         least: How many demonstrations there must be when ``episodes`` is None.
+        cameras: The images to load, ``image`` and ``wrist_image`` or one of them.
 
     Returns:
-        For each demonstration of T control steps: ``image (T, H, H, 3)`` uint8, upright as the environments
-        return it; ``state (T, 8)`` float32; and ``actions (T, C, 7)`` float32, the actions of each step and
+        For each demonstration of T control steps: images ``(T, H, H, 3)`` uint8, upright as the environments
+        return them; ``state (T, 8)`` float32; and ``actions (T, C, 7)`` float32, the actions of each step and
         of the next ones. The last action is repeated past the end.
 
     Raises:
@@ -39,7 +41,7 @@ def load_demonstrations(
     """
     least = episodes or least
     if (folder / "meta" / "info.json").is_file():
-        demos = read_lerobot(folder, task, episodes, least)
+        demos = read_lerobot(folder, task, episodes, least, cameras)
     else:
         paths = [folder / f"{task.label}_demo.hdf5", folder / f"{task.name}_demo.hdf5"]
         path = next((path for path in paths if path.is_file()), None)
@@ -48,7 +50,7 @@ def load_demonstrations(
                 f"no demonstrations at {str(paths[0])!r}, nor {paths[1].name!r}, nor a LeRobot data set;"
                 " expected a folder that python -m vla_envs.experts --out FOLDER has written"
             )
-        demos = read_hdf5(path, task, episodes, least)
+        demos = read_hdf5(path, task, episodes, least, cameras)
     hand = np.concatenate([demo["actions"][:, 6] for demo in demos])
     if hand.min() == 0:
         raise ValueError(
@@ -64,16 +66,15 @@ def load_demonstrations(
 
 
 def samples(tasks: list[Task], demonstrations: list[list[Episode]]) -> dict[str, Any]:
-    """Join all S control steps of several tasks: image, state and actions (S, ...), and instructions."""
+    """Join all S control steps of several tasks: images, state and actions (S, ...), and instructions."""
     flat = [(task, demo) for task, demos in zip(tasks, demonstrations) for demo in demos]
-    size = flat[0][1]["image"].shape[1]
+    first = flat[0][1]
     for task, demo in flat:
-        if demo["image"].shape[1] != size:
-            raise ValueError(
-                f"images of {task.label} have {demo['image'].shape[1]} pixels;"
-                f" expected {size}, like those of {flat[0][0].label}"
-            )
-    result: dict[str, Any] = {
-        name: np.concatenate([demo[name] for _, demo in flat]) for name in ("image", "state", "actions")
-    }
+        for name in (name for name in first if "image" in name):
+            if demo[name].shape[1] != first[name].shape[1]:
+                raise ValueError(
+                    f"images of {task.label} have {demo[name].shape[1]} pixels;"
+                    f" expected {first[name].shape[1]}, like those of {flat[0][0].label}"
+                )
+    result: dict[str, Any] = {name: np.concatenate([demo[name] for _, demo in flat]) for name in first}
     return result | {"instructions": [task.instruction for task, demo in flat for _ in demo["actions"]]}

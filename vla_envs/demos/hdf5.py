@@ -15,6 +15,8 @@ from vla_envs.demos.layout import Episode, validate_layout, validate_values
 from vla_envs.files import whole
 from vla_envs.tasks import Task
 
+#: The environments' images by their names there.
+IMAGES = {"image": "obs/agentview_rgb", "wrist_image": "obs/eye_in_hand_rgb"}
 #: Attribute of ``data``: whether observation t is what action t was chosen from.
 OBS_BEFORE_ACTION = "obs_before_action"
 
@@ -74,14 +76,18 @@ def read_parts(demo: h5py.Group, widths: dict[str, int | None]) -> Episode:
     return parts
 
 
-def read_hdf5(path: Path, task: Task, episodes: int | None, least: int) -> list[Episode]:
-    """Read demonstrations with images.
+def read_hdf5(
+    path: Path, task: Task, episodes: int | None, least: int, cameras: tuple[str, ...] = ("image",)
+) -> list[Episode]:
+    """Read demonstrations with the images of ``cameras``.
 
     Where a demonstration has ``expert_actions``, which are the scripted expert's actions without its noise,
     those are the actions to imitate.
     """
-    needed = ("actions", "obs/agentview_rgb", "obs/ee_states", "obs/gripper_states")
-    with open_hdf5(path, task, needed) as demos:
+    images = {name: IMAGES[name] for name in cameras}
+    widths: dict[str, int | None] = {"actions": 7, "obs/ee_states": 6, "obs/gripper_states": 2}
+    widths |= dict.fromkeys(images.values())
+    with open_hdf5(path, task, tuple(widths)) as demos:
         if len(demos) < least:
             raise ValueError(f"{str(path)!r} has {len(demos)} demonstrations; expected at least {least}")
         chosen = demos[:episodes]
@@ -92,7 +98,7 @@ def read_hdf5(path: Path, task: Task, episodes: int | None, least: int) -> list[
         read = []
         for demo in chosen:
             labels = "expert_actions" if "expert_actions" in demo else "actions"
-            parts = read_parts(demo, dict(zip(needed, (7, None, 6, 2))) | {labels: 7})
+            parts = read_parts(demo, widths | {labels: 7})
             length = len(parts[labels])
             if not before and length < 2:
                 raise ValueError(
@@ -102,7 +108,7 @@ def read_hdf5(path: Path, task: Task, episodes: int | None, least: int) -> list[
             observed = slice(None) if before else slice(length - 1)
             acted = slice(None) if before else slice(1, None)
             read.append({
-                "image": parts["obs/agentview_rgb"][observed, ::rows, ::-1],
+                **{name: parts[stored][observed, ::rows, ::-1] for name, stored in images.items()},
                 "state": np.hstack([parts["obs/ee_states"], parts["obs/gripper_states"]])[observed],
                 "actions": parts[labels][acted],
             })  # fmt: skip
@@ -161,10 +167,11 @@ def write_hdf5(path: Path, task: Task, episodes: list[dict[str, NDArray[Any]]]) 
             demo.attrs["seed"] = int(episode["seed"])
             demo["actions"], demo["expert_actions"] = episode["actions"], episode["expert_actions"]
             demo["dones"] = demo["rewards"] = (np.arange(length) == length - 1).astype(np.uint8)
-            images = episode["image"][:, ::-1, ::-1]
-            demo.create_dataset(
-                "obs/agentview_rgb", data=images, chunks=(1, *images.shape[1:]), compression="lzf"
-            )
+            for name in (name for name in IMAGES if name in episode):
+                images = episode[name][:, ::-1, ::-1]
+                demo.create_dataset(
+                    IMAGES[name], data=images, chunks=(1, *images.shape[1:]), compression="lzf"
+                )
             state = episode["state"]
             demo["obs/ee_states"] = state[:, :6]
             demo["obs/ee_pos"], demo["obs/ee_ori"], demo["obs/gripper_states"] = np.split(

@@ -18,15 +18,18 @@ from vla_envs.demos.layout import MOST_BYTES, Episode, validate_layout, validate
 from vla_envs.inputs import in_short, nearest
 from vla_envs.tasks import Task
 
+CAMERAS = ("image", "wrist_image")  # the environments' images, in the order of a data set's cameras
 MOST_ROWS = 2**23  # per file; all of LIBERO's demonstrations have fewer than 2**21 control steps
 
 
-def read_lerobot(folder: Path, task: Task, episodes: int | None, least: int) -> list[Episode]:
+def read_lerobot(
+    folder: Path, task: Task, episodes: int | None, least: int, cameras: tuple[str, ...] = ("image",)
+) -> list[Episode]:
     """Read demonstrations of LIBERO in LeRobot's format, versions 2.0, 2.1 and 3.0.
 
-    The data set has ``observation.state`` and ``action``, or openpi's ``state`` and ``actions``; the images
-    are the first camera's. As in LeRobot's LIBERO sets, images are assumed to be upright, observations to
-    come before their actions, and an action of -1 to open the hand.
+    The data set has ``observation.state`` and ``action``, or openpi's ``state`` and ``actions``; ``image`` is
+    the first camera's, ``wrist_image`` the second's. As in LeRobot's LIBERO sets, images are assumed to be
+    upright, observations to come before their actions, and an action of -1 to open the hand.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
@@ -47,9 +50,9 @@ def read_lerobot(folder: Path, task: Task, episodes: int | None, least: int) -> 
     for row in of_task[:episodes]:
         where = f"episode {row['episode_index']} of {str(folder)!r}"
         with _named(f"{where} cannot be read"):
-            demo = _read_lerobot_episode(folder, info, row)
-        parts = dict(zip(("image", "state", "action"), demo.values()))
-        validate_layout(where, parts, {"image": None, "state": 8, "action": 7})
+            demo = _read_lerobot_episode(folder, info, row, cameras)
+        parts = {name.removesuffix("s"): part for name, part in demo.items()}
+        validate_layout(where, parts, dict.fromkeys(cameras) | {"state": 8, "action": 7})
         validate_values(where, parts)
         demos.append(demo)
     return demos
@@ -105,41 +108,49 @@ def _lerobot_episodes(folder: Path, info: dict[str, Any]) -> list[dict[str, Any]
     return sorted(rows, key=lambda row: int(row["episode_index"]))
 
 
-def _read_lerobot_episode(folder: Path, info: dict[str, Any], row: dict[str, Any]) -> Episode:
+def _read_lerobot_episode(
+    folder: Path, info: dict[str, Any], row: dict[str, Any], cameras: tuple[str, ...]
+) -> Episode:
     """Read one episode: its images, states and actions as they are stored."""
     features = info["features"]
-    camera = next((name for name, each in features.items() if each["dtype"] in ("image", "video")), None)
+    its = [name for name, each in features.items() if each["dtype"] in ("image", "video")]
+    named = {name: camera for name, camera in zip(CAMERAS, its) if name in cameras}
     state = next((name for name in ("observation.state", "state") if name in features), None)
     action = next((name for name in ("action", "actions") if name in features), None)
-    if camera is None or state is None or action is None:
-        raise ValueError(f"it has {list(features)}; expected images, observation.state and action")
+    if len(named) < len(cameras) or state is None or action is None:
+        raise ValueError(
+            f"it has {list(features)}; expected images{' of two cameras' * (cameras != CAMERAS[:1])},"
+            " observation.state and action"
+        )
 
-    def place(template: str, of: str) -> Path:
+    def place(template: str, of: str, camera: str = "") -> Path:
         """The file of this episode: version 2 has one per episode, in version 3 ``row`` names it."""
         number = int(row["episode_index"])
         names = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000)}
         names |= {name: row.get(f"{of}/{name}") for name in ("chunk_index", "file_index")}
         return folder / template.format(video_key=camera, **names)
 
-    in_video = features[camera]["dtype"] == "video"
-    columns = [state, action, "timestamp", "frame_index", *([] if in_video else [camera])]
+    stored = [camera for camera in named.values() if features[camera]["dtype"] == "image"]
+    columns = [state, action, "timestamp", "frame_index", *stored]
     path = place(info["data_path"], "data")
     table = _parquet(path, columns, [("episode_index", "=", row["episode_index"])]).sort_by("frame_index")
     if table["frame_index"].to_pylist() != list(range(row["length"])):
         raise ValueError(
             f"{str(path)!r} has {len(table)} of its frames; expected frames 0 to {row['length'] - 1}"
         )
-    if in_video:
+
+    def images_of(camera: str) -> NDArray[np.uint8]:
+        if camera in stored:
+            return _images([each["bytes"] for each in table[camera].to_pylist()])
         times, fps = table["timestamp"].to_numpy(), info["fps"]
         if not np.allclose(np.diff(times) * fps, 1.0, atol=0.25):
             raise ValueError(f"its timestamps are not 1/{fps} s apart")
         video = f"videos/{camera}"
         start = row.get(f"{video}/from_timestamp", 0.0) + times[0]
-        image = _video_frames(place(info["video_path"], video), start, len(table), fps)
-    else:
-        image = _images([each["bytes"] for each in table[camera].to_pylist()])
+        return _video_frames(place(info["video_path"], video, camera), start, len(table), fps)
+
     return {
-        "image": image,
+        **{name: images_of(camera) for name, camera in named.items()},
         "state": np.array(table[state].to_pylist()),
         "actions": np.array(table[action].to_pylist()),
     }

@@ -20,7 +20,7 @@ from vla_envs.vector import LiberoVectorEnv
 def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[str, NDArray[Any]]]:
     """Play one episode per environment, with the training placements of ``seeds``; return those that succeed.
 
-    Each is a dict of arrays over the T control steps: ``image (T, H, W, 3)``, ``state (T, 8)``,
+    Each is a dict of arrays over the T control steps: images ``(T, H, W, 3)``, ``state (T, 8)``,
     ``actions (T, 7)`` as executed and ``expert_actions (T, 7)`` as intended; and the placement's ``seed ()``.
     """
     obs, _ = envs.reset(seed=seeds)
@@ -29,12 +29,12 @@ def record(envs: LiberoVectorEnv, seeds: list[int], noise: float) -> list[dict[s
     while not envs.frozen.all():
         alive = ~envs.frozen
         actions, intended = expert()
-        steps.append((alive, obs["image"], obs["state"], actions, intended))
+        steps.append((alive, *obs.values(), actions, intended))
         obs, _, terminated, _, _ = envs.step(actions)
     episodes = []
     for i in np.flatnonzero(terminated):
         rows = [step for step in steps if step[0][i]]
-        names = ("image", "state", "actions", "expert_actions")
+        names = (*obs, "actions", "expert_actions")
         episodes.append({name: np.stack([row[k + 1][i] for row in rows]) for k, name in enumerate(names)})
         episodes[-1]["seed"] = np.asarray(seeds[i])
     return episodes
@@ -62,6 +62,8 @@ class Args:
     """Seed of the first placement; the next ones count up from it"""
     image_size: int = 128
     """Height and width of the images, in pixels"""
+    wrist_camera: bool = False
+    """Also record the images of the camera at the wrist, which smolvla is shown"""
     videos: bool = False
     """Also write <suite>_<task id>.mp4, a video of the first demonstrations"""
 
@@ -78,7 +80,7 @@ def main(args: Args) -> None:
     for task in tqdm(tasks, desc="demonstrations", unit="task"):
         envs = LiberoVectorEnv(
             min(args.episodes, 16), suite, task.task_id, image_size=args.image_size, assets=args.assets,
-            max_episode_steps=limit(task),
+            max_episode_steps=limit(task), wrist_camera=args.wrist_camera,
         )  # fmt: skip
         try:
             args.out.mkdir(parents=True, exist_ok=True)

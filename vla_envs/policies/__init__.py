@@ -5,10 +5,11 @@ has them): numbers and JSON, never pickles.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,35 @@ from vla_envs.policies.server import is_server as is_server
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
 
-def _no_openvla(config: dict[str, Any]) -> nn.Module:
-    raise ValueError(
-        "policy 'openvla' starts from a checkpoint; expected --checkpoint with a folder or a repository of"
-        " the Hugging Face hub, for instance openvla/openvla-7b-finetuned-libero-object"
-    )
+#: Policies that start from a published checkpoint, each with one on the Hugging Face hub.
+PUBLISHED = {
+    "openvla": "openvla/openvla-7b-finetuned-libero-object",
+    "openvla-oft": "openvla/openvla-7b-finetuned-libero-object",
+    "smolvla": "HuggingFaceVLA/smolvla_libero",
+    "pi0": "lerobot/pi0_libero_finetuned_v044",
+}
+
+
+def _published(name: str) -> Callable[[dict[str, Any]], nn.Module]:
+    def refuse(config: dict[str, Any]) -> nn.Module:
+        raise ValueError(
+            f"policy {name!r} starts from a checkpoint; expected --checkpoint with a folder or a repository"
+            f" of the Hugging Face hub, for instance {PUBLISHED[name]}"
+        )
+
+    return refuse
 
 
 #: The policies, each with the function that builds it from a checkpoint's configuration.
 POLICIES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "nano": lambda config: NanoPolicy(NanoConfig(**config)),
     "flow": lambda config: FlowPolicy(FlowConfig(**config)),
-    "openvla": _no_openvla,
-    "openvla-oft": _no_openvla,
+    **{name: _published(name) for name in PUBLISHED},
 }
+#: Those whose checkpoints are in LeRobot's format.
+LEROBOT = ("smolvla", "pi0")
+#: What changes how a flow-matching policy draws and executes its actions.
+SETTINGS = ("action_chunk", "denoising_steps", "noise", "noise_level")
 #: The checkpoint that is shipped for each policy.
 SHIPPED = {"nano": CHECKPOINTS / "nano_libero_object", "flow": CHECKPOINTS / "flow_libero_object"}
 
@@ -83,12 +99,35 @@ def _written_name(name: str) -> str:
     return os.path.basename(name) if is_own(name) else name
 
 
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's arguments that change how a policy's actions are drawn, where they are given."""
+    return {name: values[name] for name in SETTINGS if values.get(name) is not None}
+
+
+def adjusted(policy: Any, name: str, settings: dict[str, Any]) -> Any:
+    """``policy`` with the ``settings`` of its denoising.
+
+    Raises:
+        ValueError: When it has none of them, or one does not fit.
+    """
+    changes = {key: value for key, value in settings.items() if key != "action_chunk"}
+    if changes and not isinstance(policy, FlowPolicy):
+        raise ValueError(
+            f"policy {name!r} has no {' and no '.join(changes)}; expected one that denoises:"
+            f" {', '.join(['flow', *LEROBOT])}"
+        )
+    if changes:
+        policy.config = dataclasses.replace(policy.config, **changes)
+    return policy
+
+
 def load_policy(
     name: str,
     checkpoint: str | Path | None = None,
     device: str = "cpu",
     cudagraphs: bool = False,
     suite: str | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Any:
     """A policy with the weights of ``checkpoint``, or those shipped.
 
@@ -101,6 +140,7 @@ def load_policy(
         cudagraphs: Whether rollouts of ``openvla`` on a GPU replay CUDA graphs, one per token.
         suite: LIBERO suite that it is going to play; of an ``openvla`` with action statistics of several it
             decides.
+        settings: Of flow matching, those of ``SETTINGS`` that differ from the checkpoint's.
 
     Raises:
         ValueError: When the policy or the checkpoint does not exist, or the checkpoint does not fit.
@@ -111,12 +151,14 @@ def load_policy(
     _validate_name(name)
     if is_training_state(checkpoint):
         return _load_state(name, Path(str(checkpoint)), device, suite)
+    if name in LEROBOT:
+        return _load_lerobot(name, checkpoint, device, settings or {})
     if name in ("openvla", "openvla-oft"):
         policy = _load_openvla(name, checkpoint, device, suite)
         policy.cudagraphs = cudagraphs
-        return policy
+        return adjusted(policy, name, settings or {})
     if checkpoint is None and name not in SHIPPED:
-        return to_device(new_policy(name), device)
+        return to_device(adjusted(new_policy(name), name, settings or {}), device)
     folder = SHIPPED[name] if checkpoint is None else Path(checkpoint)
     if not folder.exists():
         there = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
@@ -143,7 +185,7 @@ def load_policy(
         policy.load_state_dict(tensors)
         policy.made_for = made_for
     _check_finite(policy, folder)
-    return to_device(policy, device)
+    return to_device(adjusted(policy, name, settings or {}), device)
 
 
 @contextlib.contextmanager
@@ -192,9 +234,9 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
             raise ValueError(f"its run is of policy {in_short(args.get('policy'))}")
         if args.get("shared_adapter"):
             raise ValueError("its run trains above the adapters of tasks; expected final_task_K, of its end")
-        train = args["train"]
+        train, settings = args["train"], settings_of(args)
         torch.manual_seed(args.get("seed", 1))  # of what a policy of one's own draws
-        policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
+        policy = load_policy(name, args.get("checkpoint"), device, suite=suite, settings=settings)
         trained = (
             policy if train == "all" else make_trainable(policy, train, args["lora_rank"], args["last_k"])
         )
@@ -211,7 +253,7 @@ def _load_state(name: str, folder: Path, device: str, suite: str | None) -> Any:
             if train.startswith("lora"):
                 weights = merged(trained)
                 torch.manual_seed(args.get("seed", 1))
-                policy = load_policy(name, args.get("checkpoint"), device, suite=suite)
+                policy = load_policy(name, args.get("checkpoint"), device, suite=suite, settings=settings)
                 policy.load_state_dict(weights)
         note_tasks(policy, args["suite"], args["task_ids"])
     if device != "meta":
@@ -238,6 +280,19 @@ def _load_openvla(name: str, checkpoint: str | Path | None, device: str, suite: 
 
     with _one_reason(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded"):
         policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device, suite=suite)
+    if device != "meta":
+        _check_finite(policy, checkpoint)
+    return policy
+
+
+def _load_lerobot(name: str, checkpoint: str | Path | None, device: str, settings: dict[str, Any]) -> Any:
+    if checkpoint is None:
+        return new_policy(name)
+    from vla_envs.policies.lerobot.policy import LeRobotPolicy
+
+    with _one_reason(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded"):
+        policy = LeRobotPolicy.load(name, checkpoint, device, **settings)
+        _check_made_for(policy.made_for)
     if device != "meta":
         _check_finite(policy, checkpoint)
     return policy

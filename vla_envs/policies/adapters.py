@@ -17,7 +17,7 @@ from vla_envs.files import read_json, replace_folder
 from vla_envs.inputs import in_short, nearest
 from vla_envs.policies.tensors import read_tensors
 
-TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "all")
+TRAINABLE_SETS = ("lora", "head", "lora+head", "lora+last-k", "expert", "all")
 MOST_RANK = 4096  # that an adapter on disk may claim
 #: Settings that an adapter on disk may have; every other setting of peft's must have its default.
 KNOWN_SETTINGS = frozenset(
@@ -36,7 +36,8 @@ def make_trainable(
     ``all``, a ``large`` policy is spread over all processes.
 
     Args:
-        policy: A policy, whose ``head``, ``norm``, ``blocks`` and ``lora_targets`` are used if it has them.
+        policy: A policy, whose ``head``, ``norm``, ``blocks``, ``expert``, ``noise_head`` and
+            ``lora_targets`` are used if it has them.
         train: One of ``TRAINABLE_SETS``.
         rank: LoRA's r; alpha is ``min(rank, 16)`` and dropout 0, as OpenVLA has them.
         last_k: Blocks trained in full by ``lora+last-k``.
@@ -50,7 +51,8 @@ def make_trainable(
     if train not in TRAINABLE_SETS:
         hint = nearest(train, list(TRAINABLE_SETS))
         raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
-    needed = {"head": ("head",), "last-k": ("blocks", "head")}.get(train.rpartition("+")[2], ())
+    parts = {"head": ("head",), "last-k": ("blocks", "head"), "expert": ("expert",)}
+    needed = parts.get(train.rpartition("+")[2], ())
     for name in needed:
         if not hasattr(policy, name):
             raise ValueError(f"train is {train}: the policy has no {name}; expected --train all or lora")
@@ -89,6 +91,10 @@ def make_trainable(
         extra += [*policy.blocks[-last_k:], policy.head]
     if extra and hasattr(policy, "norm"):
         extra.append(policy.norm)
+    if train == "expert":
+        extra += policy.expert
+    if getattr(policy, "noise_head", None) is not None:  # which is new, and of no use untrained
+        extra.append(policy.noise_head)
     for module in extra:
         for parameter in module.parameters():
             parameter.requires_grad = True

@@ -73,6 +73,28 @@ class FlowHead(nn.Module):
         return self.out(F.gelu(y))
 
 
+def sde_step(x: Tensor, velocity: Tensor, t: Tensor, d: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Mean (..., n) and standard deviation (..., 1) of Flow-SDE's step from x (..., n).
+
+    Args:
+        x: (..., n), x_k.
+        velocity: (..., n), v.
+        t: (..., 1), the time.
+        d: Length of the step.
+        scale: s; 0 makes the step the ODE's.
+    """
+    variance = scale**2 * t / (1.0 - t).clamp(min=d)  # s_t^2
+    pull = d * variance / (2.0 * t)
+    return x - d * velocity - pull * (x + (1.0 - t) * velocity), (d * variance).sqrt()
+
+
+def densities(x: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-densities and entropies (nats) of normal draws x, of its shape; mean and std broadcast to it."""
+    log_std = std.log() + 0.5 * math.log(2.0 * math.pi)
+    logprobs = -0.5 * ((x - mean) / std) ** 2 - log_std
+    return logprobs, (0.5 + log_std).expand_as(logprobs)
+
+
 class FlowPolicy(Backbone):
     """Picture ``(B, H, W, 3)`` uint8, state ``(B, 8)`` and instructions to chunks of continuous actions.
 
@@ -92,6 +114,11 @@ class FlowPolicy(Backbone):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.head.out.weight)
 
+    @property
+    def settings(self) -> FlowConfig:
+        """How actions are drawn."""
+        return self.config
+
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Conditions ``(B, head_width)`` and hidden states ``(B, C, width)`` of prepared inputs."""
         hidden = self.hidden(inputs)
@@ -108,21 +135,17 @@ class FlowPolicy(Backbone):
         """
         d = 1.0 / self.config.denoising_steps
         t = 1.0 - k * d
-        velocity = self.head(x, t, condition)
-        scale = self.config.noise_level * temperature
+        velocity, scale = self.head(x, t, condition), self.config.noise_level * temperature
         if self.config.noise == "fixed":
             return x - d * velocity, torch.full_like(t, scale)
-        variance = scale**2 * t / (1.0 - t).clamp(min=d)  # s_t^2
-        pull = d * variance / (2.0 * t)
-        return x - d * velocity - pull * (x + (1.0 - t) * velocity), (d * variance).sqrt()
+        return sde_step(x, velocity, t, d, scale)
 
     def _densities(self, chain: Tensor, condition: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-densities and entropies ``(B, K * Q * 7)`` of the draws of a chain ``(B, K + 1, Q * 7)``."""
         k = torch.arange(self.config.denoising_steps, device=chain.device).view(1, -1, 1)
         mean, std = self.step(chain[:, :-1], k, condition.unsqueeze(1), temperature or 1.0)
-        log_std = std.log() + 0.5 * math.log(2.0 * math.pi)  # (1, K, 1)
-        logprobs = -0.5 * ((chain[:, 1:] - mean) / std) ** 2 - log_std
-        return logprobs.flatten(1), (0.5 + log_std).expand_as(logprobs).flatten(1)
+        logprobs, entropies = densities(chain[:, 1:], mean, std)
+        return logprobs.flatten(1), entropies.flatten(1)
 
     @torch.no_grad()
     def sample(

@@ -1,4 +1,4 @@
-"""Images as OpenVLA's LIBERO evaluation shows them to a network, without TensorFlow."""
+"""Images as OpenVLA's LIBERO evaluation shows them to a network, without TensorFlow, and as LeRobot does."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -67,3 +67,23 @@ def openvla_pixels(images: ArrayLike, size: int = 224, device: Any = "cpu") -> T
     grey = _process(images, size, device).repeat(1, 2, 1, 1) / 255  # (B, 6, size, size)
     mean, std = (torch.tensor(values, device=device).view(6, 1, 1) for values in (MEAN, STD))
     return (grey - mean) / std
+
+
+def lerobot_pixels(images: Tensor, size: int, centred: bool = False) -> Tensor:
+    """Images (B, H, W, 3) uint8 as LeRobot shows them to SmolVLA and pi0: (B, 3, size, size) in [-1, 1].
+
+    They are enlarged or reduced bilinearly until the longer side fits, and the rest is black: on the left and
+    above or, ``centred``, on both sides (``resize_with_pad`` of lerobot/policies/smolvla and pi0).
+    """
+    pixels = images.permute(0, 3, 1, 2).float() / 255.0
+    height, width = pixels.shape[2:]
+    if (height, width) != (size, size):
+        ratio = max(width, height) / size
+        rows, columns = int(height / ratio), int(width / ratio)
+        pixels = F.interpolate(pixels, size=(rows, columns), mode="bilinear", align_corners=False)
+        pixels = pixels.clamp(0.0, 1.0)
+        above, left = size - rows, size - columns
+        if centred:
+            above, left = above // 2, left // 2
+        pixels = F.pad(pixels, (left, size - columns - left, above, size - rows - above))
+    return 2.0 * pixels - 1.0

@@ -14,6 +14,7 @@ from torch import Tensor
 from vla_envs.inputs import in_short
 from vla_envs.user_code import load_function
 
+CAMERAS = ("image", "wrist_image")  # the images of an observation
 MEMBERS = ("action_chunk", "image_size", "hidden_size", "sample", "score", "imitation_loss")
 
 
@@ -32,6 +33,11 @@ class Policy(Protocol):
         head, norm, blocks: Modules that ``--train head`` and ``--train lora+last-k`` name.
         lora_targets: A regular expression of the names of the Linear layers that ``--train lora`` adapts; all
             of them by default.
+        cameras: The images in the observations that it is shown, ``("image",)`` by default; the other one is
+            ``wrist_image``.
+        imitation_chunk: Control steps of the actions that ``imitation_loss`` takes; by default
+            ``action_chunk``.
+        expert: A list of modules that ``--train expert`` names.
         centre_states(states): Called once, before imitation from random weights, with all states (S, 8) of
             the demonstrations.
     """
@@ -89,9 +95,22 @@ class Policy(Protocol):
 
 
 def blank_observations(policy: Any, count: int) -> dict[str, NDArray[Any]]:
-    """``count`` observations that are zero, of the size that ``policy`` is shown."""
+    """``count`` observations that are zero, with the images that ``policy`` is shown."""
     size = policy.image_size
-    return {"image": np.zeros((count, size, size, 3), np.uint8), "state": np.zeros((count, 8), np.float32)}
+    images = {name: np.zeros((count, size, size, 3), np.uint8) for name in cameras_of(policy)}
+    return {**images, "state": np.zeros((count, 8), np.float32)}
+
+
+def cameras_of(policy: Any) -> tuple[str, ...]:
+    """The images that ``policy`` is shown: ``image``, and ``wrist_image`` where it asks for that.
+
+    Raises:
+        ValueError: When it asks for one that the environments do not give.
+    """
+    cameras = tuple(getattr(policy, "cameras", CAMERAS[:1]))
+    if not cameras or not set(cameras) <= set(CAMERAS):
+        raise ValueError(f"the policy's cameras are {in_short(cameras)}; expected some of {CAMERAS}")
+    return cameras
 
 
 def is_own(name: str) -> bool:

@@ -77,7 +77,7 @@ class ServerPolicy(nn.Module):
 
     image_size = 256  # pixels, as openpi's LIBERO example renders; ``SENT_SIZE`` are sent
     own_images = True  # a protocol's processing is not applied
-    wrist_camera = True
+    cameras = ("image", "wrist_image")
     hidden_size = 1  # of a critic, which PPO makes before it evaluates
 
     def __init__(self, name: str) -> None:

@@ -12,7 +12,7 @@ from vla_envs import distributed
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args, read_dataclass
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import SHIPPED, is_own, is_server, load_policy
+from vla_envs.policies import SETTINGS, SHIPPED, is_own, is_server, load_policy
 from vla_envs.tasks import SUITES, get_task, num_init_states, suite_or_file, with_init_states
 from vla_envs.training.evaluation import PROTOCOLS
 
@@ -76,17 +76,17 @@ class CommonArgs:
     max_episode_steps: int | None = None
     """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
     action_chunk: int | None = None
-    """Control steps per decision (C); has to fit the policy [the policy's]"""
+    """Control steps per decision (C); has to fit the policy [the policy's; smolvla, pi0: 10 of 50]"""
     num_threads: int | None = None
     """Simulator threads [one per core]"""
 
     # ---- Policy ----
     policy: str = "nano"
-    """nano, flow, openvla, openvla-oft, path/to/file.py:function; to evaluate, also ws://host:port"""
+    """nano, flow, openvla, openvla-oft, smolvla, pi0 or path/to/file.py:function; evaluated: ws://host:port"""
     checkpoint: Path | None = None
-    """Starting checkpoint: a folder, openvla: or a hub's repository [the shipped one; sft_vla.py: random]"""
+    """Starting checkpoint: a folder, or a repository of the hub [the shipped one; sft_vla.py: random]"""
     train: str = "all"
-    """What is trained: lora, head, lora+head, lora+last-k or all"""
+    """What is trained: lora, head, lora+head, lora+last-k, expert (smolvla, pi0) or all"""
     lora_rank: int | None = None
     """LoRA's r [32]"""
     last_k: int | None = None
@@ -101,6 +101,12 @@ class CommonArgs:
     """Replay openvla's decoding as CUDA graphs, one per token, instead of launching its kernels one by one"""
     temperature: float = 1.0
     """Divides the logits, scales a flow's noise; in rollout and update alike"""
+    noise: str | None = None
+    """Random denoising steps: smolvla, pi0: sde-one, sde, learned; flow: sde, fixed [the checkpoint's]"""
+    noise_level: float | None = None
+    """Standard deviation of a flow's noise, in units of its actions [the checkpoint's; smolvla, pi0: 0.5]"""
+    denoising_steps: int | None = None
+    """Steps from noise to a chunk of actions (K) [the checkpoint's]"""
 
 
 def parse(
@@ -331,7 +337,7 @@ def _own_task(args: ArgsT) -> ArgsT:
 
 
 def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
-    """``args`` with the control steps that a decision of ``policy`` covers.
+    """``args`` with the control steps that a decision of ``policy`` covers, and how a flow draws it.
 
     Raises:
         ValueError: When others are asked for.
@@ -341,7 +347,9 @@ def fill_in_chunk(args: ArgsT, policy: Any) -> ArgsT:
         raise ValueError(
             f"action_chunk is {given.action_chunk}; expected {policy.action_chunk}, the policy's"
         )
-    return dataclasses.replace(given, action_chunk=policy.action_chunk)
+    flow = getattr(policy, "settings", None)
+    filled = {name: getattr(flow, name) for name in SETTINGS if hasattr(flow, name)}
+    return dataclasses.replace(given, **filled | {"action_chunk": policy.action_chunk})
 
 
 def load_args(args: ArgsT) -> ArgsT:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vla_envs import distributed
 
+#: What a policy saw; a wrist's image only where it asks for one.
+OBSERVED = ("image", "wrist_image", "state")
 #: What a batch holds of each of its S decisions, in order of time: what the policy saw and decided, the
 #: decision step and the environment.
 OF_SAMPLES = ("image", "state", "tokens", "logprobs", "when", "who")
@@ -108,7 +110,7 @@ def join(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
         before += int(kept.sum())
     when, who = (torch.cat([b[name][its] for b, its in zip(batches, taken)]) for name in ("when", "who"))
     places = (when * max(before, 1) + who).argsort().argsort().split([int(its.sum()) for its in taken])
-    for name in OF_SAMPLES:
+    for name in [name for name in dict.fromkeys((*OBSERVED, *OF_SAMPLES)) if name in batches[0]]:
         whole = batches[0][name].new_empty((len(when), *batches[0][name].shape[1:]))
         for batch, its, place in zip(batches, taken, places):
             samples, chosen = batch.pop(name), torch.nonzero(its).flatten()

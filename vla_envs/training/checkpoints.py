@@ -24,7 +24,8 @@ def new_policy(args: Any) -> Any:
         ValueError: When there is no such policy, or none that starts so.
     """
     torch.manual_seed(args.seed)
-    return to_device(policies.new_policy(args.policy), args.device)
+    policy = policies.new_policy(args.policy)
+    return to_device(policies.adjusted(policy, args.policy, policies.settings_of(vars(args))), args.device)
 
 
 def starting_policy(args: Any) -> Any:
@@ -39,7 +40,17 @@ def starting_policy(args: Any) -> Any:
             f" expected it with --evaluate, or --resume {args.checkpoint.parent.parent}"
         )
     torch.manual_seed(args.seed)  # of what a policy of one's own draws
-    return load_policy(args.policy, args.checkpoint, args.device, args.cudagraphs, args.suite)
+    return load(args, args.checkpoint)
+
+
+def load(args: Any, checkpoint: Path | None) -> Any:
+    """The policy of a checkpoint, or the shipped one, as ``args`` run it.
+
+    Raises:
+        ValueError: See ``policies.load_policy``.
+    """
+    settings = policies.settings_of(vars(args))
+    return load_policy(args.policy, checkpoint, args.device, args.cudagraphs, args.suite, settings)
 
 
 def remark(args: Any, policy: Any) -> str:

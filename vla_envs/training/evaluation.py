@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vla_envs.files import whole
 from vla_envs.policies.images import openvla_images
+from vla_envs.policies.protocol import cameras_of
 from vla_envs.tasks import SUITES, base_suite
 
 
@@ -56,20 +57,24 @@ PROTOCOLS = {
 def settings(protocol: str | None, suite: str, policy: Any = None) -> dict[str, Any]:
     """What ``protocol`` asks of the environments of ``suite``, as their keyword arguments.
 
-    Without one, and where ``policy`` processes images itself, they have the size that ``policy`` takes.
+    Without one, and where ``policy`` processes images itself, they have the size that ``policy`` takes. They
+    have a wrist image where ``policy`` is shown one.
     """
     wanted: dict[str, Any] = {} if policy is None else {"image_size": policy.image_size}
-    if getattr(policy, "wrist_camera", False):
-        wanted["wrist_camera"] = True
+    wrist = {"wrist_camera": True} if policy is not None and "wrist_image" in cameras_of(policy) else {}
     if protocol is None:
-        return wanted
+        return wanted | wrist
     chosen = PROTOCOLS[protocol]
-    return {
-        "max_episode_steps": chosen.limit(suite),
-        "settle_steps": chosen.settle_steps,
-        "settle_gripper": chosen.settle_gripper,
-        "image_size": chosen.image_size,
-    } | (wanted if getattr(policy, "own_images", False) else {})
+    return (
+        {
+            "max_episode_steps": chosen.limit(suite),
+            "settle_steps": chosen.settle_steps,
+            "settle_gripper": chosen.settle_gripper,
+            "image_size": chosen.image_size,
+        }
+        | wrist
+        | (wanted if getattr(policy, "own_images", False) else {})
+    )
 
 
 def seen(obs: dict[str, Any], protocol: str | None, policy: Any = None) -> dict[str, Any]:

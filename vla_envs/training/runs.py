@@ -25,7 +25,7 @@ from vla_envs.command_line import INTERRUPTED
 from vla_envs.command_line import one_line_errors as one_line_errors
 from vla_envs.files import read_json, write_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import SHIPPED, count_parameters, load_policy
+from vla_envs.policies import SHIPPED, count_parameters
 from vla_envs.policies.protocol import blank_observations
 from vla_envs.training import batches, checkpoints, evaluation
 from vla_envs.training.arguments import HOW_FAST, HOW_LONG, WHERE
@@ -39,7 +39,8 @@ COUNTERS = ("iteration", "env_steps", "episodes", "wall_s", "evaluated")
 def make_envs(args: Any, policy: Any) -> Any:
     """The environments that this process trains in; of a run that only evaluates one, to try the reward."""
     tasks = [args.task_id] if args.evaluate else batches.tasks_of_environments(args)
-    return _make_envs(args, tasks, args.reward, image_size=policy.image_size, perturb=args.perturb)
+    settings = evaluation.settings(None, args.suite, policy) | {"perturb": args.perturb}
+    return _make_envs(args, tasks, args.reward, **settings)
 
 
 @distributed.first_only
@@ -363,7 +364,7 @@ class Run:
             print(f"{self.folder}: evaluating {args.checkpoint or shipped}")
             other = None
             if args.compare:
-                other = load_policy(args.policy, args.compare, args.device, args.cudagraphs, args.suite)
+                other = checkpoints.load(args, args.compare)
             result = evaluation.about(args)
             for name, temperature in evaluation.ways(args).items():
                 videos = [self.folder / "videos" / f"{name}{end}.mp4" for end in ("", "_compared")]

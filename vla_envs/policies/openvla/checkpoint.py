@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, a folder or the Hugging Face hub, and how its weights are read."""
+"""How the weights of a checkpoint are read, shard by shard."""
 
 import contextlib
 from itertools import filterfalse
@@ -7,52 +7,11 @@ from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
-from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import instead
+from vla_envs.policies.published import INDEX, SINGLE
 from vla_envs.policies.tensors import check_claim
-
-
-def fetch(checkpoint: str | Path, *patterns: str) -> Path:
-    """The folder of a checkpoint; of a repository on the hub, the files that fit ``patterns`` are downloaded.
-
-    Raises:
-        ValueError: When it is neither a folder nor a repository, or the download fails.
-    """
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        weights = SINGLE if (folder / SINGLE).is_file() else INDEX
-        missing = [name for name in ("config.json", weights) if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"it has no {' and no '.join(missing)}{instead(folder)}")
-        return folder
-    try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's errors are of many kinds, and long
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"it is not a folder, and cannot be downloaded: {type(error).__name__}: {reason}"
-        ) from None
-
-
-def make_room(name: str, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Say how much memory the weights take.
-
-    Raises:
-        ValueError: When a GPU has less than that free.
-    """
-    gib = parameters * dtype.itemsize / 2**30
-    needed = f"{name}: {parameters / 1e9:.2f} G parameters in {str(dtype)[6:]} take {gib:.1f} GiB"
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-        if free < gib:
-            raise ValueError(f"{needed}; {device} has {free:.1f} GiB free")
-        needed += f" of {free:.1f} GiB free"
-    print(f"{needed} on {device}")
 
 
 def _open_shard(file: Path) -> Any:

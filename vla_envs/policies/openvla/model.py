@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vla_envs.policies.openvla.checkpoint import fetch, make_room, read_weights
+from vla_envs.policies.openvla.checkpoint import read_weights
 from vla_envs.policies.openvla.config import OpenVLAConfig, ViTConfig
+from vla_envs.policies.published import fetch, make_room
 
 
 class ViTBlock(nn.Module):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from vla_envs.policies.images import openvla_pixels
 from vla_envs.policies.nano import draw
 from vla_envs.policies.openvla.actions import ACTION_DIM, BINS, action_statistics, bin_values, value_bins
-from vla_envs.policies.openvla.checkpoint import INDEX, fetch
 from vla_envs.policies.openvla.config import OpenVLAConfig
 from vla_envs.policies.openvla.decoder import Decoder
 from vla_envs.policies.openvla.model import OpenVLAModel
+from vla_envs.policies.published import INDEX, fetch
 
 
 class OpenVLAPolicy(OpenVLAModel):
