@@ -152,7 +152,7 @@ def test_pictures_that_are_empty_or_another(monkeypatch):
     ("free", "state", "words"),
     [
         (0.5, "mend", "nano needs 1 GiB"),
-        (1.5, "ok", "nano acts, flow acts, openvla needs 32"),
+        (1.5, "ok", "nano acts, flow acts, smolvla needs 5"),
         (64, "ok", "openvla trains"),
     ],
 )
@@ -169,8 +169,8 @@ def test_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 139 * 2**30))
     assert main.gpu() == (
         "ok",
-        "H200, 20 of 139 GiB free: nano trains, flow trains, openvla acts, openvla-oft acts, smolvla trains,"
-        " pi0 trains",
+        "H200, 20 of 139 GiB free: nano trains, flow trains, smolvla trains, pi0 trains, openvla acts,"
+        " openvla-oft acts",
     )
 
 

@@ -28,10 +28,14 @@ from vla_envs.machine import available_cores, torchvision_misfit
 CHECKSUM = "d40038936ef9"  # of the image of the ketchup task's init state 0, drawn by Mesa's llvmpipe
 #: GiB to act in 8 environments, and GiB to train with LoRA, in bfloat16 on a GPU and in float32 on the
 #: processor. They are estimated from the sizes of weights, adapters and caches.
-NEEDS = {"nano": (0.5, 1.0), "flow": (0.5, 1.0), "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0)}
-NEEDS_ON_CPU = {"nano": (1.0, 2.0), "flow": (1.0, 2.0), "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0)}
-NEEDS["smolvla"], NEEDS_ON_CPU["smolvla"] = (3.0, 8.0), (5.0, 10.0)
-NEEDS["pi0"], NEEDS_ON_CPU["pi0"] = (8.0, 14.0), (15.0, 22.0)
+NEEDS = {
+    "nano": (0.5, 1.0), "flow": (0.5, 1.0), "smolvla": (3.0, 8.0), "pi0": (8.0, 14.0), "openvla": (16.0, 24.0),
+    "openvla-oft": (16.0, 24.0),
+}  # fmt: skip
+NEEDS_ON_CPU = {
+    "nano": (1.0, 2.0), "flow": (1.0, 2.0), "smolvla": (5.0, 10.0), "pi0": (15.0, 22.0), "openvla": (32.0, 48.0),
+    "openvla-oft": (32.0, 48.0),
+}  # fmt: skip
 INSTALL = "pip install -e . in the repository"
 
 OK, NOTE, MEND = "ok", "note", "mend"
