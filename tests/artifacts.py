@@ -36,7 +36,6 @@ def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
             demo = {
                 "actions": rng.uniform(-1, 1, (length, 7)),
                 "obs/agentview_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
-                "obs/eye_in_hand_rgb": rng.integers(0, 256, (length, size, size, 3), dtype=np.uint8),
                 "obs/ee_states": rng.standard_normal((length, 6)),
                 "obs/gripper_states": rng.standard_normal((length, 2)),
             }
@@ -45,6 +44,8 @@ def write_demos(path, lengths=(5, 3), size=32, labels=True, seed=0):
             else:
                 states = rng.standard_normal((length + 1, 30))
                 demo["states"], demo["obs/joint_states"] = states[:-1], states[1:, 1:8]
+            wrist = np.random.default_rng([seed, k, 1])  # apart, as it came later than the others
+            demo["obs/eye_in_hand_rgb"] = wrist.integers(0, 256, (length, size, size, 3), dtype=np.uint8)
             for name, array in demo.items():
                 file[f"data/demo_{k}/{name}"] = array
             demos.append(demo)

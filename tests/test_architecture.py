@@ -8,9 +8,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "vla_envs"
 #: Modules and packages of that half, and those of no half.
 TRAINING = set("distributed policies report robustness sb3 training".split())
-SHARED = set("bddl command_line files inputs liberoplus liberopro machine noise own_objects".split())
-SHARED |= {"paraphrases"}
-SHARED |= {"perturbations", "tasks", "user_code"}
+SHARED = set("assets bddl command_line files inputs liberoplus liberopro machine noise own_objects".split())
+SHARED |= set("paraphrases perturbations tasks user_code".split())
 
 
 def half_of(path):

@@ -29,12 +29,12 @@ CHECKSUM = "d40038936ef9"  # of the image of the ketchup task's init state 0, dr
 #: GiB to act in 8 environments, and GiB to train with LoRA, in bfloat16 on a GPU and in float32 on the
 #: processor. They are estimated from the sizes of weights, adapters and caches.
 NEEDS = {
-    "nano": (0.5, 1.0), "flow": (0.5, 1.0), "smolvla": (3.0, 8.0), "pi0": (8.0, 14.0), "openvla": (16.0, 24.0),
-    "openvla-oft": (16.0, 24.0),
+    "nano": (0.5, 1.0), "flow": (0.5, 1.0), "smolvla": (3.0, 8.0), "pi0": (8.0, 14.0),
+    "openvla": (16.0, 24.0), "openvla-oft": (16.0, 24.0),
 }  # fmt: skip
 NEEDS_ON_CPU = {
-    "nano": (1.0, 2.0), "flow": (1.0, 2.0), "smolvla": (5.0, 10.0), "pi0": (15.0, 22.0), "openvla": (32.0, 48.0),
-    "openvla-oft": (32.0, 48.0),
+    "nano": (1.0, 2.0), "flow": (1.0, 2.0), "smolvla": (5.0, 10.0), "pi0": (15.0, 22.0),
+    "openvla": (32.0, 48.0), "openvla-oft": (32.0, 48.0),
 }  # fmt: skip
 INSTALL = "pip install -e . in the repository"
 
