@@ -261,7 +261,7 @@ def test_mistakes_are_one_line(make):
             env.reset(options={"perturbation": {"distractors": wrong}})
 
 
-@pytest.mark.longer
+@pytest.mark.slow
 def test_a_scene_of_ones_own_with_a_drawer(tmp_path):
     """None stands where the drawers open; layouts move what they move without."""
     (tmp_path / "kitchen.bddl").write_text(KITCHEN)

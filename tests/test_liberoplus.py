@@ -227,6 +227,7 @@ def test_a_room_is_drawn_with_files_of_the_assets(plus_assets, make_vec):
     assert not envs.step(random_actions(2))[4]["diverged"].any()
 
 
+@pytest.mark.slow
 def test_a_new_object_is_an_mjcf_file_of_the_assets(plus_assets, make_vec):
     envs = make_vec(2, suite="LiberoPlusObject", task_id=6, assets=plus_assets, cache=False, settle_steps=0)
     scene = envs.unwrapped.simulations[0].scene

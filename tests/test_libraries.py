@@ -158,6 +158,7 @@ def test_sb3_vec_envs_mistakes(sb3, make, make_vec, monkeypatch):
         importlib.import_module("vla_envs.sb3")
 
 
+@pytest.mark.slow
 def test_stable_baselines3_in_processes(sb3):
     """The module before the id, so that every process registers it."""
     from stable_baselines3.common.env_util import make_vec_env

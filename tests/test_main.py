@@ -46,6 +46,7 @@ def test_a_wrong_version_and_no_opengl_are_named_and_the_rest_is_still_checked(m
     assert lines[-1].startswith("ok")
 
 
+@pytest.mark.slow
 def test_without_pytorch_the_rest_is_still_checked():
     """Nor is it imported before its own check."""
     code = (

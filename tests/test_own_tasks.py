@@ -273,6 +273,7 @@ def test_rewards_know_it(files):
     assert collect(get_task(files, 0), 1)["demonstrations"][0]["success"][-1]
 
 
+@pytest.mark.slow
 def test_a_script_trains_on_it(files, tmp_path, execute):
     flags = {
         "num_groups": 1, "group_size": 2, "num_iterations": 1, "max_episode_steps": 16, "eval_episodes": 1,
