@@ -117,17 +117,17 @@ ABOUT = """<!-- Written by `python benchmarks/robust_training.py --no-run`; do n
 Does RL on LIBERO's own scenes make a policy robust, and what does it change to train in
 [perturbed](perturbations.md) ones? One `nano` for each of LIBERO-Object's tasks {tasks} is trained from the
 shipped checkpoint with `grpo_vla.py`, once as it is and once with `--perturb any:3` (each group of members
-shares one axis, at a level from 1 to 3), for {steps:,} control steps, with seeds {seeds}. All play
+shares one axis, at a level from 1 to 3), for {steps:,} control steps, with {seeds}. All play
 deterministically, from recorded init states: LIBERO's scenes from all 50, each axis at each level from
-{episodes}. Training sees neither these placements nor these perturbations.
+{episodes} of them. Training sees neither these placements nor these perturbations.
 
 The command is `python benchmarks/robust_training.py`; rows are in `benchmarks/results/robustness.csv`, from
 runs of commit {commits}.
 """
 ABOUT_TABLE = """
 Success (%) over levels, tasks and seeds, with Wilson 95 % intervals. *Difference*: {perturbed} less {plain},
-in points: the mean over pairs of the same task and seed ({pairs}), with a bootstrap 95 % interval over the
-pairs.
+in points: the mean over pairs of the same task and seed, of which there are {pairs}; from three on with a
+bootstrap 95 % interval over them.
 """
 ABOUT_LEVELS = """
 Success (%) by level, over tasks and seeds. Level 0 is LIBERO's scenes.
@@ -152,7 +152,8 @@ def summary(results: pd.DataFrame) -> str:
         counts = rows.groupby(["task_id", "seed", "policy"])[["successes", "trials"]].sum()
         rates = (100 * counts["successes"] / counts["trials"]).unstack("policy")
         gains = (rates[PERTURBED] - rates[PLAIN]).dropna()
-        lines.append(line | {"difference": estimate(np.mean, [gains.to_numpy()], "{:+.0f}", "basic")})
+        shown = gains.to_numpy() if len(gains) > 2 else gains.to_numpy().mean(keepdims=True)  # too few
+        lines.append(line | {"difference": estimate(np.mean, [shown], "{:+.0f}", "basic")})
     return markdown(pd.DataFrame(lines)) + ABOUT_TABLE.format(
         perturbed=f"`{PERTURBED}`", plain=f"`{PLAIN}`", pairs=len(gains)
     )
@@ -179,17 +180,19 @@ def draw(results: pd.DataFrame, path: Path) -> None:
         panel.set_xticks(range(6), ["plain", *range(1, 6)])
         panel.grid(alpha=0.3)
     figure.supylabel("success (%)")
-    figure.supxlabel("level")
+    for panel in panels[-1]:
+        panel.set_xlabel("level")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
 
 
 def write_page(results: pd.DataFrame, args: Args) -> str:
     """Write the page and its figure; the page's text."""
-    perturbed = results[results["axis"] != robustness.PLAIN]
+    perturbed, seeds = results[results["axis"] != robustness.PLAIN], sorted(results["seed"].unique())
     about = ABOUT.format(
         tasks=" and ".join(map(str, results["task_id"].unique())), steps=args.total_env_steps,
-        seeds=", ".join(map(str, sorted(results["seed"].unique()))), episodes=perturbed["trials"].max(),
+        seeds=f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+        episodes=perturbed["trials"].max(),
         commits=" ".join(results["commit"].unique()),
     )  # fmt: skip
     draw(results, FIGURE)

@@ -231,7 +231,7 @@ def test_the_page_on_robust_training(tmp_path, monkeypatch):
     results = pd.DataFrame(rows, columns=robust_training.ROWS)
     (line,) = (line for line in robust_training.summary(results).splitlines() if "| camera |" in line)
     cells = [cell.strip() for cell in line[1:-1].split("|")]
-    assert cells[1].startswith("30 (") and cells[3].startswith("90 (") and cells[4] == "+40 (+40 to +40)"
+    assert cells[1].startswith("30 (") and cells[3].startswith("90 (") and cells[4] == "+40"
     for name in ("PAGE", "FIGURE"):
         monkeypatch.setattr(robust_training, name, tmp_path / getattr(robust_training, name).name)
     robust_training.main(robust_training.Args(run=False))
