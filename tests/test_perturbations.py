@@ -451,6 +451,7 @@ def test_layouts_keep_things_apart(make_vec):
 
 
 @pytest.mark.longer
+@pytest.mark.slow
 def test_real_assets(real_assets, make_vec):
     """Whose triangles are culled by where the camera is."""
     envs = make_vec(1, assets=real_assets, image_size=64)

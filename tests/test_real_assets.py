@@ -181,6 +181,7 @@ def test_fast_looks_like_exact_on_all_init_states(simulation):
     assert np.mean(every, axis=(0, 1)).min() >= 0.97
 
 
+@pytest.mark.slow
 def test_fast_is_light(simulation):
     """A tenth of the triangles and a quarter of the memory at most, nothing sampled more than once."""
     exact, fast = (simulation(4, 0, quality).scene.model for quality in ("exact", "fast"))
