@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import methods
 import pandas as pd
@@ -102,11 +103,6 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     Raises:
         RuntimeError: When it fails, with the last line of its log.
     """
-    folder = folder_of(method, task_id, seed, args)
-    if (folder / "result.json").is_file():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    cores = max(1, available_cores() // args.jobs)
     script, *flags = (methods.METHODS | ASKED | HEAT_MAP)[method]
     if method == PAPERS:
         alpha1, alpha2 = PAPER_ALPHAS[task_id]
@@ -114,22 +110,38 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     start = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     if args.max_episode_steps is not None:
         start += ["--max-episode-steps", args.max_episode_steps]
-    begun = (folder / "args.json").is_file()
-    words = ["--resume", folder, "--num-threads", cores] if begun else [
-        "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--num-threads", cores,
-        "--total-env-steps", args.total_env_steps, "--suite", args.suite, *start, *flags,
+    words = [
+        "--task-id", task_id, "--seed", seed, "--total-env-steps", args.total_env_steps,
+        "--suite", args.suite, *start, *flags,
     ]  # fmt: skip
+    name, folder = f"{method}, task {task_id}, seed {seed}", folder_of(method, task_id, seed, args)
+    run_script(name, folder, script, words, args.jobs)
+
+
+def run_script(name: str, folder: Path, script: str, words: list[Any], jobs: int) -> None:
+    """Make the run of ``folder``, or go on with it, unless it is finished; one of ``jobs`` side by side.
+
+    Raises:
+        RuntimeError: When it fails, with ``name`` and the last line of its log.
+    """
+    if (folder / "result.json").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cores = max(1, available_cores() // jobs)
+    begun = (folder / "args.json").is_file()
+    words = ["--resume", folder] if begun else ["--run-dir", folder, *words]
     if not begun:
         folder.with_suffix(".commit").write_text(commit())
     log = folder.with_suffix(".log")
     with open(log, "a") as file:
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, words)], stdout=file, stderr=file,
+            [sys.executable, str(ROOT / script), "--num-threads", str(cores), *map(str, words)],
+            stdout=file, stderr=file,
             env={**os.environ, "OMP_NUM_THREADS": str(cores)},
         )  # fmt: skip
     if done.returncode:
         last = log.read_text().replace("\r", "\n").strip().splitlines()[-1:]
-        raise RuntimeError(f"{method}, task {task_id}, seed {seed}: {' '.join(last)} (all of it in {log})")
+        raise RuntimeError(f"{name}: {' '.join(last)} (all of it in {log})")
 
 
 def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -7,8 +7,6 @@ then every policy plays every axis and level of perturb=, and LIBERO's scenes, f
     python benchmarks/robust_training.py --no-run   # the page and its figure from the results so far
 """
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +15,20 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import reproduce
-from results_page import estimate, markdown, save
+from results_page import START, estimate, markdown, save
 from tqdm import tqdm
 
 from vla_envs import perturbations, robustness
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.files import read_json, whole
 from vla_envs.machine import available_cores
-from vla_envs.training import evaluation
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = reproduce.RESULTS / "robustness.csv"
 PAGE, FIGURE = reproduce.DOCS / "robust-training.md", reproduce.DOCS / "results" / "robust_training.png"
-START, PLAIN, PERTURBED = "SFT, the start", "GRPO", "GRPO --perturb any:3"
+PLAIN, PERTURBED = "GRPO", "GRPO --perturb any:3"
 POLICIES = (START, PLAIN, PERTURBED)
 FLAGS = {PLAIN: [], PERTURBED: ["--perturb", "any:3"]}
 CELL = ["policy", "task_id", "seed", "axis", "level"]  # names a row
@@ -62,45 +59,38 @@ class Args:
 
 
 def train(policy: str, task_id: int, seed: int, args: Args) -> Path:
-    """Make a run, or go on with one that was interrupted; its checkpoint.
+    """Make a run, or go on with one that was interrupted; its folder.
 
     Raises:
-        RuntimeError: When it fails, with the name of its log.
+        RuntimeError: When it fails; see ``reproduce.run_script``.
     """
     folder = args.out / f"{'perturbed' if policy == PERTURBED else 'plain'}__{task_id}__{seed}"
-    if not (folder / "result.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        threads = ["--num-threads", max(1, available_cores() // args.jobs)]
-        words = ["--resume", folder] if (folder / "args.json").is_file() else [
-            "--run-dir", folder, "--task-id", task_id, "--seed", seed, "--eval-every", 1000,
-            "--total-env-steps", args.total_env_steps, *FLAGS[policy],
-        ]  # fmt: skip
-        if "--run-dir" in words:
-            folder.with_suffix(".commit").write_text(reproduce.commit())
-        command = [sys.executable, str(reproduce.ROOT / "grpo_vla.py"), *map(str, [*words, *threads])]
-        with open(folder.with_suffix(".log"), "a") as log:
-            if subprocess.run(command, stdout=log, stderr=log).returncode:
-                raise RuntimeError(f"{policy}, task {task_id}, seed {seed} failed; see {log.name}")
-    return folder / "checkpoints" / "final"
+    words = [
+        "--task-id", task_id, "--seed", seed, "--eval-every", 1000, "--total-env-steps", args.total_env_steps,
+        *FLAGS[policy],
+    ]  # fmt: skip
+    name = f"{policy}, task {task_id}, seed {seed}"
+    reproduce.run_script(name, folder, "grpo_vla.py", words, args.jobs)
+    return folder
 
 
 def make_rows(policy: str, task_id: int, seed: int, args: Args) -> pd.DataFrame:
     """Train, and play every axis and level; a row for each. LIBERO's scenes are those of the run itself."""
-    checkpoint = train(PLAIN if policy == START else policy, task_id, seed, args)
-    result = read_json(checkpoint.parent.parent / "result.json")
+    folder = train(PLAIN if policy == START else policy, task_id, seed, args)
+    result = read_json(folder / "result.json")
     plain = result["success_before" if policy == START else "success_after"]
-    name = f"start__{task_id}" if policy == START else checkpoint.parent.parent.name
+    name = f"start__{task_id}" if policy == START else folder.name
     out = args.out / f"{name}__evaluated"
     robustness.main(
         robustness.Args(
-            checkpoints=() if policy == START else (checkpoint,), task_ids=(task_id,), episodes=args.episodes,
-            out=out, num_threads=max(1, available_cores() // args.jobs),
+            checkpoints=() if policy == START else (folder / "checkpoints" / "final",), task_ids=(task_id,),
+            episodes=args.episodes, out=out, num_threads=max(1, available_cores() // args.jobs),
         )
     )  # fmt: skip
     (outcomes,) = read_json(out / "results.json")["outcomes"].values()
     cells = {cell: (sum(won), len(won)) for cell, won in outcomes.items()}
     cells[robustness.PLAIN] = plain["successes"], plain["trials"]
-    commit = checkpoint.parent.parent.with_suffix(".commit").read_text()
+    commit = folder.with_suffix(".commit").read_text()
     rows = [
         (policy, task_id, seed, axis, int(level or 0), *counts, commit)
         for (axis, _, level), counts in ((cell.partition(":"), counts) for cell, counts in cells.items())
@@ -137,8 +127,7 @@ Success (%) by level, over tasks and seeds. Level 0 is LIBERO's scenes.
 def rate(rows: pd.DataFrame) -> str:
     """``43 (38 to 48)``, in per cent, with the Wilson interval."""
     successes, trials = int(rows["successes"].sum()), int(rows["trials"].sum())
-    its = evaluation.success(np.arange(trials) < successes)
-    return f"{100 * its['rate']:.0f} ({100 * its['low']:.0f} to {100 * its['high']:.0f})"
+    return robustness.percent([k < successes for k in range(trials)])
 
 
 def summary(results: pd.DataFrame) -> str:

@@ -253,11 +253,11 @@ def table(args: Args, cells: list[Cell], outcomes: Outcomes) -> str:
     ]
     for checkpoint, its in outcomes.items():
         lines += ["", f"## {checkpoint}", "", _row(["axis", *heads]), _row(["---"] * (1 + len(heads)))]
-        lines.append(_row([PLAIN, *[""] * (len(heads) - 1), _percent(its[PLAIN])]))
+        lines.append(_row([PLAIN, *[""] * (len(heads) - 1), percent(its[PLAIN])]))
         for axis in args.axes:
             won = {cell.level: its[cell.name] for cell in rest if cell.axis == axis}
-            shown = [_percent(won.get(level, [])) for level in levels]
-            lines.append(_row([axis, *shown, _percent(list(itertools.chain(*won.values())))]))
+            shown = [percent(won.get(level, [])) for level in levels]
+            lines.append(_row([axis, *shown, percent(list(itertools.chain(*won.values())))]))
     first, *others = outcomes
     for other in others:
         lines += ["", f"## {other} minus {first}", "", "On the same episodes; Newcombe's interval for pairs."]
@@ -278,7 +278,8 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _percent(outcomes: list[bool]) -> str:
+def percent(outcomes: list[bool]) -> str:
+    """``43 (38 to 48)``, in per cent, with the Wilson interval; nothing of no episodes."""
     if not outcomes:
         return ""
     its = evaluation.success(outcomes)
