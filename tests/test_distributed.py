@@ -28,6 +28,7 @@ TINY = {
 }  # fmt: skip
 OWN = {
     "grpo_vla": {"keep_low": 0, "keep_high": 1},
+    "tpo_vla": {"keep_low": 0, "keep_high": 1, "score": "return"},
     "ppo_vla": {"critic_warmup": 1, "value_learning_rate": 1e-6},
 }
 
@@ -278,7 +279,7 @@ def test_two_processes_imitate_what_one_does(policy, minibatch_size, tmp_path, e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "sft_vla"])
+@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "tpo_vla", "sft_vla"])
 def test_two_processes_that_share_a_policy_learn_what_one_does(script, tmp_path, execute, reward, demos):
     """With numbers of micro-batches that differ; of behaviour cloning's minibatches one has no sample."""
     online = TINY | OWN.get(script, {}) | {"reward": reward, "micro_batch_size": 1}

@@ -18,12 +18,13 @@ import grpo_vla
 import ppo_vla
 import sft_vla
 import tgrpo_vla
+import tpo_vla
 from vla_envs import LiberoVectorEnv, experts
 from vla_envs.rewards import STAGE_REWARDS, STAGES
 from vla_envs.tasks import SUITES, get_task, num_tasks
 
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "sft": sft_vla}
+SCRIPTS = {"tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "tpo": tpo_vla, "sft": sft_vla}
 # Flags of other programs: torchrun's, pip's, and those of our programs that are no script.
 OTHER_FLAGS = set(
     "standalone nproc-per-node nnodes rdzv-backend rdzv-endpoint help no-cache check plot demonstrations"

@@ -31,6 +31,7 @@ RUNS = {
     "grpo_vla": ONLINE | {"keep_low": 0, "keep_high": 1},
     "tgrpo_vla": ONLINE | {"alphas": "auto", "micro_batch_size": 7},
     "ppo_vla": ONLINE | {"critic_warmup": 1},
+    "tpo_vla": ONLINE | {"window": 2, "pairs": "all", "keep_low": 0, "keep_high": 1},
     "sft_vla": {"iteration_steps": 3, "episodes": 1, "held_out": 1, "demos": "demos"},
 }
 ALL = {

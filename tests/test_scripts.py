@@ -1,4 +1,4 @@
-"""The four scripts as programs: what they leave and log, seeds, resuming, evaluation, mistakes."""
+"""The scripts as programs: what they leave and log, seeds, resuming, evaluation, mistakes."""
 
 import ast
 import ctypes.util
@@ -33,7 +33,7 @@ from vla_envs.training import arguments, checkpoints, evaluation, runs
 from vla_envs.vector import LiberoVectorEnv
 from vla_envs.workers import LiberoWorkersEnv
 
-ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla")
+ONLINE = ("tgrpo_vla", "grpo_vla", "ppo_vla", "tpo_vla")
 SCRIPTS = (*ONLINE, "sft_vla")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_online_script = pytest.mark.parametrize("script", ONLINE)
@@ -73,6 +73,9 @@ TAGS = {
     | {f"advantage/{name}" for name in ("step_abs", "trajectory_abs", "alpha1", "alpha2")},
     "grpo_vla": ONLINE_TAGS | {"group/zero_std_frac", "group/kept_frac"},
     "ppo_vla": ONLINE_TAGS | {"losses/value_loss", "losses/explained_variance"},
+    "tpo_vla": {tag for tag in ONLINE_TAGS if "clipfrac" not in tag}
+    | {f"losses/{name}" for name in ("accuracy", "margin", "chosen_logprob")}
+    | {"group/kept_frac", "group/zero_std_frac"},
     "sft_vla": {
         "charts/success_rate",
         "charts/sampled_success_rate",
@@ -103,6 +106,7 @@ def own(tmp_path_factory):
         "tgrpo_vla": online | {"alphas": "auto"},
         "grpo_vla": online | {"keep_low": 0, "keep_high": 1},
         "ppo_vla": online | {"critic_warmup": 1},
+        "tpo_vla": online | {"score": "return", "keep_low": 0, "keep_high": 1},
         "sft_vla": {
             "demos": folder / "demos", "task_ids": (4, 7), "episodes": (2, 1), "iteration_steps": 3,
         },
@@ -824,7 +828,8 @@ def test_the_papers_weights_of_the_task(start):
 @every_script
 def test_training_an_adapter(script, start):
     flags = {"train": "lora", "lora_rank": 4, "num_iterations": 1}
-    flags |= {"checkpoint": SHIPPED["nano"]} if script == "sft_vla" else {"kl_coef": 0.1}
+    others = {"sft_vla": {"checkpoint": SHIPPED["nano"]}, "tpo_vla": {"reference": "start"}}
+    flags |= others.get(script, {"kl_coef": 0.1})
     flags |= {"critic_warmup": 0} if script == "ppo_vla" else {}
     run = start(script, **flags)
     after, before = tensors(run, FINAL), load_policy("nano").state_dict()

@@ -33,7 +33,7 @@ from vla_envs.policies.adapters import adapter_off
 from vla_envs.training import evaluation, runs
 
 RL = ("grpo_vla", "tgrpo_vla", "ppo_vla")
-SCRIPTS = (*RL, "sft_vla")
+SCRIPTS = (*RL, "tpo_vla", "sft_vla")
 
 
 @pytest.fixture(params=[grpo_vla, tgrpo_vla, ppo_vla], ids=RL)
@@ -69,7 +69,9 @@ def statements_of(name):
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        *((function, RL) for function in ("rollout", "policy_loss", "logprobs_of")),
+        ("rollout", (*RL, "tpo_vla")),
+        ("collect", ("grpo_vla", "tpo_vla")),
+        *((function, RL) for function in ("policy_loss", "logprobs_of")),
         *((function, RL[:2]) for function in ("group_advantages", "samples_of")),
     ],
 )
@@ -78,7 +80,7 @@ def test_shared_functions_are_the_same_lines(function, names):
     assert first.startswith(f"def {function}(") and others == [first] * len(others)
 
 
-@pytest.mark.parametrize("name", RL[1:])
+@pytest.mark.parametrize("name", (*RL[1:], "tpo_vla"))
 def test_scripts_differ_from_grpo_in_few_lines(name):
     """Statements, each on a line, without comments and docstrings."""
     matcher = difflib.SequenceMatcher(None, statements_of("grpo_vla"), statements_of(name), autojunk=False)

@@ -158,12 +158,13 @@ def _check_rl(args: Any) -> None:
             f"num_groups is {args.num_groups}; expected a multiple of the {distributed.world_size()}"
             " processes, each of which plays whole groups"
         )
-    if args.kl_coef and args.train != "lora":
+    if getattr(args, "kl_coef", 0) and args.train != "lora":
         raise ValueError(
             f"kl_coef compares with the adapter switched off; expected --train lora, got {args.train}"
         )
-    check_numbers(args, "seed", "kl_coef", "eval_every", "clip_low", "clip_high", above=False)
-    if args.clip_low > 1:
+    of_ratios = [name for name in ("kl_coef", "clip_low", "clip_high") if hasattr(args, name)]
+    check_numbers(args, "seed", "eval_every", *of_ratios, above=False)
+    if getattr(args, "clip_low", 0) > 1:
         raise ValueError(f"clip_low is {args.clip_low}; expected at most 1, as a ratio is never below 0")
     if args.seed >= 2**63:
         raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")

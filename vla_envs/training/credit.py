@@ -1,4 +1,4 @@
-"""Temporal credit: what a decision is credited with is how its own stage ended, not the whole trajectory."""
+"""What a decision or a trajectory is credited with: how its stage ended, its rewards held to the end."""
 
 import torch
 from torch import Tensor
@@ -47,3 +47,11 @@ def stage_credit(stages: Tensor, alive: Tensor, group_size: int) -> Tensor:
         std = (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()  # (G, 1)
         advantages += (centred / (std + 1e-6) * (std > 1e-6)).flatten().float() * inside
     return advantages
+
+
+def held_rewards(rewards: Tensor, alive: Tensor) -> Tensor:
+    """Rewards (T, N), float64; a finished member, no longer ``alive`` (T, N), keeps its last one."""
+    held = rewards.double().clone()
+    for t in range(1, len(held)):
+        held[t] = torch.where(alive[t].bool(), held[t], held[t - 1])
+    return held
