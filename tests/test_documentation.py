@@ -16,6 +16,7 @@ from artifacts import ROOT
 
 import grpo_vla
 import ppo_vla
+import rft_vla
 import sft_vla
 import tgrpo_vla
 import tpo_vla
@@ -24,7 +25,9 @@ from vla_envs.rewards import STAGE_REWARDS, STAGES
 from vla_envs.tasks import SUITES, get_task, num_tasks
 
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "tpo": tpo_vla, "sft": sft_vla}
+SCRIPTS = {
+    "tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "tpo": tpo_vla, "rft": rft_vla, "sft": sft_vla
+}  # fmt: skip
 # Flags of other programs: torchrun's, pip's, and those of our programs that are no script.
 OTHER_FLAGS = set(
     "standalone nproc-per-node nnodes rdzv-backend rdzv-endpoint help no-cache check plot demonstrations"

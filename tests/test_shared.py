@@ -33,7 +33,8 @@ from vla_envs.policies.adapters import adapter_off
 from vla_envs.training import evaluation, runs
 
 RL = ("grpo_vla", "tgrpo_vla", "ppo_vla")
-SCRIPTS = (*RL, "tpo_vla", "sft_vla")
+RIVALS = ("tpo_vla", "rft_vla")
+SCRIPTS = (*RL, *RIVALS, "sft_vla")
 
 
 @pytest.fixture(params=[grpo_vla, tgrpo_vla, ppo_vla], ids=RL)
@@ -69,9 +70,10 @@ def statements_of(name):
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        ("rollout", (*RL, "tpo_vla")),
+        ("rollout", (*RL, *RIVALS)),
         ("collect", ("grpo_vla", "tpo_vla")),
         *((function, RL) for function in ("policy_loss", "logprobs_of")),
+        ("logprobs_of", RIVALS),
         *((function, RL[:2]) for function in ("group_advantages", "samples_of")),
     ],
 )
@@ -80,7 +82,7 @@ def test_shared_functions_are_the_same_lines(function, names):
     assert first.startswith(f"def {function}(") and others == [first] * len(others)
 
 
-@pytest.mark.parametrize("name", (*RL[1:], "tpo_vla"))
+@pytest.mark.parametrize("name", (*RL[1:], *RIVALS))
 def test_scripts_differ_from_grpo_in_few_lines(name):
     """Statements, each on a line, without comments and docstrings."""
     matcher = difflib.SequenceMatcher(None, statements_of("grpo_vla"), statements_of(name), autojunk=False)

@@ -40,7 +40,7 @@ def make_envs(args: Any, policy: Any) -> Any:
     """The environments that this process trains in; of a run that only evaluates one, to try the reward."""
     tasks = [args.task_id] if args.evaluate else batches.tasks_of_environments(args)
     settings = evaluation.settings(None, args.suite, policy) | {"perturb": args.perturb}
-    return _make_envs(args, tasks, args.reward, **settings)
+    return _make_envs(args, tasks, getattr(args, "reward", "binary"), **settings)
 
 
 @distributed.first_only

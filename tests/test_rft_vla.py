@@ -1,0 +1,88 @@
+"""Filtered cloning: the loss by hand, who is imitated, its update, and a run with successes."""
+
+import json
+import math
+
+import pytest
+import torch
+from learning import arguments, chosen, copy_of, flat, gradient, learn, same_bits, small_batch, small_policy
+
+import rft_vla
+from rft_vla import imitation_loss, samples_of
+from vla_envs.training import batches
+
+
+def test_the_loss_by_hand():
+    logprobs = torch.tensor([[-1.0, -3.0], [-4.0, -8.0]], requires_grad=True)
+    loss = imitation_loss(logprobs, torch.tensor([1.0, 3.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx((2 * 1 + 6 * 3) / 4)
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-1.0, -1.0], [-3.0, -3.0]]) / 8)
+
+
+def test_successes_alone_are_imitated():
+    """Of members that take 1, 3, 2 and 3 decisions the first and the third succeed."""
+    policy, args = small_policy(), arguments(rft_vla, update_epochs=1)
+    b = samples_of(policy, flat(small_batch()), args)
+    (drawn,) = batches.minibatches(b, args)
+    assert sorted(zip(b["who"][drawn].tolist(), b["when"][drawn].tolist())) == [(0, 0), (2, 0), (2, 1)]
+    weights = {int(who): w for who, w in zip(b["who"][drawn], b["weights"][drawn].tolist())}
+    assert weights == {0: 1.0, 2: 0.5}
+
+
+def test_the_gradient_is_the_likelihoods():
+    policy, args = small_policy(), arguments(rft_vla)
+    batch = small_batch()
+    b = samples_of(policy, flat(batch), args)
+    logs, steps = learn(rft_vla, policy, b, args, minibatches=batches.minibatches(b, args)[:1])
+    found = gradient(policy)
+    policy.zero_grad()
+    logprobs = chosen(policy, batch, torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])).mean(dim=1)
+    loss = -(logprobs * torch.tensor([1.0, 0.5, 0.5])).sum() / 2
+    loss.backward()
+    assert logs["policy_loss"] == pytest.approx(loss.item(), rel=1e-5) and steps == 1
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-6)
+
+
+def test_micro_batches_add_up():
+    gradients = []
+    for micro in (None, 1):
+        policy, args = small_policy(), arguments(rft_vla, micro_batch_size=micro)
+        b = samples_of(policy, flat(small_batch()), args)
+        learn(rft_vla, policy, b, args, minibatches=[torch.tensor([0, 1, 3])])
+        gradients.append(gradient(policy))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_target_kl_ends_the_update():
+    policy, args = small_policy(), arguments(rft_vla, target_kl=1e-6, update_epochs=4)
+    b = samples_of(policy, flat(small_batch()), args)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    logs, steps = learn(rft_vla, policy, b, args, optimizer, batches.minibatches(b, args))
+    assert steps == 1 == logs["optimizer_steps"]
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    policy, args = small_policy(), arguments(rft_vla)
+    b = samples_of(policy, flat(small_batch()), args)
+    b["weights"] = b["weights"] * math.nan
+    before = copy_of(policy)
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        learn(rft_vla, policy, b, args, torch.optim.SGD(policy.parameters(), lr=0.1))
+    assert same_bits(policy, before)
+
+
+@pytest.mark.longer
+def test_a_run_with_and_without_successes(execute, tmp_path, capfd):
+    """The policy that is shipped needs about 90 control steps; with 24 nothing is imitated."""
+    flags = {
+        "num_groups": 6, "num_iterations": 2, "eval_every": 0, "eval_episodes": 1, "num_threads": 1,
+        "max_episode_steps": 160, "temperature": 0.5,
+    }  # fmt: skip
+    execute("rft_vla", **flags, run_dir=tmp_path / "one")
+    out, error = capfd.readouterr()
+    assert "nothing to imitate" not in out + error
+    execute("rft_vla", **flags | {"num_iterations": 1, "max_episode_steps": 24}, run_dir=tmp_path / "none")
+    out, error = capfd.readouterr()
+    assert "iteration 1: no episode succeeds; nothing to imitate" in out + error
+    assert json.loads((tmp_path / "none" / "result.json").read_text())["episodes"] == 6
