@@ -338,6 +338,7 @@ def numbered(steps, members, first):
         "stages": numbers.long(),
         "steps": numbers.long(),
         "alive": torch.ones(steps, members, dtype=torch.bool),
+        "success": torch.arange(first, first + members) % 4 == 1,
         "instructions": [f"task {first + i}" for i in range(members)],
     }
 
@@ -346,6 +347,7 @@ def test_batches_are_joined_by_hand():
     keep = [torch.tensor([True, False, True]), torch.tensor([False, True])]
     joined = batches.join([flat(numbered(2, 3, 1)), flat(numbered(3, 2, 4))], keep)
     assert joined["rewards"].tolist() == [[10, 30, 50], [10, 30, 50], [0, 0, 50]]
+    assert joined["success"].tolist() == [True, False, True]
     assert joined["alive"].tolist() == [[True] * 3, [True] * 3, [False, False, True]]
     assert joined["instructions"] == ["task 1", "task 3", "task 5"] and joined["round"].tolist() == [0, 0, 1]
     assert joined["who"].tolist() == [0, 1, 2, 0, 1, 2, 2]

@@ -102,6 +102,7 @@ def join(batches: list[dict[str, Any]], keep: list[Tensor]) -> dict[str, Any]:
     most = max(len(batch["alive"]) for batch in batches)
     joined: dict[str, Any] = {"instructions": []}
     joined["round"] = torch.cat([torch.full((int(kept.sum()),), i) for i, kept in enumerate(keep)])  # (N,)
+    joined["success"] = torch.cat([batch["success"][kept] for batch, kept in zip(batches, keep)])  # (N,)
     before, taken = 0, []
     for batch, kept in zip(batches, keep):
         joined["instructions"] += [batch["instructions"][i] for i in torch.nonzero(kept).flatten().tolist()]
