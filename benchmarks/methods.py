@@ -2,7 +2,13 @@
 
 import itertools
 
+RIVALS = {
+    "Filtered cloning": ["rft_vla.py"],
+    "DPO": ["tpo_vla.py", "--score", "success", "--window", "0"],
+    "GRAPE": ["tpo_vla.py"],
+}
 METHODS = {
+    **RIVALS,
     "PPO": ["ppo_vla.py"],
     "GRPO": ["grpo_vla.py"],
     "TGRPO": ["tgrpo_vla.py"],
@@ -31,7 +37,7 @@ QUESTIONS = {  # a figure each
 }
 ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
 PAIRS = (  # of methods, on the same tasks and seeds
-    *((method, "TGRPO") for method in ASKED),
+    *((method, "TGRPO") for method in (*RIVALS, "PPO", *ASKED)),
     ("GRPO --credit stage", "GRPO"),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )

@@ -280,8 +280,8 @@ def section(runs: pd.DataFrame, points: pd.DataFrame) -> list[str]:
             parts += [f"### Success, {way}", table(its, names)]
     parts += ["### How soon", reached(runs, points, every)]
     for way, its in ways.items():
-        if its["method"].isin(ASKED).any():
-            parts += [f"### What the paper leaves open, {way}", pairs_table(with_twins(its))]
+        if its["method"].isin([pair[0] for pair in PAIRS]).any():
+            parts += [f"### In pairs, {way}", pairs_table(with_twins(its))]
     return parts
 
 
