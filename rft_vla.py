@@ -1,32 +1,40 @@
-"""RFT: fine-tune a vision-language-action policy by imitation of its own successes (filtered cloning).
+"""RFT: fine-tune a vision-language-action policy by imitation of its own successes, and iRe-VLA (--stages).
 
-Rejection-sampling fine-tuning: play, keep the episodes that succeed, imitate what was decided in them, play
-again. There is no comparison, no critic and no negative example: it is the cheapest baseline of online RL.
+Rejection-sampling fine-tuning, or filtered cloning: play, keep the episodes that succeed, imitate what was
+decided in them, play again. With --stages each of these imitations comes after RL of the action head alone,
+while the rest is frozen, as in iRe-VLA (Guo et al. 2025, arXiv 2501.16664).
 
-Symbols: N environments, T decision steps (one executes C control steps), D action tokens per decision, S
-decisions taken (samples), B of them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had
-not finished before decision t; |o_i|: how many it took.
+Symbols: G groups of the same placement, K members per group, N = G*K environments (environment i is in group
+i // K), T decision steps (one executes C control steps), D action tokens per decision, S decisions taken
+(samples), B of them in a minibatch. Arrays are time-major, (T, N). alive[t, i]: member i had not finished
+before decision t; |o_i|: how many it took.
 
-    objective    mean over successful i of 1/|o_i| sum_t mean_d log pi(token_itd)
-                                                                   samples_of, imitation_loss, update
+    imitation    mean over successful i of 1/|o_i| sum_t mean_d log pi(token_itd)   imitation_loss, update
+                 and, with --demos, the policy's own loss of demonstrated actions   demos_loss
+    --stages     before that, of the head: A_i = (R_i - mean R) / std R,            group_advantages
+                 mean_i 1/|o_i| sum_t mean_d min(ratio A_i, clip(ratio) A_i)        policy_loss, update
 
-What the method leaves open, and what is done here:
- 1. Each iteration imitates the successes of its own rollout alone, so a run is resumed from its weights.
+What filtered cloning leaves open, and what is not known of iRe-VLA, whose code is not public:
+ 1. An iteration imitates the successes of its own rollout; iRe-VLA keeps all of them in a growing data set.
  2. A token is imitated by its own log-probability, whatever the policy's loss of demonstrations is; of flow
-    that is the log-density of the chain of denoising steps.
- 3. Successes count alike, whatever their length.
- 4. Every environment has a placement of its own, drawn from LIBERO's regions; evaluation is on the 50
-    recorded init states, which training never sees.
+    that is the log-density of the chain of denoising steps. Successes count alike, whatever their length.
+ 3. iRe-VLA's RL is PPO with a critic; here members of a group are compared, as in grpo_vla.py. How many
+    iterations of it come before an imitation is not known; here it is one, on the same episodes.
+ 4. Every group has a placement of its own, drawn from LIBERO's regions; evaluation is on the 50 recorded init
+    states, which training never sees.
  5. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
     falls linearly to 0.
 
     python rft_vla.py --task-id 4
+    python rft_vla.py --task-id 4 --stages --demos demos
     python rft_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
 """
 
+import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import vla_envs  # noqa: F401  # isort: skip  (registers the environments; first, for torch's threads)
 import numpy as np
@@ -35,20 +43,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_envs import distributed
+from vla_envs.demos import demonstrations
+from vla_envs.policies.protocol import cameras_of
+from vla_envs.tasks import get_task
 from vla_envs.training import arguments, batches, checkpoints, runs
 
 
 @dataclass
 class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train, --seed, --resume, ...
     # ---- Algorithm ----
+    stages: bool = False
+    """iRe-VLA: RL of the action head alone, then imitation by all that is trained, in every iteration"""
+    demos: Path | None = None
+    """Folder of demonstrations, as sft_vla.py takes it: imitated too, as much as the successes"""
     total_env_steps: int | None = None
     """Control steps of training [120000; of several tasks 60000 each; or --num-iterations]"""
     num_iterations: int | None = None
     """Iterations; with --total-env-steps too, the one reached first ends the run [as many as that takes]"""
-    num_groups: int = 64
-    """Placements per batch (G)"""
-    group_size: int = 1
-    """Environments of the same placement (K)"""
+    num_groups: int | None = None
+    """Groups per batch (G), each on a placement of its own [64; with --stages 8]"""
+    group_size: int | None = None
+    """Members per group (K) [1; with --stages 8]"""
     learning_rate: float = 1.5e-4
     """AdamW's peak learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
@@ -59,13 +74,68 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     """Decisions per optimiser step (B)"""
     micro_batch_size: int | None = None
     """Decisions per forward pass; gradients add up over a minibatch [all at once]"""
+    clip_low: float = 0.2
+    """With --stages: the ratio is clipped at 1 - this"""
+    clip_high: float = 0.28
+    """With --stages: the ratio is clipped at 1 + this"""
+    ratio_level: Literal["token", "action"] = "token"
+    """With --stages: one ratio per token, or one for the whole decision"""
     target_kl: float = 0.04
-    """An update stops when its approximate KL per token exceeds this"""
+    """An update stops when its approximate KL per ratio exceeds this"""
     max_grad_norm: float = 1.0
     """The gradient is clipped at this norm"""
 
 
-# ---- Loss: a pure function of tensors ----------------------------------------------------------------
+# ---- Advantages and losses: pure functions of tensors --------------------------------------------------
+
+
+def group_advantages(returns: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """(R - mean) / (std + eps) over the members of each group (std with n - 1), float32.
+
+    Args:
+        returns: (..., N).
+        group_size: K, which has to divide N.
+        eps: Added to the standard deviation; a group whose own is below 1e-6 gives exactly 0.
+    """
+    if group_size < 2 or returns.shape[-1] % group_size:
+        raise ValueError(
+            f"{returns.shape[-1]} environments do not divide into groups of {group_size} (at least 2)"
+        )
+    groups = returns.double().unflatten(-1, (returns.shape[-1] // group_size, group_size))  # (..., G, K)
+    groups = groups - groups[..., :1]  # (..., G, K): equal members are exactly 0, however a mean rounds
+    std = groups.std(dim=-1, keepdim=True)  # (..., G, 1)
+    scores = (groups - groups.mean(dim=-1, keepdim=True)) / (std + eps).clamp(min=1e-6)  # (..., G, K)
+    return torch.where(std < 1e-6, torch.zeros_like(scores), scores).flatten(-2).float()  # (..., N)
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """PPO's clipped objective, negated: a mean over D tokens, then over B samples weighted by ``mask``.
+
+    Args:
+        logprobs: (B, D), with gradient.
+        old_logprobs: (B, D), of the policy that acted.
+        advantages: (B,).
+        mask: (B,), any weight >= 0.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    """
+    # Beyond e^20 the ratio is far outside any clip; the bound keeps it finite.
+    logratio = (logprobs - old_logprobs).clamp(-20.0, 20.0)  # (B, D)
+    ratio = logratio.exp()  # (B, D)
+    weight = (mask / mask.sum().clamp(min=1e-12)).unsqueeze(1) / ratio.shape[1]  # (B, 1)
+    gain = ratio * advantages.unsqueeze(1)  # (B, D)
+    clipped_gain = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages.unsqueeze(1)  # (B, D)
+    loss = -(weight * torch.min(gain, clipped_gain)).sum()
+    with torch.no_grad():
+        statistics = {
+            "approx_kl": (weight * ((ratio - 1.0) - logratio)).sum(),
+            "clipfrac_low": (weight * (ratio < 1.0 - clip_low)).sum(),
+            "clipfrac_high": (weight * (ratio > 1.0 + clip_high)).sum(),
+            "ratio": (weight * ratio).sum(),
+        }
+    return loss, statistics
 
 
 def imitation_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
@@ -116,28 +186,38 @@ def rollout(envs: Any, policy: Any, seeds: Any, temperature: float, generators: 
     return batches.leave_out_diverged(batch, seeds, info["diverged"][:count])
 
 
+def load_demos(policy: Any, args: Args) -> dict[str, Any] | None:
+    """The samples of --demos, of all its demonstrations of each task."""
+    tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
+    chunk = getattr(policy, "imitation_chunk", policy.action_chunk)  # it may predict more than it executes
+    load = demonstrations.load_demonstrations
+    demos = [load(args.demos, task, None, chunk, 1, cameras_of(policy)) for task in tasks if args.demos]
+    return demonstrations.samples(tasks, demos) if demos else None
+
+
 # ---- Learning ----------------------------------------------------------------------------------------
 
 
 def logprobs_of(policy: Any, b: dict[str, Any], inds: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (B, D), entropies (B, D) and hidden states (B, H) of the samples ``inds`` (B,)."""
+    """Log-probabilities (B, D), of --ratio-level action (B, 1), entropies (B, D) and hidden states (B, H)."""
     obs = {name: b[name][inds] for name in batches.OBSERVED if name in b}
     tokens = b["tokens"][inds].to(args.device)  # (B, D)
     instructions = [b["instructions"][i] for i in b["who"][inds].tolist()]
-    return policy.score(obs, instructions, tokens, args.temperature)
+    logprobs, entropy, hidden = policy.score(obs, instructions, tokens, args.temperature)
+    return (logprobs if args.ratio_level == "token" else logprobs.sum(dim=1, keepdim=True)), entropy, hidden
 
 
-def samples_of(policy: Any, batch: dict[str, Any], args: Args) -> dict[str, Any]:
-    """The batch with what an update needs of each sample: its weight, 0 where nothing was won, old log-probs.
+def samples_of(policy: Any, batch: dict[str, Any], advantages: Tensor, args: Args) -> dict[str, Any]:
+    """The batch with what an update needs of each sample: its advantage, weight and old log-probs.
 
     Old log-probs come from the forward pass that trains, so the first ratio is 1 whatever rounding the
     rollout had; ``logprob_gap`` is that rounding.
     """
-    when, who, alive = batch["when"], batch["who"], batch["alive"] & batch["success"]  # (S,), (S,), (T, N)
-    b = batch | {"alive": alive}
-    lengths = alive.sum(dim=0).clamp(min=1)  # (N,)
+    when, who, alive = batch["when"], batch["who"], batch["alive"]  # (S,), (S,), (T, N)
+    b = batch | {"advantages": advantages[when, who].to(args.device)}  # (S,)
+    lengths = alive.sum(dim=0).clamp(min=1)  # (N,), 0 only of groups left out, which are not learnt from
     b["weights"] = (1.0 / lengths)[who].to(args.device)  # (S,) 1 / |o_i|: trajectories count alike
-    sampled = b["logprobs"]  # (S, D)
+    sampled = b["logprobs"] if args.ratio_level == "token" else b["logprobs"].sum(dim=1, keepdim=True)
     b["old_logprobs"] = sampled.to(args.device, copy=True)  # (S, D)
     inds = torch.nonzero(alive[when, who]).flatten()  # (up to S,) those that count
     size = args.micro_batch_size or args.minibatch_size
@@ -149,19 +229,44 @@ def samples_of(policy: Any, batch: dict[str, Any], args: Args) -> dict[str, Any]
     return b
 
 
-def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args) -> dict[str, float]:
-    """One optimiser step per minibatch of sample numbers; the means of what was measured."""
+def demos_loss(policy: Any, demos: dict[str, Any], args: Args) -> Tensor:
+    """The policy's own loss of demonstrated actions, of as many samples as a minibatch has."""
+    drawn = torch.randint(len(demos["actions"]), (args.minibatch_size,))  # the same in all processes
+    inds = drawn[distributed.block(args.minibatch_size)].numpy()  # this process's share
+    obs = {name: demos[name][inds] for name in batches.OBSERVED if name in demos}
+    instructions = [demos["instructions"][i] for i in inds]
+    loss = policy.imitation_loss(obs, instructions, torch.as_tensor(demos["actions"][inds]))
+    return loss * len(inds) / args.minibatch_size
+
+
+def update(
+    policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, args: Args, imitate: bool = True,
+    demos: dict[str, Any] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """One optimiser step per minibatch of sample numbers; the means of what was measured.
+
+    ``imitate``: what was decided becomes likelier; else by its advantage, and only the head is trained.
+    """
+    clip_low, clip_high = args.clip_low, args.clip_high
     meter, optimizer_steps = runs.Meter(), 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
         for inds, share in distributed.micro_batches(policy, b, mb_inds, args.micro_batch_size):
             newlogprob, entropy, _ = logprobs_of(policy, b, inds, args)  # (B, D), (B, D)
-            loss, measured = imitation_loss(newlogprob, b["weights"][inds]), {}
+            weights = b["weights"][inds]  # (B,)
+            pg_loss, measured = policy_loss(
+                newlogprob, b["old_logprobs"][inds], b["advantages"][inds], weights, clip_low, clip_high
+            )
+            loss = imitation_loss(newlogprob, weights) if imitate else pg_loss
             (loss * share).backward()
-            logratio = (newlogprob.detach() - b["old_logprobs"][inds]).clamp(-20.0, 20.0)  # (B, D)
-            measured["approx_kl"] = (logratio.exp() - 1.0 - logratio).mean()
-            measured["ratio"] = logratio.exp().mean()
+            measured["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
             meter.add(share, loss=loss, policy_loss=loss, entropy=entropy.mean(), **measured)
+        if demos:
+            loss = demos_loss(policy, demos, args)
+            loss.backward()
+            meter.add(1.0, demos_loss=loss)
+        for parameter in () if imitate else set(policy.parameters()) - set(policy.head.parameters()):
+            parameter.grad = None  # frozen in this stage
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         figures = meter.end_minibatch(*norms)  # of all processes; refuses what is not finite
         if figures["approx_kl"] > args.target_kl:
@@ -174,7 +279,26 @@ def update(policy: Any, optimizer: Any, b: dict[str, Any], minibatches: Any, arg
 
 def validate(args: Args) -> Args:
     """Fill in what was left open; a ValueError says which argument does not fit, and what was expected."""
-    return arguments.complete_rl(args)
+    groups, members = (8, 8) if args.stages else (64, 1)
+    groups = groups if args.num_groups is None else args.num_groups
+    members = members if args.group_size is None else args.group_size
+    args = arguments.complete_rl(dataclasses.replace(args, num_groups=groups, group_size=members))
+    if members < 1 + args.stages:
+        raise ValueError(f"group_size is {members}; expected at least {1 + args.stages}")
+    unused = [
+        name
+        for name in ("clip_low", "clip_high", "ratio_level")
+        if getattr(args, name) != getattr(Args, name)
+    ]
+    if unused and not args.stages:
+        raise ValueError(
+            f"{unused[0]} is of RL, and nothing is clipped in imitation; expected it with --stages"
+        )
+    if args.stages and not args.train.endswith(("all", "head")):
+        raise ValueError(
+            f"--stages trains the head first; expected --train all, head or lora+head, got {args.train}"
+        )
+    return args
 
 
 if __name__ == "__main__":
@@ -183,6 +307,11 @@ if __name__ == "__main__":
         policy = checkpoints.starting_policy(args)
         args = arguments.fill_in_chunk(args, policy)
         policy = checkpoints.prepare(policy, args)  # --train says what is trained
+        if args.stages and not hasattr(policy, "head"):
+            raise ValueError(
+                f"--stages trains the head first; policy {args.policy!r} has no module of that name"
+            )
+        demos = load_demos(policy, args)
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
         eval_envs = runs.make_eval_envs(args, policy)
@@ -203,11 +332,19 @@ if __name__ == "__main__":
         policy.train()
         warm = iteration / args.warmup_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(run.left, warm)
-        b = samples_of(policy, batch, args)
+        of_head: dict[str, float] = {}
+        if args.stages:
+            advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
+            b = samples_of(policy, batch, advantages.expand_as(batch["rewards"]), args)
+            with run.iteration_errors():
+                of_head = update(policy, optimizer, b, batches.minibatches(b, args), args, imitate=False)
+        won = batch | {"alive": batch["alive"] & batch["success"]}  # only what led to a success
+        b = samples_of(policy, won, torch.zeros_like(batch["rewards"]), args)
         minibatches = batches.minibatches(b, args)
         with run.iteration_errors():
-            losses = update(policy, optimizer, b, minibatches, args)
+            losses = update(policy, optimizer, b, minibatches, args, demos=demos)
 
-        run.log(losses, {"group/kept_frac": batch["success"]})
+        scalars = {f"head/{name}": value for name, value in of_head.items()}
+        run.log(losses, {"group/kept_frac": batch["success"]} | scalars)
         del batch, b  # so that images of two rollouts are never held at once
     run.finish()  # the trained policy, result.json, how it went

@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from artifacts import write_demos
 from learning import arguments, chosen, copy_of, flat, gradient, learn, same_bits, small_batch, small_policy
 
 import rft_vla
@@ -20,10 +22,16 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(logprobs.grad, torch.tensor([[-1.0, -1.0], [-3.0, -3.0]]) / 8)
 
 
+def won(policy, batch, args):
+    """The samples of its successes, as the script's loop takes them."""
+    batch = flat(batch) | {"alive": batch["alive"] & batch["success"]}
+    return samples_of(policy, batch, torch.zeros_like(batch["rewards"]), args)
+
+
 def test_successes_alone_are_imitated():
     """Of members that take 1, 3, 2 and 3 decisions the first and the third succeed."""
     policy, args = small_policy(), arguments(rft_vla, update_epochs=1)
-    b = samples_of(policy, flat(small_batch()), args)
+    b = won(policy, small_batch(), args)
     (drawn,) = batches.minibatches(b, args)
     assert sorted(zip(b["who"][drawn].tolist(), b["when"][drawn].tolist())) == [(0, 0), (2, 0), (2, 1)]
     weights = {int(who): w for who, w in zip(b["who"][drawn], b["weights"][drawn].tolist())}
@@ -33,7 +41,7 @@ def test_successes_alone_are_imitated():
 def test_the_gradient_is_the_likelihoods():
     policy, args = small_policy(), arguments(rft_vla)
     batch = small_batch()
-    b = samples_of(policy, flat(batch), args)
+    b = won(policy, batch, args)
     logs, steps = learn(rft_vla, policy, b, args, minibatches=batches.minibatches(b, args)[:1])
     found = gradient(policy)
     policy.zero_grad()
@@ -41,6 +49,7 @@ def test_the_gradient_is_the_likelihoods():
     loss = -(logprobs * torch.tensor([1.0, 0.5, 0.5])).sum() / 2
     loss.backward()
     assert logs["policy_loss"] == pytest.approx(loss.item(), rel=1e-5) and steps == 1
+    assert logs["logprob"] == pytest.approx(-loss.item(), rel=1e-5)
     torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-6)
 
 
@@ -48,7 +57,7 @@ def test_micro_batches_add_up():
     gradients = []
     for micro in (None, 1):
         policy, args = small_policy(), arguments(rft_vla, micro_batch_size=micro)
-        b = samples_of(policy, flat(small_batch()), args)
+        b = won(policy, small_batch(), args)
         learn(rft_vla, policy, b, args, minibatches=[torch.tensor([0, 1, 3])])
         gradients.append(gradient(policy))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
@@ -56,7 +65,7 @@ def test_micro_batches_add_up():
 
 def test_target_kl_ends_the_update():
     policy, args = small_policy(), arguments(rft_vla, target_kl=1e-6, update_epochs=4)
-    b = samples_of(policy, flat(small_batch()), args)
+    b = won(policy, small_batch(), args)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     logs, steps = learn(rft_vla, policy, b, args, optimizer, batches.minibatches(b, args))
     assert steps == 1 == logs["optimizer_steps"]
@@ -64,12 +73,74 @@ def test_target_kl_ends_the_update():
 
 def test_an_update_that_is_not_finite_changes_nothing():
     policy, args = small_policy(), arguments(rft_vla)
-    b = samples_of(policy, flat(small_batch()), args)
+    b = won(policy, small_batch(), args)
     b["weights"] = b["weights"] * math.nan
     before = copy_of(policy)
     with pytest.raises(FloatingPointError, match="loss is nan"):
         learn(rft_vla, policy, b, args, torch.optim.SGD(policy.parameters(), lr=0.1))
     assert same_bits(policy, before)
+
+
+def test_the_heads_own_stage():
+    """RL moves the head by its advantages, and nothing else moves."""
+    policy, args = small_policy(), arguments(rft_vla, stages=True)
+    batch, before = small_batch(), copy_of(policy)
+    advantages = torch.tensor([1.0, -1.0, 0.5, 0.0]).expand(3, 4)
+    b = samples_of(policy, flat(batch), advantages, args)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    logs = rft_vla.update(policy, optimizer, b, [torch.arange(len(b["who"]))], args, imitate=False)
+    moved = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"head.weight", "head.bias"} and logs["ratio_first_minibatch"] == pytest.approx(1)
+    after = rft_vla.logprobs_of(policy, b, torch.arange(len(b["who"])), args)[0].mean(dim=1)
+    gain = (after - b["old_logprobs"].mean(dim=1)) * b["advantages"] * b["weights"]
+    assert gain.sum() > 1e-4
+
+
+def test_demonstrations_add_their_loss():
+    policy, args = small_policy(), arguments(rft_vla, minibatch_size=4)
+    batch = small_batch()
+    demos = {
+        "image": batch["last"]["image"].numpy(), "state": batch["last"]["state"].numpy(),
+        "actions": np.tile(np.linspace(-0.9, 0.9, 7, dtype=np.float32), (4, 2, 1)),
+        "instructions": batch["instructions"],
+    }  # fmt: skip
+    b = won(policy, batch, args)
+    torch.manual_seed(5)
+    logs = rft_vla.update(
+        policy, torch.optim.SGD(policy.parameters(), lr=0.0), b, [torch.tensor([0])], args, demos=demos
+    )
+    found = gradient(policy)
+    policy.zero_grad()
+    torch.manual_seed(5)
+    inds = torch.randint(4, (4,)).numpy()
+    obs = {name: demos[name][inds] for name in ("image", "state")}
+    words = [demos["instructions"][i] for i in inds]
+    loss = policy.imitation_loss(obs, words, torch.as_tensor(demos["actions"][inds]))
+    own = imitation_loss(rft_vla.logprobs_of(policy, b, torch.tensor([0]), args)[0], torch.ones(1))
+    (loss + own).backward()
+    assert logs["demos_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(found, gradient(policy), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"clip_low": 0.1}, "clip_low is of RL"),
+        ({"stages": True, "group_size": 1}, "group_size is 1; expected at least 2"),
+        ({"stages": True, "train": "lora"}, "expected --train all, head or lora"),
+    ],
+)
+def test_what_does_not_fit(change, line):
+    with pytest.raises(ValueError, match=line):
+        rft_vla.validate(rft_vla.Args(**change))
+
+
+def test_groups():
+    sizes = [
+        (args.num_groups, args.group_size)
+        for args in map(rft_vla.validate, (rft_vla.Args(), rft_vla.Args(stages=True)))
+    ]
+    assert sizes == [(64, 1), (8, 8)]
 
 
 @pytest.mark.longer
@@ -82,6 +153,9 @@ def test_a_run_with_and_without_successes(execute, tmp_path, capfd):
     execute("rft_vla", **flags, run_dir=tmp_path / "one")
     out, error = capfd.readouterr()
     assert "nothing to imitate" not in out + error
+    write_demos(tmp_path / "LiberoObject_4_demo.hdf5", (9,), size=128)
+    stages = {"stages": None, "demos": tmp_path, "num_groups": 2, "group_size": 3, "num_iterations": 1}
+    execute("rft_vla", **flags | stages, run_dir=tmp_path / "stages")
     execute("rft_vla", **flags | {"num_iterations": 1, "max_episode_steps": 24}, run_dir=tmp_path / "none")
     out, error = capfd.readouterr()
     assert "iteration 1: no episode succeeds; nothing to imitate" in out + error

@@ -72,9 +72,8 @@ def statements_of(name):
     [
         ("rollout", (*RL, *RIVALS)),
         ("collect", ("grpo_vla", "tpo_vla")),
-        *((function, RL) for function in ("policy_loss", "logprobs_of")),
-        ("logprobs_of", RIVALS),
-        *((function, RL[:2]) for function in ("group_advantages", "samples_of")),
+        *((function, (*RL, "rft_vla")) for function in ("policy_loss", "logprobs_of")),
+        *((function, (*RL[:2], "rft_vla")) for function in ("group_advantages", "samples_of")),
     ],
 )
 def test_shared_functions_are_the_same_lines(function, names):
