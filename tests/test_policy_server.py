@@ -309,8 +309,8 @@ def test_the_package_is_missing(monkeypatch):
     ("given", "words"),
     [
         ({}, "is a server, which can be evaluated and not trained; expected --evaluate"),
-        ({"evaluate": True, "eval_temperature": 1.0}, "eval_temperature is 1.0 with policy 'ws://"),
-        ({"evaluate": True, "train": "lora"}, "train is lora with policy 'ws://"),
+        ({"evaluate": True, "eval_temperature": 1.0}, "eval_temperature is 1.0, and policy 'ws://"),
+        ({"evaluate": True, "train": "lora"}, "train is lora, and policy 'ws://"),
         ({"evaluate": True, "compare": "runs/x"}, "expected none: a server plays what it was started with"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "+".join(value) or "train",

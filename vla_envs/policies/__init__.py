@@ -1,7 +1,7 @@
 """Policies behind one interface, ``Policy``; made, saved and loaded here.
 
 A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (``openvla``: shards of it, as the hub
-has them): numbers and JSON, never pickles.
+has them): numbers and JSON. OpenVLA-OFT's ``.pt`` files are read as tensors alone; no pickle is executed.
 """
 
 import contextlib
@@ -212,6 +212,23 @@ def is_training_state(checkpoint: Any) -> bool:
     return checkpoint is not None and (Path(checkpoint) / "trained.safetensors").is_file()
 
 
+def evaluated_only(name: str, checkpoint: str | Path | None) -> str:
+    """What a policy is, in words, that can be evaluated and not trained; of any other ``""``.
+
+    Raises:
+        ValueError: When its checkpoint cannot be had.
+    """
+    if is_server(name):
+        return f"policy {name!r} is a server"
+    if name != "openvla-oft" or checkpoint is None or is_training_state(checkpoint):
+        return ""
+    from vla_envs.policies.published import parts_of
+
+    with _one_reason(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded"):
+        has_head = "action_head" in parts_of(checkpoint)
+    return f"checkpoint {str(checkpoint)!r} is a regression without log-probabilities" if has_head else ""
+
+
 def instead(folder: Path) -> str:
     """What may have been meant by ``folder``, which is not a whole policy: the end of a line, or nothing."""
     if (folder / "adapter_config.json").is_file():
@@ -276,10 +293,11 @@ def _connect(name: str, checkpoint: str | Path | None, device: str) -> ServerPol
 def _load_openvla(name: str, checkpoint: str | Path | None, device: str, suite: str | None) -> Any:
     if checkpoint is None:
         return new_policy(name)
-    from vla_envs.policies.openvla import OpenVLAPolicy  # takes seconds, so only where it is used
+    from vla_envs.policies.openvla import policy_class  # takes seconds, so only where it is used
 
     with _one_reason(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded"):
-        policy = OpenVLAPolicy.load(checkpoint, name == "openvla-oft", device=device, suite=suite)
+        kind = policy_class(checkpoint)
+        policy = kind.load(checkpoint, name == "openvla-oft", device=device, suite=suite)
     if device != "meta":
         _check_finite(policy, checkpoint)
     return policy

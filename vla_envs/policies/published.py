@@ -32,6 +32,18 @@ def fetch(checkpoint: str | Path, *patterns: str) -> Path:
         ) from None
 
 
+def parts_of(checkpoint: str | Path) -> dict[str, list[Path]]:
+    """The files ``name--*_checkpoint.pt`` that OpenVLA-OFT keeps beside a network, by name; often none.
+
+    Raises:
+        ValueError: See ``fetch``.
+    """
+    parts: dict[str, list[Path]] = {}
+    for file in sorted(fetch(checkpoint, "*.json", "*--*_checkpoint.pt").glob("*--*_checkpoint.pt")):
+        parts.setdefault(file.name.partition("--")[0], []).append(file)
+    return parts
+
+
 def make_room(name: str, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
     """Say how much memory the weights take.
 

@@ -12,7 +12,7 @@ from vla_envs import distributed
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args, read_dataclass
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import SETTINGS, SHIPPED, is_own, is_server, load_policy
+from vla_envs.policies import SETTINGS, SHIPPED, evaluated_only, is_own, is_server, load_policy
 from vla_envs.tasks import SUITES, get_task, num_init_states, suite_or_file, with_init_states
 from vla_envs.training.evaluation import PROTOCOLS
 
@@ -227,25 +227,28 @@ def _check_together(args: Any) -> None:
             )
 
 
-def _check_server(args: Any) -> None:
-    """Refuse what a policy server cannot do.
+def _has_one_way(args: Any) -> bool:
+    """Whether the policy is one that can only be evaluated, and has one way of playing, its own.
 
     Raises:
-        ValueError: Says what was expected.
+        ValueError: When more is asked of such a policy; says what was expected.
     """
-    if not is_server(args.policy):
-        return
+    what = evaluated_only(args.policy, args.checkpoint)
+    if not what:
+        return False
     if not args.evaluate:
         raise ValueError(
-            f"policy {args.policy!r} is a server, which can be evaluated and not trained; expected --evaluate"
+            f"{what}, which can be evaluated and not trained; expected --evaluate, or python -m"
+            " vla_envs.robustness"
         )
     if args.eval_temperature:
         raise ValueError(
-            f"eval_temperature is {args.eval_temperature} with policy {args.policy!r}; expected none, as a"
-            " server has one way of playing, its own"
+            f"eval_temperature is {args.eval_temperature}, and {what}, which has one way of playing, its own;"
+            " expected none"
         )
     if args.train != "all":
-        raise ValueError(f"train is {args.train} with policy {args.policy!r}; expected none: it is a server")
+        raise ValueError(f"train is {args.train}, and {what}, of which nothing is trained; expected none")
+    return True
 
 
 def _fill_in_length(args: ArgsT) -> ArgsT:
@@ -276,12 +279,10 @@ def complete(args: ArgsT) -> ArgsT:
         tasks = {with_init_states(task, given.init_state_file) for task in tasks}
     init_states = min(map(num_init_states, tasks))
     _check_together(given)
-    _check_server(given)
+    one_way = _has_one_way(given)
     check_numbers(args, "eval_temperature", above=False)
     protocol = PROTOCOLS[given.protocol] if given.protocol else None
-    temperature = protocol.temperature if protocol else None
-    if is_server(given.policy):
-        temperature = 0.0  # a server has one way of playing, its own
+    temperature = 0.0 if one_way else protocol.temperature if protocol else None
     defaults: dict[str, Any] = {
         "eval_episodes": min(protocol.episodes, init_states) if protocol else init_states,
         "eval_temperature": given.temperature if temperature is None else temperature,

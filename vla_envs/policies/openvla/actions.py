@@ -12,7 +12,7 @@ from vla_envs.inputs import as_numbers, in_short
 from vla_envs.tasks import SUITES, base_suite
 
 BINS = 256
-ACTION_DIM = 7
+ACTION_DIM, STATE_DIM = 7, 8
 EDGES = np.linspace(-1.0, 1.0, BINS)  # of the bins: 255 lie between them, and one beyond each end
 CENTRES = (EDGES[:-1] + EDGES[1:]) / 2
 
@@ -28,9 +28,10 @@ def value_bins(values: Tensor) -> Tensor:
     return BINS - torch.bucketize(values.double().clamp(-1.0, 1.0), edges, right=True)
 
 
-def action_statistics(
-    folder: Path, suite: str | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+Statistics = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]  # q01, q99, which are scaled
+
+
+def action_statistics(folder: Path, suite: str | None = None) -> Statistics:
     """q01, q99 and mask (7,) of a suite's actions, or of the one suite that a checkpoint was trained on.
 
     Where a checkpoint has only those of another suite, they are used and a line is printed.
@@ -38,6 +39,20 @@ def action_statistics(
     Raises:
         ValueError: When there are no statistics, several to choose from, or not seven numbers each.
     """
+    return _statistics(folder, suite, "action", [True] * (ACTION_DIM - 1) + [False])
+
+
+def state_statistics(folder: Path, suite: str | None = None) -> Statistics:
+    """The same (8,) of the robot's state, without a line.
+
+    Raises:
+        ValueError: See ``action_statistics``; eight numbers are expected.
+    """
+    return _statistics(folder, suite, "proprio", [True] * STATE_DIM)
+
+
+def _statistics(folder: Path, suite: str | None, kind: str, usual: list[bool]) -> Statistics:
+    """Those of ``kind``, with the mask ``usual`` unless they have one."""
     file = folder / "dataset_statistics.json"
     stored = read_json(file) if file.is_file() else {}
     if not stored:
@@ -52,21 +67,22 @@ def action_statistics(
     chosen = min(its, key=len) if its else keys[0] if len(keys) == 1 else None
     if chosen is None:
         raise ValueError(f"it has action statistics of {sorted(stored)}; expected {wanted}")
-    if suite and not its:
+    if suite and not its and kind == "action":
         print(f"{folder}: {suite} is played with action statistics of {chosen}, the only ones that it has")
-    where, expected = f"{chosen} in its {file.name}", f"{ACTION_DIM} finite numbers"
-    action = stored[chosen].get("action") if isinstance(stored[chosen], dict) else None
-    if not isinstance(action, dict):
-        raise ValueError(f"the action of {where} is {in_short(action)}; expected q01 and q99")
+    dim, where = len(usual), f"{chosen} in its {file.name}"
+    expected = f"{dim} finite numbers"
+    found = stored[chosen].get(kind) if isinstance(stored[chosen], dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"the {kind} of {where} is {in_short(found)}; expected q01 and q99")
     bounds = []
     for name in ("q01", "q99"):
-        numbers = as_numbers(action.get(name), f"{name} of {where} is", expected)
-        if numbers.shape != (ACTION_DIM,) or not np.isfinite(numbers).all():
-            raise ValueError(f"{name} of {where} is {in_short(action[name])}; expected {expected}")
+        numbers = as_numbers(found.get(name), f"{name} of {where} is", expected)
+        if numbers.shape != (dim,) or not np.isfinite(numbers).all():
+            raise ValueError(f"{name} of {where} is {in_short(found[name])}; expected {expected}")
         bounds.append(numbers)
-    mask = action.get("mask", [True] * (ACTION_DIM - 1) + [False])
-    if not (isinstance(mask, list) and len(mask) == ACTION_DIM and all(isinstance(on, bool) for on in mask)):
-        raise ValueError(f"mask of {where} is {in_short(mask)}; expected {ACTION_DIM} truth values")
+    mask = found.get("mask", usual)
+    if not (isinstance(mask, list) and len(mask) == dim and all(isinstance(on, bool) for on in mask)):
+        raise ValueError(f"mask of {where} is {in_short(mask)}; expected {dim} truth values")
     if (bounds[0] > bounds[1])[mask].any():
         raise ValueError(
             f"q01 of {where} is {bounds[0].tolist()}; expected at most q99, {bounds[1].tolist()}"

@@ -146,10 +146,14 @@ class OpenVLAModel(nn.Module):
         x = F.gelu(self.projector["fc1"](features))
         return self.projector["fc3"](F.gelu(self.projector["fc2"](x)))
 
-    def embed(self, pixel_values: Tensor, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
+    def patches(self, pixel_values: Any) -> Tensor:
+        """What Llama is shown of images (B, 6, S, S): (B, P, width)."""
+        return self.project(self.features(pixel_values))
+
+    def embed(self, pixel_values: Any, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
         """The sequence BOS, patches, rest of the prompt (B, P + L, width), and the mask (B, P + L) bool."""
         words = self.language_model.model.embed_tokens(input_ids)  # (B, L, width)
-        patches = self.project(self.features(pixel_values))  # (B, P, width)
+        patches = self.patches(pixel_values)  # (B, P, width)
         x = torch.cat([words[:, :1], patches.to(words.dtype), words[:, 1:]], dim=1)
         if mask is not None:
             mask = torch.cat([mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]], dim=1)

@@ -56,7 +56,7 @@ class OpenVLAPolicy(OpenVLAModel):
     def load(
         cls, checkpoint: str | Path, parallel: bool, dtype: torch.dtype | None = None, device: Any = None,
         suite: str | None = None,
-    ) -> "OpenVLAPolicy":  # fmt: skip
+    ) -> Any:  # fmt: skip
         """The policy of a checkpoint: one control step token by token or, ``parallel``, eight at once.
 
         Raises:
@@ -125,7 +125,7 @@ class OpenVLAPolicy(OpenVLAModel):
             self._prompts[instruction] = ids if ids[-1] == empty else [*ids, empty]
         return self._prompts[instruction]
 
-    def prepare(self, obs: dict[str, Any], instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, obs: dict[str, Any], instructions: list[str]) -> tuple[Any, Tensor, Tensor | None]:
         """Images (B, 6, S, S), prompts (B, L) as BOS, padding, text, and a mask (B, L) if any is padded."""
         device = self.head.weight.device
         pixels = openvla_pixels(
@@ -235,13 +235,20 @@ class OpenVLAPolicy(OpenVLAModel):
             self.eval()
         with self._precision():
             x, mask = self.embed(*inputs)
-            if self.parallel:
-                logits = self._logits(self._parallel_hidden(x, mask))
-                tokens, logprobs = choose(logits, temperature, generators)
-            else:
-                tokens, logprobs = self._decode(x, mask, temperature, generators)
+            decided = self._decide(x, mask, temperature, generators)
         if training:
             self.train()
+        return decided
+
+    def _decide(
+        self, x: Tensor, mask: Tensor | None, temperature: float, generators: list[torch.Generator] | None
+    ) -> tuple[NDArray[np.float32], Tensor, Tensor]:
+        """What ``sample`` returns, of the sequences (B, S, width) and their mask (B, S)."""
+        if self.parallel:
+            logits = self._logits(self._parallel_hidden(x, mask))
+            tokens, logprobs = choose(logits, temperature, generators)
+        else:
+            tokens, logprobs = self._decode(x, mask, temperature, generators)
         return self.decode(tokens), tokens, logprobs
 
     def score(
@@ -267,7 +274,11 @@ class OpenVLAPolicy(OpenVLAModel):
 
     def decode(self, tokens: Tensor) -> NDArray[np.float32]:
         """Actions (B, C, 7) in the environment's convention that tokens (B, 7 C) stand for."""
-        actions = self.unnormalise(bin_values(tokens.cpu().numpy()).reshape(len(tokens), -1, ACTION_DIM))
+        return self.executed(bin_values(tokens.cpu().numpy()).reshape(len(tokens), -1, ACTION_DIM))
+
+    def executed(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Actions (..., 7) in the environment's convention, from values in [-1, 1], of the gripper [0, 1]."""
+        actions = self.unnormalise(values)
         actions[..., -1] = np.where(actions[..., -1] > 0.5, -1.0, 1.0)
         return actions.astype(np.float32)
 
