@@ -11,7 +11,7 @@ Arrays are time-major, (T, N). alive[t, i]: member i had not finished before dec
 
     score        success | return | GRAPE's 0.01 log prod_t p_t + prod_s exp(-0.01 cost_s) + 5 success
                                                                                    trajectory_scores
-    pairs        best and worst member of a group, or every two of unlike score    make_pairs
+    pairs        every two of a group of unlike score, or its best and worst       make_pairs
     margin       log pi/pi_ref (better) - log pi/pi_ref (worse), each summed over a window     make_windows
     objective    mean over windows of log sigmoid(beta * margin)                   preference_loss, update
 
@@ -28,7 +28,7 @@ Where we depart from GRAPE, or it is silent:
     falls linearly to 0.
 
     python tpo_vla.py --task-id 4
-    python tpo_vla.py --task-id 4 --score success --window 0
+    python tpo_vla.py --task-id 4 --score success --window 0 --minibatch-size 32
     python tpo_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
 """
 
@@ -56,7 +56,7 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     """multi_stage, binary, or path/to/file.py:function; what --score return adds up"""
     score: Literal["success", "return", "grape"] = "grape"
     """What ranks a group's members: success, the rewards until the last one ends, or GRAPE's score"""
-    pairs: Literal["best-worst", "all"] = "best-worst"
+    pairs: Literal["best-worst", "all"] = "all"
     """Pairs of a group: its best and its worst member, or every two of unlike score"""
     window: int = 8
     """Decisions per window; 0: the whole trajectories of a pair are compared"""
@@ -84,7 +84,7 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     """Iterations over which the learning rate grows to its peak"""
     update_epochs: int = 3
     """Passes over a batch"""
-    minibatch_size: int = 16
+    minibatch_size: int = 96
     """Windows per optimiser step"""
     micro_batch_size: int | None = None
     """Windows per forward pass; gradients add up over a minibatch [all at once]"""
