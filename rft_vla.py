@@ -265,8 +265,9 @@ def update(
             loss = demos_loss(policy, demos, args)
             loss.backward()
             meter.add(1.0, demos_loss=loss)
-        for parameter in () if imitate else set(policy.parameters()) - set(policy.head.parameters()):
-            parameter.grad = None  # frozen in this stage
+        if not imitate:
+            for parameter in set(policy.parameters()) - set(policy.head.parameters()):
+                parameter.grad = None  # frozen in this stage
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         figures = meter.end_minibatch(*norms)  # of all processes; refuses what is not finite
         if figures["approx_kl"] > args.target_kl:
@@ -285,14 +286,10 @@ def validate(args: Args) -> Args:
     args = arguments.complete_rl(dataclasses.replace(args, num_groups=groups, group_size=members))
     if members < 1 + args.stages:
         raise ValueError(f"group_size is {members}; expected at least {1 + args.stages}")
-    unused = [
-        name
-        for name in ("clip_low", "clip_high", "ratio_level")
-        if getattr(args, name) != getattr(Args, name)
-    ]
-    if unused and not args.stages:
+    of_rl = ("clip_low", "clip_high", "ratio_level")
+    if not args.stages and any(getattr(args, name) != getattr(Args, name) for name in of_rl):
         raise ValueError(
-            f"{unused[0]} is of RL, and nothing is clipped in imitation; expected it with --stages"
+            "clip_low, clip_high and ratio_level are of RL; expected none of them without --stages"
         )
     if args.stages and not args.train.endswith(("all", "head")):
         raise ValueError(

@@ -24,7 +24,8 @@ Where we depart from GRAPE, or it is silent:
  5. Dynamic sampling, as in grpo_vla.py: groups of which --keep-low to --keep-high succeed are learnt from.
  6. Every group has a placement of its own, drawn from LIBERO's regions; evaluation is on the 50 recorded init
     states, which training never sees.
- 7. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
+ 7. Every two members of unlike score are a pair, not only the best and the worst (--pairs best-worst).
+ 8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
     falls linearly to 0.
 
     python tpo_vla.py --task-id 4

@@ -125,7 +125,7 @@ def test_demonstrations_add_their_loss():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"clip_low": 0.1}, "clip_low is of RL"),
+        ({"clip_low": 0.1}, "ratio_level are of RL"),
         ({"stages": True, "group_size": 1}, "group_size is 1; expected at least 2"),
         ({"stages": True, "train": "lora"}, "expected --train all, head or lora"),
     ],
