@@ -1,18 +1,22 @@
-"""How fast OpenVLA-7B is on one GPU, and how fast it could be there.
+"""How fast the large policies are on one GPU, and how fast they could be there.
 
-    python benchmarks/gpu.py          # on a GPU of 80 GB or more; no checkpoint is needed
-    python benchmarks/gpu.py --tiny   # the same code on the CPU at a toy's size
+    python benchmarks/gpu.py                  # openvla needs a GPU of 80 GB; no checkpoint is needed
+    python benchmarks/gpu.py --policies pi0   # one of them
+    python benchmarks/gpu.py --tiny           # the same code on the CPU at a toy's size
 
-The weights are random and of the true size, in bfloat16, with a LoRA adapter of rank 32 as in training. A
-decision is one control step (openvla) or eight (openvla-oft) of one environment, from its rendered picture to
-its action. Attainable is arithmetic with two speeds measured on the spot, a copy's and a large matmul's: the
-bytes of decoding at the first, the FLOPs of all else at the second. Recomputing activations is no FLOP. The
-TGRPO iteration decodes with CUDA graphs.
+The weights are random and of the published size (smolvla: HuggingFaceVLA/smolvla_libero's), in bfloat16 but
+for what is trained: a LoRA adapter of rank 32 (openvla, openvla-oft) or the action expert (smolvla, pi0, with
+the noise sde-one). A decision is one control step (openvla), eight (openvla-oft) or ten (smolvla, pi0) of one
+environment, from its rendered images to its actions. Attainable is arithmetic with two speeds measured on the
+spot, a large matmul's and a copy's: a pass takes as long as its FLOPs at the first or as the bytes it reads
+at the second, whichever is longer. Recomputing activations is no FLOP. openvla's TGRPO iteration decodes with
+CUDA graphs.
 
-Aims: 32 at once at least 15 times the decisions per second of one; an update at least 35 % of the matmul's
-rate; a TGRPO iteration of 8 environments and 200 steps under 3 minutes.
+Aims for openvla: 32 at once at least 15 times the decisions per second of one; an update at least 35 % of the
+matmul's rate; a TGRPO iteration of 8 environments and 200 steps under 3 minutes.
 """
 
+import gc
 import math
 import os
 import platform
@@ -20,28 +24,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vla_envs  # noqa: F401  (registers the environments)
+from vla_envs import distributed
 from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.policies.adapters import make_trainable
+from vla_envs.policies.lerobot.files import ACTION_DIM, STATE_DIM, Normaliser, Published
+from vla_envs.policies.lerobot.pi0 import GemmaConfig, Pi0Config, SiglipVisionConfig
+from vla_envs.policies.lerobot.policy import FlowSettings, LeRobotPolicy, network_of
+from vla_envs.policies.lerobot.smolvla import SmolVLAConfig
 from vla_envs.policies.openvla import LlamaConfig, OpenVLAConfig, OpenVLAPolicy, ViTConfig
+from vla_envs.policies.protocol import cameras_of
 from vla_envs.render import opengl
 
 ROOT = Path(__file__).parent.parent
 TASK = "pick up the ketchup and place it in the basket"
+Name = Literal["openvla", "openvla-oft", "smolvla", "pi0"]
 
 
 @dataclass
 class Args:
+    policies: tuple[Name, ...] = ("openvla", "openvla-oft", "smolvla", "pi0")
+    """Which to measure"""
     batches: tuple[int, ...] = (1, 8, 32, 64)
     """Environments that decide at once"""
     micro_batches: tuple[int, ...] = (8, 32)
@@ -53,42 +68,114 @@ class Args:
     repeats: int = 5
     """Measurements of each figure but the iteration's; the best counts"""
     tiny: bool = False
-    """Try the code on the CPU: a toy in float32, few steps"""
+    """Try the code on the CPU: toys in float32, few steps"""
 
 
 TINY = Args(batches=(1, 32), micro_batches=(4,), group_size=2, steps=3, repeats=1)
 
 
-def toy() -> OpenVLAConfig:
-    """A network of every part, small enough for a test."""
+# ---- Policies with random weights ----------------------------------------------------------------------
+
+
+def openvla_config(tiny: bool) -> OpenVLAConfig:
+    """The published sizes, or a network of every part that is small enough for a test."""
+    if not tiny:
+        return OpenVLAConfig()
     sizes = {"vocab_size": 512, "pad_token_id": 448, "hidden_size": 32, "intermediate_size": 48}
     llm = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     dino = ViTConfig(24, 3, 2, 48, 28, registers=2, cls_token=True, layer_scale=True)
     return OpenVLAConfig(dino, ViTConfig(32, 4, 4, 40, 28), llm)
 
 
+def smolvla_config(tiny: bool) -> SmolVLAConfig:
+    """As ``openvla_config``."""
+    true = SmolVLAConfig(
+        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, patch=16, image_size=512,
+        shuffle=4, vocabulary=49280, width=960, layers=32, head=64, heads=15, key_heads=5, mlp=2560,
+        expert_width=480, expert_mlp=1280, self_attention_every=2, state_dim=32, action_dim=32,
+        action_chunk=50,
+    )  # fmt: skip
+    toy = replace(
+        true, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=24, patch=8, image_size=32,
+        shuffle=2, width=24, layers=3, head=8, heads=3, key_heads=1, mlp=40, expert_width=20, expert_mlp=28,
+    )  # fmt: skip
+    return toy if tiny else true
+
+
+def pi0_config(tiny: bool) -> Pi0Config:
+    """As ``openvla_config``."""
+    sizes = [(1152, 4304, 27, 16, 224), (2048, 16384, 257152), (1024, 4096, 1), (18, 8, 256)]
+    if tiny:
+        sizes = [(24, 32, 2, 2, 28), (24, 40, 64), (16, 28, 1), (2, 2, 8)]
+    (width, mlp, layers, heads, pixels), *gemmas, shared = sizes
+    vision = SiglipVisionConfig(
+        hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        image_size=pixels, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    layers, heads, size = shared
+    text, expert = (
+        GemmaConfig(
+            vocab_size=words, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=1, head_dim=size, bos_token_id=None,
+            eos_token_id=None,
+        )
+        for width, mlp, words in gemmas
+    )  # fmt: skip
+    return Pi0Config(vision, text, expert, pixels, text.vocab_size, 32, 32, 50)
+
+
 @torch.no_grad()
-def random_policy(config: OpenVLAConfig, dtype: torch.dtype, device: torch.device) -> OpenVLAPolicy:
-    """An OpenVLA with random weights, actions from -1 to 1 and a tokenizer that knows no word."""
-    policy = OpenVLAPolicy.allocate("random weights", config, dtype, device)
-    for name, weight in policy.named_parameters():
+def fill(network: nn.Module, dtype: torch.dtype, is_float32: Callable[[str, Any], bool]) -> Any:
+    """The network with random weights of ``dtype``, but for those that are float32 in any case."""
+    for name, weight in network.named_parameters():
+        weight.data = weight.data.to(torch.float32 if is_float32(name, weight) else dtype)
         if weight.ndim > 1:
             weight.normal_(std=0.02)
         else:
             weight.fill_(not name.endswith("bias"))
+    return network.eval()
+
+
+def openvla(name: str, tiny: bool, dtype: torch.dtype, device: torch.device) -> OpenVLAPolicy:
+    """An OpenVLA with actions from -1 to 1."""
+    with device:
+        network = OpenVLAPolicy(openvla_config(tiny), parallel=name == "openvla-oft")
+    policy = fill(network, dtype, lambda *_: False)
     policy.q01, policy.q99, policy.normalised = -np.ones(7), np.ones(7), np.arange(7) < 6
+    policy.tokenizer, policy.dtype, policy.files = no_words(), dtype, {}
+    return make_trainable(policy, "lora")
+
+
+def flow(name: str, tiny: bool, dtype: torch.dtype, device: torch.device) -> LeRobotPolicy:
+    """A SmolVLA or pi0 of two cameras that normalises nothing."""
+    config = smolvla_config(tiny) if name == "smolvla" else pi0_config(tiny)
+    with device:
+        network = network_of(name)(config)
+    fill(network, dtype, lambda its, weight: weight.ndim < 2 or network.is_float32(its))
+    plain = (Normaliser(torch.zeros(n), torch.ones(n), torch.ones(n)) for n in (STATE_DIM, ACTION_DIM))
+    cameras = ("image", "wrist_image")
+    published = Published(Path(), {}, cameras, *plain, no_words(), 48, "\n", {}, {}, {})
+    policy = LeRobotPolicy(network, published, FlowSettings())
+    return make_trainable(policy.to(device).eval(), "expert")
+
+
+def no_words() -> tokenizers.Tokenizer:
+    """A tokenizer that knows no word."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3}
-    policy.tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    policy.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    policy.dtype, policy.files = dtype, {}
-    return make_trainable(policy.eval(), "lora")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return words
+
+
+# ---- Measuring -----------------------------------------------------------------------------------------
 
 
 class Bench:
     """A device, its two speeds, and the table."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, args: Args) -> None:
-        self.device, self.repeats, tiny = device, args.repeats, args.tiny
+        self.device, self.dtype, self.repeats, tiny = device, dtype, args.repeats, args.tiny
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         print("| | achieved | attainable | share | peak memory |\n| --- | --- | --- | --- | --- |")
         count = 2**22 if tiny else 2**31
         source, target = (torch.ones(count, dtype=torch.uint8, device=device) for _ in range(2))
@@ -120,11 +207,6 @@ class Bench:
             torch.cuda.empty_cache()  # only now has the exception let go of its tensors
         return min(times[1:] or times)
 
-    def wait(self) -> None:
-        """For all that the device has been given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def row(self, name: str, achieved: str, attainable: str = "", share: float | None = None) -> None:
         """Print a line of the table; with a share it has a peak of memory; at 0 that ran out."""
         cells = [name, achieved, attainable, "", ""]
@@ -144,62 +226,96 @@ def flops(work: Callable[[], Any]) -> float:
     return counter.get_total_flops()
 
 
-class Samples:
-    """Decisions of a policy to measure: made-up images, one instruction."""
+def bytes_of(*modules: nn.Module) -> int:
+    """Bytes of weights that a pass reads; of the tables of words it needs only rows."""
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    return sum(p.nbytes for m in modules for name, p in m.named_parameters() if not name.endswith(tables))
 
-    def __init__(self, policy: OpenVLAPolicy, bench: Bench) -> None:
-        self.policy, self.bench = policy, bench
-        self.optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
-        self.flops_forward = flops(lambda: self.evaluate(1))  # in evaluation mode: nothing is recomputed
+
+@dataclass
+class Pass:
+    """A pass through a network, or through a part of it, of which a decision takes ``times`` alike."""
+
+    times: int
+    flops: float  # of each decision
+    weights: int  # bytes that are read, however many decide at once
+    cache: int  # bytes that are read for each decision: keys and values of what came before
+
+
+class Samples:
+    """A policy, and decisions of it to measure: made-up images, one instruction."""
+
+    def __init__(self, name: Name, bench: Bench, args: Args) -> None:
+        self.bench = bench
+        make = openvla if name.startswith("openvla") else flow
+        self.policy: Any = make(name, args.tiny, bench.dtype, bench.device)
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.tokens = self.policy.sample(*self.inputs(1))[1]  # (1, D)
+        self.flops_forward = flops(lambda: self.score(1))  # in evaluation mode: nothing is recomputed
         self.flops_update = flops(lambda: self.update(1))
+        self.optimizer.zero_grad()
+        self.passes = self.of_openvla() if make is openvla else self.of_flow()
 
     def inputs(self, batch: int) -> tuple[dict[str, Any], list[str]]:
         """Observations and instructions."""
-        image = np.random.default_rng(0).integers(0, 256, (batch, 256, 256, 3), dtype=np.uint8)
-        return {"image": image}, [TASK] * batch
+        size, random = self.policy.image_size, np.random.default_rng(0)
+        obs: dict[str, Any] = {"state": np.zeros((batch, STATE_DIM), np.float32)}
+        for name in cameras_of(self.policy):
+            obs[name] = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+        return obs, [TASK] * batch
 
-    @torch.no_grad()
-    def evaluate(self, batch: int) -> None:
-        """One pass over the images, the prompt and the action's tokens."""
-        self.policy.score(*self.inputs(batch), self.tokens(batch))
+    def score(self, batch: int) -> torch.Tensor:
+        """Log-probabilities of one decision, repeated."""
+        return self.policy.score(*self.inputs(batch), self.tokens.repeat(batch, 1))[0]
 
     def update(self, batch: int) -> None:
         """One optimiser step."""
         self.optimizer.zero_grad()
-        logprobs, _, _ = self.policy.score(*self.inputs(batch), self.tokens(batch))
-        (-logprobs.mean()).backward()
+        (-self.score(batch).mean()).backward()
         self.optimizer.step()
 
-    def tokens(self, batch: int) -> torch.Tensor:
-        """Action tokens (B, D)."""
-        return torch.zeros(batch, 7 * self.policy.action_chunk, dtype=torch.int64, device=self.bench.device)
+    def of_openvla(self) -> list[Pass]:
+        """One over images, prompt and tokens; token by token, Llama's weights are read six times more."""
+        c, dino = self.policy.config.llm, self.policy.config.dino
+        positions = (dino.image_size // dino.patch_size) ** 2 + len(self.policy.prompt(TASK))
+        cache = 2 * positions * c.num_hidden_layers * c.hidden_size * self.policy.dtype.itemsize
+        whole = Pass(1, self.flops_forward, bytes_of(self.policy), 0)
+        following = Pass(6, 0.0, bytes_of(self.policy.blocks), cache)  # their FLOPs are in the first
+        return [whole] if self.policy.parallel else [whole, following]
+
+    @torch.no_grad()
+    def of_flow(self) -> list[Pass]:
+        """One over the prefix; each denoising step is one through the expert, which reads what that kept."""
+        steps, inputs = self.policy.settings.denoising_steps, self.inputs(1)
+        prefix = self.policy.prefix(*inputs)
+        first = flops(lambda: self.policy.prefix(*inputs))
+        again = (flops(lambda: self.policy.sample(*inputs)) - first) / steps
+        cache = sum(kept.nbytes for kept in [*prefix.keys, *prefix.values])
+        return [
+            Pass(1, first, bytes_of(self.policy.model.vlm), 0),
+            Pass(steps, again, bytes_of(*self.policy.expert), cache),
+        ]
 
     def least(self, batch: int) -> float:
         """Seconds that ``batch`` decisions take at the device's two speeds."""
-        weights = sum(p.nbytes for p in self.policy.parameters())
-        once = max(batch * self.flops_forward / self.bench.rate, weights / self.bench.bandwidth)
-        if self.policy.parallel:
-            return once
-        c, dino = self.policy.config.llm, self.policy.config.dino
-        tokens = (dino.image_size // dino.patch_size) ** 2 + len(self.policy.prompt(TASK))
-        cache = 2 * batch * tokens * c.num_hidden_layers * c.hidden_size * self.policy.dtype.itemsize
-        llama = sum(p.nbytes for p in self.policy.blocks.parameters())
-        return once + 6 * (llama + cache) / self.bench.bandwidth  # the first token comes with the prompt
+        seconds = 0.0
+        for each in self.passes:
+            reading = (each.weights + batch * each.cache) / self.bench.bandwidth
+            seconds += each.times * max(batch * each.flops / self.bench.rate, reading)
+        return seconds
 
 
 def rollouts(name: str, samples: Samples, bench: Bench, args: Args) -> None:
-    """Decisions per second at every batch size."""
-    speeds = []
+    """Decisions per second at every batch size, and how many times those at the first."""
+    first: tuple[float, ...] = ()  # seconds of a decision there, as measured and at least
     for batch in args.batches:
-        inputs, least = samples.inputs(batch), samples.least(batch)
+        inputs = samples.inputs(batch)
         seconds = bench.seconds(lambda: samples.policy.sample(*inputs))  # noqa: B023
-        speeds.append(batch / seconds)
-        best = f"{batch / least:.3g}"
-        bench.row(f"{name}: {batch} decide at once", f"{speeds[-1]:.3g} decisions/s", best, least / seconds)
-    if 32 in args.batches and args.batches[0] == 1:
-        attainable = 32 * samples.least(1) / samples.least(32)
-        ratio = speeds[args.batches.index(32)] / speeds[0]
-        bench.row(f"{name}: 32 at once over 1", f"{ratio:.3g} x", f"{attainable:.3g} x")
+        each = seconds / batch, samples.least(batch) / batch
+        first = first or each
+        speeds = [f"{1 / own:.3g} decisions/s = {one / own:.3g} x" for own, one in zip(each, first)]
+        bench.row(f"{name}: {batch} decide at once", *speeds, each[1] / each[0])
 
 
 def updates(name: str, samples: Samples, bench: Bench, args: Args) -> None:
@@ -214,36 +330,31 @@ def updates(name: str, samples: Samples, bench: Bench, args: Args) -> None:
     samples.optimizer.zero_grad()
 
 
-def tgrpo(samples: Samples, bench: Bench, args: Args) -> None:
-    """Pictures per second, and a whole TGRPO iteration by the script's own functions."""
+def tgrpo(name: Name, samples: Samples, bench: Bench, args: Args) -> None:
+    """A whole TGRPO iteration by the script's own functions."""
     sys.path.append(str(ROOT))
     import tgrpo_vla as script
 
     members, policy = args.group_size, samples.policy
     envs = gym.make_vec(
         "vla_envs/LiberoObject-v0", num_envs=members, task_id=4, image_size=policy.image_size,
+        wrist_camera="wrist_image" in cameras_of(policy), action_chunk=policy.action_chunk,
         reward="multi_stage", max_episode_steps=args.steps,
     )  # fmt: skip
     envs.reset(seed=[0] * members)
-    drawn = envs.unwrapped.seconds["render"]
-    shown = min(args.steps - 1, 50)
-    for _ in range(shown):
-        envs.step(np.zeros(envs.action_space.shape))
-    speed = shown * members / (envs.unwrapped.seconds["render"] - drawn)
-    bench.row(f"rendering 256 px by {opengl().device}", f"{speed:.3g} images/s")
-
     settings = script.Args(
-        policy="openvla", device=str(bench.device), train="lora", temperature=1.6, target_kl=math.inf,
-        num_groups=1, group_size=members, minibatch_size=32 * members, micro_batch_size=32,
+        policy=name, device=str(bench.device), target_kl=math.inf, num_groups=1, group_size=members,
+        minibatch_size=32 * members, micro_batch_size=32,
     )  # fmt: skip
     took: dict[str, float] = {}
     decisions = 0
 
     def iteration() -> None:
         nonlocal decisions
-        start = time.perf_counter()
+        start, before = time.perf_counter(), dict(envs.unwrapped.seconds)
         batch = script.rollout(envs, policy, np.zeros(members, np.uint32), settings.temperature)
-        took["rollout"] = time.perf_counter() - start
+        took["rollout"], took["of it policy"] = time.perf_counter() - start, batch["policy_s"]
+        took["drawing"] = envs.unwrapped.seconds["render"] - before["render"]
         advantages = script.tgrpo_advantages(batch["rewards"], batch["alive"], members, 0.3, 0.7)
         policy.train()
         b = script.samples_of(policy, batch, advantages, settings)
@@ -254,11 +365,44 @@ def tgrpo(samples: Samples, bench: Bench, args: Args) -> None:
 
     seconds = bench.seconds(iteration, runs=1)
     per_sample = (samples.flops_forward + samples.flops_update) / bench.rate
-    least = args.steps * samples.least(members) + decisions * per_sample
-    achieved = f"{seconds:.3g} s, of it rollout {took.get('rollout', math.nan):.3g}"
-    name = f"TGRPO, {members} x {args.steps} control steps, {decisions} decisions"
-    bench.row(name, achieved, f"{least:.3g} s", least / seconds)
+    rounds = math.ceil(args.steps / policy.action_chunk)
+    least = rounds * samples.least(members) + decisions * per_sample
+    achieved = ", ".join([f"{seconds:.3g} s", *(f"{what} {part:.3g}" for what, part in took.items())])
+    row = f"{name}: TGRPO, {members} x {args.steps} control steps, {decisions} decisions"
+    bench.row(row, achieved, f"{least:.3g} s", least / seconds)
     envs.close()
+
+
+def measure(name: Name, bench: Bench, args: Args) -> list[torch.Size]:
+    """Print a policy's rows; the shapes of what is trained of it."""
+    try:
+        samples = Samples(name, bench, args)
+    except torch.OutOfMemoryError:
+        bench.row(name, "", share=0)
+        return []
+    rollouts(name, samples, bench, args)
+    updates(name, samples, bench, args)
+    if name == "openvla":
+        samples.policy.cudagraphs = True
+        rollouts(f"{name} --cudagraphs", samples, bench, args)
+    tgrpo(name, samples, bench, args)
+    return [p.shape for p in samples.trained]
+
+
+def exchange(trained: dict[Name, list[torch.Size]], bench: Bench) -> None:
+    """Adding up gradients by NCCL as several processes do; with one, only copying takes time."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    for name, shapes in trained.items():
+        parameters = [nn.Parameter(torch.zeros(shape, device=bench.device)) for shape in shapes]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = torch.optim.SGD(parameters)
+        seconds = bench.seconds(lambda: distributed.sum_gradients(optimizer))  # noqa: B023
+        size = sum(p.nbytes for p in parameters)
+        least = 4 * size / bench.bandwidth  # into one piece and back, each read and written
+        row = f"{name}: {size / 1e6:.3g} MB of gradients through NCCL, one process"
+        bench.row(row, f"{1e3 * seconds:.3g} ms", f"{1e3 * least:.3g} ms", least / seconds)
+    distributed.stop()
 
 
 def main(args: Args) -> None:
@@ -272,17 +416,16 @@ def main(args: Args) -> None:
     machine = platform.machine() if args.tiny else torch.cuda.get_device_name()
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit}")
-    policy = random_policy(toy() if args.tiny else OpenVLAConfig(), dtype, device)
-    print()
+    drawn = f"drawing by {opengl().device}"
+    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, {drawn}, commit {commit}\n")
     bench = Bench(device, dtype, args)
-    for name in ("openvla-oft", "openvla", "openvla --cudagraphs"):
-        policy.parallel, policy.cudagraphs = name == "openvla-oft", "--" in name
-        samples = Samples(policy, bench)
-        rollouts(name, samples, bench, args)
-        if not policy.cudagraphs:
-            updates(name, samples, bench, args)
-    tgrpo(samples, bench, args)
+    trained: dict[Name, list[torch.Size]] = {}
+    for name in args.policies:
+        trained[name] = measure(name, bench, args)
+        gc.collect()  # the next one needs its memory
+        torch.cuda.empty_cache()
+    if device.type == "cuda":
+        exchange({name: shapes for name, shapes in trained.items() if shapes}, bench)
 
 
 if __name__ == "__main__":
