@@ -74,9 +74,6 @@ class Args:
 TINY = Args(batches=(1, 32), micro_batches=(4,), group_size=2, steps=3, repeats=1)
 
 
-# ---- Policies with random weights ----------------------------------------------------------------------
-
-
 def openvla_config(tiny: bool) -> OpenVLAConfig:
     """The published sizes, or a network of every part that is small enough for a test."""
     if not tiny:
@@ -165,9 +162,6 @@ def no_words() -> tokenizers.Tokenizer:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return words
-
-
-# ---- Measuring -----------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -374,7 +368,9 @@ def tgrpo(name: Name, samples: Samples, bench: Bench, args: Args) -> None:
 
 
 def measure(name: Name, bench: Bench, args: Args) -> list[torch.Size]:
-    """Print a policy's rows; the shapes of what is trained of it."""
+    """Print a policy's rows; the shapes of what is trained of it, none where memory ran out."""
+    gc.collect()  # the policy before this one gives its memory back
+    torch.cuda.empty_cache()
     try:
         samples = Samples(name, bench, args)
     except torch.OutOfMemoryError:
@@ -419,13 +415,9 @@ def main(args: Args) -> None:
     drawn = f"drawing by {opengl().device}"
     print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, {drawn}, commit {commit}\n")
     bench = Bench(device, dtype, args)
-    trained: dict[Name, list[torch.Size]] = {}
-    for name in args.policies:
-        trained[name] = measure(name, bench, args)
-        gc.collect()  # the next one needs its memory
-        torch.cuda.empty_cache()
+    trained = {name: shapes for name in args.policies if (shapes := measure(name, bench, args))}
     if device.type == "cuda":
-        exchange({name: shapes for name, shapes in trained.items() if shapes}, bench)
+        exchange(trained, bench)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks that run everywhere."""
 
+import dataclasses
 import os
 import re
 import runpy
@@ -15,7 +16,9 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from vla_envs.command_line import parse_args
-from vla_envs.policies import SHIPPED
+from vla_envs.policies import SHIPPED, count_parameters
+from vla_envs.policies.lerobot.policy import network_of
+from vla_envs.policies.openvla.model import OpenVLAModel
 
 
 def run(monkeypatch, *flags):
@@ -24,19 +27,93 @@ def run(monkeypatch, *flags):
 
 
 def test_gpu_on_the_cpu(monkeypatch, capsys):
+    """Every policy has its rows, and none is as fast as attainable."""
     run(monkeypatch, "--tiny")
-    machine, _, _, *lines = capsys.readouterr().out.splitlines()
+    machine, _, *table = capsys.readouterr().out.splitlines()
     assert torch.__version__ in machine and "commit" in machine
-    rows = [line.strip("|").split("|") for line in lines]
-    assert len(rows) == 17 and {len(row) for row in rows} == {5}
-    shares = [float(share.strip(" %")) for _, _, _, share, _ in rows[4:] if share.strip()]
-    assert len(shares) == 9 and all(0.0 < share < 100.0 for share in shares)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(rows) == 22 and {len(row) for row in rows} == {5}
+    for name, decisions in {"openvla": 6, "openvla-oft": 2, "smolvla": 2, "pi0": 2}.items():
+        assert [row[0].split(": ")[1] for row in rows if row[0].startswith(f"{name}: ")] == [
+            "1 decide at once", "32 decide at once", "an update on 4",
+            f"TGRPO, 2 x 3 control steps, {decisions} decisions",
+        ]  # fmt: skip
+    shares = [float(row[3].strip(" %")) for row in rows[4:]]
+    assert all(0.0 < share < 100.0 for share in shares)
+
+
+@pytest.fixture
+def gpu():
+    """The program's names, and a bench of its toys on the CPU."""
+    module = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+    args = dataclasses.replace(module["TINY"], tiny=True)
+    return module, module["Bench"](torch.device("cpu"), torch.float32, args), args
+
+
+def test_gpu_attainable_is_arithmetic(gpu):
+    """Bytes by hand: of the toys, what each pass of a decision reads."""
+    module, bench, args = gpu
+    # Two cameras of 4 tokens, 10 words and a state; keys and values of 3 layers with one head of 8 numbers.
+    samples = module["Samples"]("smolvla", bench, args)
+    first, step = samples.passes
+    trained, _ = count_parameters(samples.policy)
+    assert (first.times, step.times, step.weights) == (1, 10, 4 * trained)
+    assert step.cache == 2 * 3 * 8 * (2 * 4 + 10 + 1) * 4
+    assert step.flops == pytest.approx(2 * 50 * trained, rel=0.1)  # a multiplication and an addition each
+    bench.rate, bench.bandwidth = 1e30, 1e6
+    its = first.weights + 10 * (4 * trained + 32 * step.cache)
+    assert samples.least(32) == pytest.approx(its / 1e6)
+    bench.rate, bench.bandwidth = 1e6, 1e30
+    assert samples.least(32) == pytest.approx(32 * (first.flops + 10 * step.flops) / 1e6)
+    # Four patches and the prompt; keys and values of 2 layers of 32 numbers.
+    samples = module["Samples"]("openvla", bench, args)
+    positions = 4 + len(samples.policy.prompt(module["TASK"]))
+    assert [each.times for each in samples.passes] == [1, 6]
+    assert samples.passes[1].cache == 2 * 2 * 32 * positions * 4
+    samples = module["Samples"]("openvla-oft", bench, args)
+    assert [each.times for each in samples.passes] == [1]
+
+
+def test_gpu_sizes_are_the_published_ones(gpu):
+    """In millions of parameters."""
+    module, _, _ = gpu
+    with torch.device("meta"):
+        networks = [network_of(name)(module[f"{name}_config"](False)) for name in ("smolvla", "pi0")]
+        networks.append(OpenVLAModel(module["openvla_config"](False)))
+    millions = [sum(p.numel() for p in network.parameters()) / 1e6 for network in networks]
+    assert millions == pytest.approx([604.9, 3238, 7500], rel=1e-2)
+
+
+def test_gpu_adds_up_gradients(gpu, monkeypatch, capsys):
+    """By gloo, where the GPU has NCCL."""
+    module, bench, _ = gpu
+    start = torch.distributed.init_process_group
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, **how: start("gloo", **how))
+    module["exchange"]({"pi0": [torch.Size([1000, 250]), torch.Size([7])]}, bench)
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| pi0: 1 MB of gradients through NCCL, one process | ") and " ms | " in row
+    assert not torch.distributed.is_initialized()
+
+
+def test_gpu_that_is_too_small(gpu, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    module, bench, args = gpu
+    monkeypatch.setattr(torch.optim, "AdamW", fail)
+    assert module["measure"]("smolvla", bench, args) == []
+    assert capsys.readouterr().out.splitlines()[-1] == "| smolvla | out of memory |  |  |  |"
 
 
 @pytest.mark.parametrize(
     ("script", "words", "error"),
     [
         ("alphas", ["--batches", "0"], "batches is 0; expected a number above 0"),
+        (
+            "gpu",
+            ["--policies", "pi"],
+            "--policies is 'pi'; expected one of openvla, openvla-oft, smolvla, pi0",
+        ),
         ("soak", ["--num-envs", "0"], "num_envs is 0; expected a number above 0"),
         ("throughput", ["--task-idd", "4"], "there is no option --task-idd; did you mean --task-id?"),
         ("figures", ["curves", "--runs", "none", "--out", "x.png"], "'none' is not the folder of a run"),
