@@ -109,7 +109,8 @@ def trajectory_scores(batch: dict[str, Any], score: str) -> Tensor:
     confidence = torch.zeros(alive.shape, dtype=torch.float64)  # (T, N)
     confidence[batch["when"], batch["who"]] = probability.log()
     reached = in_order(batch["stages"]).clamp(min=0).cummax(dim=0).values  # (T, N)
-    cost = (distributed.greatest(float(reached.max())) - reached).sum(dim=0)  # (N,) over all stages
+    furthest = distributed.greatest(float(reached.max()) if reached.numel() else 0.0)  # of all processes
+    cost = (furthest - reached).sum(dim=0)  # (N,) over all stages
     return (0.01 * (confidence * alive).sum(dim=0) + (-0.01 * cost).exp() + 5.0 * success) * alive.any(dim=0)
 
 
@@ -122,7 +123,7 @@ def make_pairs(scores: Tensor, group_size: int, pairs: str) -> Tensor:
         pairs: ``"best-worst"``: the first best and the first worst of each group; ``"all"``: every two. Those
             of equal score, within 1e-6, are no pair.
     """
-    groups = scores.view(-1, group_size)  # (G, K)
+    groups = scores.view(len(scores) // group_size, group_size)  # (G, K)
     better = groups.unsqueeze(2) > groups.unsqueeze(1) + 1e-6  # (G, K, K) of the first against the second
     if pairs == "best-worst":
         best, worst = (F.one_hot(its, group_size) for its in (groups.argmax(dim=1), groups.argmin(dim=1)))

@@ -268,11 +268,12 @@ def assert_learnt(run):
     assert not torch.equal(after["head.out.weight"], before["head.out.weight"])
 
 
-@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla"])
+@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "tpo_vla"])
 def test_online_rl(script, start):
     """PPO needs an iteration more: its critic learns alone at first."""
     own = {
         "grpo_vla": {"keep_low": 0, "keep_high": 1}, "ppo_vla": {"critic_warmup": 1, "num_iterations": 2},
+        "tpo_vla": {"keep_low": 0, "keep_high": 1, "score": "return"},
     }  # fmt: skip
     flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer", "temperature": 1.2}
     run, logged = start(script, **flags | own.get(script, {}))

@@ -943,12 +943,13 @@ def own(tmp_path_factory):
     return {
         "grpo_vla": [*online, "--keep-low", "0", "--keep-high", "1"],
         "tgrpo_vla": online,
+        "tpo_vla": [*online, "--keep-low", "0", "--keep-high", "1", "--score", "return"],
         "ppo_vla": [*online, "--critic-warmup", "1"],
         "sft_vla": ["--demos", str(folder / "demos"), "--episodes", "1", "--iteration-steps", "2"],
     }
 
 
-@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "sft_vla"])
+@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "tpo_vla", "sft_vla"])
 def test_scripts(script, kind, tiny, own, tmp_path, monkeypatch):
     flags = (
         f"--policy {kind} --checkpoint {tiny} --run-dir {tmp_path / 'run'} --train lora --lora-rank 4"

@@ -668,11 +668,12 @@ def test_online_rl(start, tiny):
 
 @pytest.mark.slow
 @every_noise
-@pytest.mark.parametrize("script", ["tgrpo_vla", "ppo_vla", "grpo_vla"])
+@pytest.mark.parametrize("script", ["tgrpo_vla", "ppo_vla", "grpo_vla", "tpo_vla"])
 def test_every_script_of_online_rl(start, tiny, script, noise):
     """PPO needs an iteration more: its critic learns alone at first."""
     own = {
         "grpo_vla": {"keep_low": 0, "keep_high": 1}, "ppo_vla": {"critic_warmup": 1, "num_iterations": 2},
+        "tpo_vla": {"keep_low": 0, "keep_high": 1, "score": "return"},
     }  # fmt: skip
     flags = {"num_groups": 1, "group_size": 2, "reward": "nearer.py:nearer", "noise": noise}
     run = start(script, **flags | own.get(script, {}))

@@ -119,6 +119,16 @@ def test_a_group_that_is_left_out_has_no_pair(score):
     assert make_pairs(trajectory_scores(left, score), 4, "all").shape == (0, 2)
 
 
+@pytest.mark.parametrize("pairs", ["best-worst", "all"])
+@pytest.mark.parametrize("score", ["success", "return", "grape"])
+def test_a_process_without_a_group(score, pairs):
+    batch = played()
+    none = {name: batch[name][..., :0] for name in ("rewards", "alive", "success", "stages")}
+    none |= {name: batch[name][:0] for name in ("when", "who", "logprobs")}
+    windows = make_windows(none, make_pairs(trajectory_scores(none, score), 4, pairs), 2)
+    assert windows.shape == (0, 2, 2)
+
+
 # ---- Windows -----------------------------------------------------------------------------------------
 
 
