@@ -117,6 +117,8 @@ def test_gpu_that_is_too_small(gpu, monkeypatch, capsys):
         ("soak", ["--num-envs", "0"], "num_envs is 0; expected a number above 0"),
         ("throughput", ["--task-idd", "4"], "there is no option --task-idd; did you mean --task-id?"),
         ("figures", ["curves", "--runs", "none", "--out", "x.png"], "'none' is not the folder of a run"),
+        ("lerobot_roundtrip", [], "--lerobot-python must be given"),
+        ("lerobot_roundtrip", ["--lerobot-python", "none"], "lerobot_python is 'none', which is not there"),
     ],
 )
 def test_mistakes_are_one_line(script, words, error, monkeypatch, capfd):

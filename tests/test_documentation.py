@@ -31,7 +31,8 @@ SCRIPTS = {
 # Flags of other programs: torchrun's, pip's, and those of our programs that are no script.
 OTHER_FLAGS = set(
     "standalone nproc-per-node nnodes rdzv-backend rdzv-endpoint help no-cache check plot demonstrations"
-    " image-size videos noise out tiny workers methods seeds cycles logdir axes levels benchmark".split()
+    " image-size videos noise out tiny workers methods seeds cycles logdir axes levels benchmark"
+    " lerobot-python".split()
 )
 
 
