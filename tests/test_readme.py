@@ -2,12 +2,10 @@
 
 import csv
 import json
-import os
 import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_openvla
@@ -22,13 +20,12 @@ SCRIPTS = ("tgrpo_vla.py", "grpo_vla.py", "ppo_vla.py", "sft_vla.py")
 # Pages whose blocks are typed one after another; the others need several GPUs, or have a test of their own.
 PAGES = (
     "quickstart", "environments", "rewards", "tgrpo", "grpo", "ppo", "sft", "runs", "evaluation", "adapters",
-    "policies", "smolvla", "pi0",
+    "policies", "smolvla",
 )  # fmt: skip
 TINY = {
     "num_groups": 2, "group_size": 2, "num_iterations": 1, "eval_episodes": 1, "eval_every": 0,
     "max_episode_steps": 16, "num_threads": 1, "minibatch_size": 4,
 }  # fmt: skip
-PI0 = Path(os.environ.get("PI0_REFERENCE", ROOT.parent / "shared" / "pi0_reference"))  # as in test_pi0.py
 # What the machine has, or a test of its own runs.
 ELSEWHERE = ("apt-get", "pip", "export", "tensorboard", "python benchmarks/")
 
@@ -65,7 +62,7 @@ def small(script, words):
         flags = TINY | ({"num_groups": 10} if "9" in words else {})
     large = {"device": "cpu"} | ({"lora_rank": 2} if "lora" in words else {})
     large |= {"micro_batch_size": 2} if "--micro-batch-size" in words else {}
-    return flags | (large if {"openvla", "smolvla", "pi0"} & set(words) else {})
+    return flags | (large if {"openvla", "smolvla"} & set(words) else {})
 
 
 def execute(words, monkeypatch, instead=()):
@@ -139,7 +136,6 @@ def material(tmp_path, monkeypatch):
     return {
         "openvla/openvla-7b-finetuned-libero-object": str(tiny_openvla.write_tiny(tmp_path / "openvla")),
         "HuggingFaceVLA/smolvla_libero": str(tiny_smolvla.write_tiny(tmp_path / "smolvla")),
-        "lerobot/pi0_libero_finetuned_v044": str(PI0),
         "libero": "builtin",  # the assets, which are not everywhere
     }
 
@@ -147,7 +143,7 @@ def material(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_pages_blocks_one_after_another(material, tmp_path, monkeypatch):
     ran, names = 0, {}
-    for page in PAGES if PI0.is_dir() else PAGES[:-1]:  # a tiny pi0 is not written, as the others are
+    for page in PAGES:
         for language, text in blocks(ROOT / "docs" / f"{page}.md"):
             if language == "python":
                 exec(text, names)
