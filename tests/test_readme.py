@@ -216,6 +216,19 @@ def test_the_readmes_steps_are_those_of_the_runs():
     told(f"All fifteen runs are at 90 % or more by {-(-max(first.values()) // 1000):,},000 control steps")
 
 
+def test_the_readmes_rivals_are_those_of_the_runs():
+    runs = [run for run in read("runs.csv") if run["task_id"] == "4"]
+    after = {
+        name: values([run for run in runs if run["method"] == name], "after")
+        for name in ("Filtered cloning", "iRe-VLA", "GRAPE", "DPO")
+    }
+    ends = [end for name in after if name != "DPO" for end in after[name]]
+    least, *others = sorted(after["DPO"])
+    assert len(after["DPO"]) == 3 and min(others) >= min(ends)
+    told(f"filtered cloning, iRe-VLA and GRAPE end between {min(ends)} and {max(ends)}")
+    told(f", one of three DPO runs at {least}.")
+
+
 def test_the_readmes_ten_tasks_are_those_of_the_runs():
     runs = [run for run in read("runs.csv") if run["method"] == "TGRPO" and run["seed"] == "1"]
     assert sorted(values(runs, "task_id")) == list(range(10))
