@@ -357,6 +357,9 @@ if __name__ == "__main__":
         scores = trajectory_scores(batch, args.score)  # (N,)
         pairs = make_pairs(scores, args.group_size, args.pairs)  # (P, 2)
         windows = make_windows(batch, pairs, args.window)  # (M, 2, L)
+        if not distributed.total(len(windows)):  # with --keep-low 0 or --keep-high 1
+            tqdm.write(f"iteration {iteration}: the members of each group score alike; nothing to learn from")
+            continue
 
         policy.train()
         warm = iteration / args.warmup_iterations

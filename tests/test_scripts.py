@@ -825,6 +825,14 @@ def test_the_papers_weights_of_the_task(start):
     assert (args["alpha1"], args["alpha2"]) == (10.0, 1.0) and read_json(run / "result.json")["task_id"] == 0
 
 
+def test_groups_whose_members_score_alike(start, capfd):
+    """Nobody succeeds in 24 control steps, and the groups are kept by their rewards."""
+    run = start("tpo_vla", score="success")
+    out, error = capfd.readouterr()
+    assert (out + error).count("score alike; nothing to learn from") == 2
+    assert same(tensors(run, FINAL), load_policy("nano").state_dict())
+
+
 @every_script
 def test_training_an_adapter(script, start):
     flags = {"train": "lora", "lora_rank": 4, "num_iterations": 1}
