@@ -34,7 +34,7 @@ from vla_envs.training import evaluation, runs
 
 RL = ("grpo_vla", "tgrpo_vla", "ppo_vla")
 RIVALS = ("tpo_vla", "rft_vla")
-SCRIPTS = (*RL, *RIVALS, "sft_vla")
+SCRIPTS = (*RL, *RIVALS, "conrft_vla", "sft_vla")
 
 
 @pytest.fixture(params=[grpo_vla, tgrpo_vla, ppo_vla], ids=RL)
@@ -70,7 +70,7 @@ def statements_of(name):
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        ("rollout", (*RL, *RIVALS)),
+        ("rollout", (*RL, *RIVALS, "conrft_vla")),
         ("collect", ("grpo_vla", "tpo_vla")),
         *((function, (*RL, "rft_vla")) for function in ("policy_loss", "logprobs_of")),
         *((function, (*RL[:2], "rft_vla")) for function in ("group_advantages", "samples_of")),
@@ -94,7 +94,7 @@ def test_an_iteration_calls_few_of_the_packages_functions(name):
     """Those that the loop calls, or functions of the script that it calls; not the methods of the run."""
     tree = ast.parse(text_of(name))
     package = {"adapters", "arguments", "batches", "checkpoints", "demonstrations", "distributed", "runs"}
-    package |= {"evaluation", "tgrpo_extras"}
+    package |= {"evaluation", "replays", "tgrpo_extras"}
     direct = {
         alias.asname or alias.name
         for node in ast.walk(tree)

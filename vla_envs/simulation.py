@@ -1,5 +1,7 @@
 """One environment: it is restored, settled, executes actions, and is watched for divergence."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +120,18 @@ class Simulation:
         mujoco.mj_resetData(self.scene.model, self.data)  # clears warnings as well
         mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
         mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """What is executed inside is undone at the end."""
+        physics, memory, just_restored = np.empty_like(self.last_good), self.memory.copy(), self.just_restored
+        mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
+        yield
+        mujoco.mj_resetData(self.scene.model, self.data)
+        mujoco.mj_setState(self.scene.model, self.data, physics, _PHYSICS)
+        mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
+        self.memory.assign(memory)
+        self.just_restored = just_restored
 
     def settle(
         self, init_state: NDArray[np.float64], steps: int, gripper: float, arm: Arm | None = None

@@ -3,6 +3,8 @@
 It reaches for an object, grasps, lifts, carries and releases it, and then takes the next one.
 """
 
+import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,11 +88,12 @@ def _require_played(task: Task) -> None:
 
 
 class ScriptedExpert:
-    """Actions for every environment of a ``LiberoVectorEnv`` with ``action_chunk=1``.
+    """Actions for the environments of a ``LiberoVectorEnv``.
 
     The phases are approach, descend, close, lift, carry, release and withdraw; each ends when the fingertips,
     or the object that they hold, have arrived. A grasp that has slipped starts over. When an object is in its
-    place, the expert takes the next one that is not.
+    place, the expert takes the next one that is not. With ``action_chunk`` C it tries the actions of C
+    control steps one by one and undoes them, so that the same ones can be executed in a chunk.
 
     Args:
         envs: The environments.
@@ -99,14 +102,10 @@ class ScriptedExpert:
         seed: Seed of the noise.
 
     Raises:
-        ValueError: When ``action_chunk`` is not 1, or the expert does not play a task.
+        ValueError: When the expert does not play a task.
     """
 
     def __init__(self, envs: LiberoVectorEnv, noise: float = 0.0, seed: int = 0) -> None:
-        if envs.action_chunk != 1:
-            raise ValueError(
-                f"action_chunk is {envs.action_chunk}; expected 1, because the expert acts every control step"
-            )
         for task in envs.tasks:
             _require_played(task)
         self.envs, self.noise = envs, noise
@@ -212,9 +211,28 @@ class ScriptedExpert:
             self.phase[i] = (self.phase[i] + 1) % 7
         return action
 
-    def __call__(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The actions to execute ``(N, 7)``, and the intended ones, which lack the noise."""
-        intended = np.stack([self._intended(i) for i in range(self.envs.num_envs)])
-        actions = intended.copy()
-        actions[:, :6] += self.noise * self.rng.standard_normal((self.envs.num_envs, 6))
-        return np.clip(actions, -1.0, 1.0), intended
+    def _chunk(self, i: int, noise: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Actions (C, 7) of environment i with noise (C, 6), and the intended ones, for C control steps."""
+        simulation = self.envs.simulations[i]
+        actions, intended = np.zeros((len(noise), 7)), np.zeros((len(noise), 7))
+        with simulation.trial() if len(noise) > 1 else contextlib.nullcontext():
+            for step in range(len(noise)):
+                intended[step] = actions[step] = self._intended(i)
+                actions[step, :6] += noise[step]
+                actions[step] = np.clip(actions[step], -1.0, 1.0)
+                if len(noise) > 1:
+                    simulation.execute(actions[step : step + 1])
+        return actions, intended
+
+    def __call__(self, which: Sequence[int] | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The actions to execute ``(N, 7)``, and the intended ones, which lack the noise.
+
+        Of environments with ``action_chunk`` C they are ``(N, C, 7)``.
+
+        Args:
+            which: The environments to act in, N of them [all].
+        """
+        which = range(self.envs.num_envs) if which is None else which
+        noise = self.noise * self.rng.standard_normal((len(which), self.envs.action_chunk, 6))
+        actions, intended = map(np.stack, zip(*(self._chunk(i, its) for i, its in zip(which, noise))))
+        return (actions[:, 0], intended[:, 0]) if self.envs.action_chunk == 1 else (actions, intended)

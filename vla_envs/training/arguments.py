@@ -168,24 +168,13 @@ def _check_rl(args: Any) -> None:
         raise ValueError(f"clip_low is {args.clip_low}; expected at most 1, as a ratio is never below 0")
     if args.seed >= 2**63:
         raise ValueError(f"seed is {in_short(args.seed)}; expected a number below 2 to the power of 63")
-    check_numbers(
-        args,
-        "num_groups",
-        "num_iterations",
-        "total_env_steps",
-        "update_epochs",
-        "minibatch_size",
-        "micro_batch_size",
-        "lora_rank",
-        "last_k",
-        "warmup_iterations",
-        "temperature",
-        "learning_rate",
-        "target_kl",
-        "max_grad_norm",
-        above=True,
-    )
-    if args.micro_batch_size and args.micro_batch_size > args.minibatch_size:
+    names = (
+        "num_groups", "num_iterations", "total_env_steps", "update_epochs", "minibatch_size",
+        "micro_batch_size", "lora_rank", "last_k", "warmup_iterations", "temperature", "learning_rate",
+        "target_kl", "max_grad_norm",
+    )  # fmt: skip
+    check_numbers(args, *(name for name in names if hasattr(args, name)), above=True)
+    if getattr(args, "micro_batch_size", None) and args.micro_batch_size > args.minibatch_size:
         raise ValueError(
             f"micro_batch_size is {args.micro_batch_size}; expected at most {args.minibatch_size}, the"
             " minibatch_size that it is a part of"

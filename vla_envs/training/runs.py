@@ -121,7 +121,10 @@ class Meter:
     def means(self) -> dict[str, float]:
         """The mean of every figure over the minibatches, and the first minibatch's ratio."""
         means = {name: float(np.mean(values)) for name, values in self._all.items()}
-        return means | {"ratio_first_minibatch": self._all["ratio"][0]}
+        first = {
+            f"{name}_first_minibatch": values[0] for name, values in self._all.items() if name == "ratio"
+        }
+        return means | first
 
 
 def check_finite(name: str, value: Tensor | float) -> None:
@@ -293,7 +296,8 @@ class Run:
             told = {name: f"{value:.3f}" for name, value in losses.items() if "nll" in name}
         else:
             figures |= self._episodes_figures(busy) | self._environments_figures()
-            told = {"success": f"{figures['group/success_mean']:.2f}", "kl": f"{losses['approx_kl']:.4f}"}
+            told = {"success": f"{figures['group/success_mean']:.2f}"}
+            told |= {"kl": f"{losses['approx_kl']:.4f}"} if "approx_kl" in losses else {}
         if self._writer:
             for tag, value in figures.items():
                 self._writer.add_scalar(tag, float(value), self.global_step)
