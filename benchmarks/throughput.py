@@ -238,7 +238,7 @@ def perturbed(args: Args) -> None:
             )
             for perturb in (args.perturb, None)
         ]  # fmt: skip
-        ratios: dict[str, list[float]] = {"steps": [], "resets": []}
+        seconds: dict[str, list[list[float]]] = {"steps": [], "resets": []}  # perturbed, plain
         for repeat in range(4 * args.repeats + 1):
             reset_s, step_s = [], []
             for envs in pair:
@@ -250,13 +250,16 @@ def perturbed(args: Args) -> None:
                     envs.step(action[:, 0] if chunk == 1 else action)
                 step_s.append(time.perf_counter() - start)
             if repeat:  # the first warms up
-                ratios["steps"].append(step_s[1] / step_s[0])
-                ratios["resets"].append(reset_s[1] / reset_s[0])
-        for what, its in ratios.items():
+                seconds["steps"].append(step_s)
+                seconds["resets"].append(reset_s)
+        for what, its in seconds.items():
+            ratios = [plain / slow for slow, plain in its]
             print(
-                f"{args.perturb}, an image every {chunk} control steps: {what} at {np.median(its):.2f} of the"
-                f" plain speed ({min(its):.2f} to {max(its):.2f})"
+                f"{args.perturb}, an image every {chunk} control steps: {what} at {np.median(ratios):.2f} of"
+                f" the plain speed ({min(ratios):.2f} to {max(ratios):.2f})"
             )
+        ms = 1e3 * np.median(seconds["resets"], axis=0)
+        print(f"a reset of the 8 to new placements: {ms[0]:.0f} ms, plain {ms[1]:.0f} ms")
         for envs in pair:
             envs.close()
 

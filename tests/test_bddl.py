@@ -163,6 +163,12 @@ def test_files_that_are_not_texts(tmp_path):
         bddl.read(file)
 
 
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path):
+    """Editors on Windows put U+FEFF there."""
+    (tmp_path / "mine.bddl").write_text(KITCHEN, encoding="utf-8-sig")
+    assert bddl.read(tmp_path / "mine.bddl") == bddl.parse(KITCHEN)
+
+
 def test_damaged_files_never_raise_anything_else():
     """Words removed, doubled and swapped at random."""
     rng = random.Random(0)

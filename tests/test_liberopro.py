@@ -138,6 +138,21 @@ def test_a_mistake_in_a_file_has_its_line(own):
         get_task("LiberoProGoalSwap", 1)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"(define (:language \xfcber))", r"bowl_on_the_stove\.bddl' is not UTF-8: byte 19"),
+        (b"(" * 99, r"bowl_on_the_stove\.bddl', line 1: parentheses are 17 deep"),
+        (b"", r"bowl_on_the_stove\.bddl', line 1: the file has 0 parts"),
+    ],
+)
+def test_a_damaged_file_is_named(own, content, words):
+    (own / "bddl_files" / "libero_goal_swap" / f"{ORIGINAL.name}.bddl").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        get_task("LiberoProGoalSwap", 1)
+    assert "\n" not in str(error.value)
+
+
 def test_without_the_package(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.delenv("LIBERO_PRO", raising=False)
@@ -183,6 +198,16 @@ def test_pickles_of_protocol_4(tmp_path):
     torch.save(states, tmp_path / "a.pruned_init", pickle_protocol=4)
     task = dataclasses.replace(ORIGINAL, init_states_file=tmp_path / "a.pruned_init")
     assert np.array_equal(recorded_init_states(task), states)
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_a_file_of_other_things_than_numbers(tmp_path, ending):
+    """NumPy's own words advise to run what the file says."""
+    file = tmp_path / f"states.{ending}"
+    file.write_text("These are not numbers.")
+    with pytest.raises(ValueError, match=rf"read: it is no \.{ending} file of numbers alone") as error:
+        recorded_init_states(dataclasses.replace(ORIGINAL, init_states_file=file))
+    assert "allow_pickle" not in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

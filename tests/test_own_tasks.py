@@ -228,9 +228,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         if kind in names:
             (tmp_path / names[kind].pop(0)).write_text(text)
-    variables: dict = {}
     for name in ("first.py", "second.py"):
-        exec((tmp_path / name).read_text(), variables)
+        exec((tmp_path / name).read_text(), {})
     assert capsys.readouterr().out == "put the butter on the plate\nput the mug on the plate\n"
     recording.main(recording.Args(out=tmp_path, bddl_file=tmp_path / "mug.bddl", episodes=2, image_size=16))
     assert (tmp_path / "mug_demo.hdf5").exists()

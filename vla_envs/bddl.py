@@ -589,20 +589,31 @@ def new_classes(text: str) -> list[str]:
     return [kind for kind in classes(text) if kind not in KINDS and kind not in surfaces]
 
 
-def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({}), beyond: bool = False) -> Problem:
-    """What the BDDL file ``path`` asks for; ``own`` and ``beyond`` as in ``parse``.
+def text_of(path: Path) -> str:
+    """The text of the BDDL file ``path``, with or without the mark that some editors put before it.
 
     Raises:
-        ValueError: When it cannot be read, is too large or has a mistake; one line, with the line number.
+        ValueError: When it cannot be read, is too large or not UTF-8; one line that names the file.
     """
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise ValueError(f"it has {size} bytes; expected at most {MOST_BYTES}")
-        return parse(path.read_text(encoding="utf-8"), own, beyond)
+            raise ValueError(f"BDDL file {str(path)!r} has {size} bytes; expected at most {MOST_BYTES}")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"BDDL file {str(path)!r} is not UTF-8: byte {error.start}") from None
     except OSError as error:
         raise ValueError(f"BDDL file {str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def read(path: Path, own: Mapping[str, Kind] = MappingProxyType({}), beyond: bool = False) -> Problem:
+    """What the BDDL file ``path`` asks for; ``own`` and ``beyond`` as in ``parse``.
+
+    Raises:
+        ValueError: As ``text_of``, or when it has a mistake; one line, with the line number.
+    """
+    text = text_of(path)
+    try:
+        return parse(text, own, beyond)
     except ValueError as error:
         raise ValueError(f"BDDL file {str(path)!r}, {error}") from None

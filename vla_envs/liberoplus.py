@@ -181,7 +181,7 @@ def variant(suite: str, name: str) -> Variant:
     elif given["level"]:
         category, level = "layout", int(given["level"])
     elif given["add"]:
-        new = bddl.new_classes(_text(bddl_file(suite, file)))
+        new = bddl.new_classes(bddl.text_of(bddl_file(suite, file)))
         category, level = "layout", min(5, max(1, len(new)))
         objects = tuple((kind, _objects()[kind]) for kind in new)
     else:
@@ -202,22 +202,10 @@ def _found(pattern: str, file: Path) -> str:
     Raises:
         ValueError: When the file cannot be read, or has nothing like it.
     """
-    match = re.search(pattern, _text(file), re.I)
+    match = re.search(pattern, bddl.text_of(file), re.I)
     if match is None:
         raise ValueError(f"BDDL file {str(file)!r} has no {pattern}")
     return match[1]
-
-
-def _text(file: Path) -> str:
-    """The text of a BDDL file.
-
-    Raises:
-        ValueError: When it cannot be read.
-    """
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"BDDL file {str(file)!r} cannot be read: {error}") from None
 
 
 def parse_ending(ending: str) -> Perturbation:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import vla_envs  # noqa: F401  (registers the ids)
-from vla_envs import liberoplus, perturbations
+from vla_envs import liberoplus, liberopro, perturbations
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args
 from vla_envs.files import read_json, whole, write_json
 from vla_envs.inputs import nearest
@@ -148,7 +148,7 @@ def cells_of(args: Args) -> list[Cell]:
     Level 0 has LIBERO-Plus's tasks of which nothing tells the level.
 
     Raises:
-        ValueError: When the benchmark has nothing that can be played.
+        ValueError: When the benchmark has nothing that can be played, or LIBERO_PRO names another folder.
         ModuleNotFoundError: When the package of a benchmark is not installed.
     """
     cells = [Cell(PLAIN, 0, args.suite, args.task_ids, args.episodes)]
@@ -162,6 +162,7 @@ def cells_of(args: Args) -> list[Cell]:
             chosen = tuple(each.task_id for each in listed if (each.category, each.level) == cell)
             cells += [Cell(*cell, suite, chosen, 1)] if chosen else []
     elif args.benchmark == "pro":
+        liberopro.folder()  # a mistake in it is none of the tasks'
         for axis in args.axes:
             suite = f"{args.suite.replace('Libero', 'LiberoPro')}{axis.capitalize()}"
             chosen = tuple(k for k in args.task_ids if _can_be_played(suite, k))

@@ -237,7 +237,7 @@ def _pro_task(suite: str, task_id: int) -> Task:
     """
     its, base = liberopro.SUITES[suite], get_task(base_suite(suite), task_id)
     file, states = liberopro.files(suite, base.name)
-    if lacking := bddl.new_classes(file.read_text(encoding="utf-8")):
+    if lacking := bddl.new_classes(bddl.text_of(file)):
         raise ValueError(
             f"{suite} task {task_id} needs LIBERO-PRO's own {', '.join(sorted(lacking))}; expected a task of"
             f" LIBERO's {len(bddl.KINDS)} classes, as all of LiberoPro{its.base.removeprefix('Libero')}Swap"
@@ -335,7 +335,10 @@ def recorded_init_states(task: Task) -> NDArray[np.float64]:
 def _array(file: Path) -> Any:
     """The one array in a file of init states."""
     if file.suffix in (".npy", ".npz"):
-        loaded = np.load(file, allow_pickle=False)
+        try:
+            loaded = np.load(file, allow_pickle=False)
+        except ValueError:  # NumPy's words advise to run what the file says
+            raise ValueError(f"it is no {file.suffix} file of numbers alone") from None
         if file.suffix == ".npy":
             return loaded
         if len(loaded.files) != 1:
