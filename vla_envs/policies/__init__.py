@@ -342,7 +342,7 @@ def save_policy(policy: Any, name: str, folder: Path) -> None:
     """Write ``policy``, its adapter added in, as a checkpoint, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.contiguous() for key, value in merged(policy).items()}
+    tensors = {key: value.contiguous() for key, value in merged(policy, copy=False).items()}
     if is_own(name) or not hasattr(policy, "save"):
         made_for = {"made_for": policy.made_for} if policy.made_for else {}
         described = policy.describe() if hasattr(policy, "describe") else {}
