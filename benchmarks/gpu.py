@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                  # openvla needs a GPU of 80 GB; no checkpoint is needed
     python benchmarks/gpu.py --policies pi0   # one of them
+    python benchmarks/gpu.py --cpu --policies smolvla --batches 1 --micro-batches 2 --group-size 2 --steps 20
     python benchmarks/gpu.py --tiny           # the same code on the CPU at a toy's size
 
 The weights are random and of the published size (smolvla: HuggingFaceVLA/smolvla_libero's), in bfloat16 but
@@ -11,6 +12,7 @@ environment, from its rendered images to its actions. Attainable is arithmetic w
 spot, a large matmul's and a copy's: a pass takes as long as its FLOPs at the first or as the bytes it reads
 at the second, whichever is longer. Recomputing activations is no FLOP. openvla's TGRPO iteration decodes with
 CUDA graphs.
+--cpu measures on the CPU in float32; there the peak of memory is the program's since it began.
 
 Aims for openvla: 32 at once at least 15 times the decisions per second of one; an update at least 35 % of the
 matmul's rate; a TGRPO iteration of 8 environments and 200 steps under 3 minutes.
@@ -20,6 +22,7 @@ import gc
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -67,6 +70,8 @@ class Args:
     """Its control steps"""
     repeats: int = 5
     """Measurements of each figure but the iteration's; the best counts"""
+    cpu: bool = False
+    """Measure on the CPU, in float32: minutes for smolvla with --batches 1 and few --steps"""
     tiny: bool = False
     """Try the code on the CPU: toys in float32, few steps"""
 
@@ -171,11 +176,12 @@ class Bench:
         self.device, self.dtype, self.repeats, tiny = device, dtype, args.repeats, args.tiny
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         print("| | achieved | attainable | share | peak memory |\n| --- | --- | --- | --- | --- |")
-        count = 2**22 if tiny else 2**31
+        on_cpu = device.type == "cpu"
+        count = 2**22 if tiny else 2**28 if on_cpu else 2**31
         source, target = (torch.ones(count, dtype=torch.uint8, device=device) for _ in range(2))
         seconds = self.seconds(lambda: [target.copy_(source) for _ in range(10)])
         self.bandwidth = 10 * 2 * count / seconds  # bytes/s, read and written
-        side = 256 if tiny else 8192
+        side = 256 if tiny else 2048 if on_cpu else 8192
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         seconds = self.seconds(lambda: [a @ b for _ in range(10)])
         self.rate = 10 * 2 * side**3 / seconds  # FLOP/s
@@ -209,7 +215,11 @@ class Bench:
         elif share is not None:
             cells[3] = f"{100 * share:.3g} %"
             if self.device.type == "cuda":
-                cells[4] = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
+                peak = torch.cuda.max_memory_allocated(self.device)
+            else:
+                unit = 1 if sys.platform == "darwin" else 1024  # bytes
+                peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            cells[4] = f"{peak / 2**30:.1f} GiB"
         print("|", " | ".join(cells), "|", flush=True)
 
 
@@ -403,13 +413,15 @@ def exchange(trained: dict[Name, list[torch.Size]], bench: Bench) -> None:
 
 def main(args: Args) -> None:
     """Measure, and print the table."""
-    if not args.tiny and not torch.cuda.is_available():
-        print("there is no GPU that PyTorch can use; --tiny tries the code on the CPU", file=sys.stderr)
+    on_cpu = args.cpu or args.tiny
+    if not on_cpu and not torch.cuda.is_available():
+        words = "--cpu --policies smolvla measures on the CPU, --tiny tries the code there"
+        print(f"there is no GPU that PyTorch can use; {words}", file=sys.stderr)
         raise SystemExit(2)
     torch.manual_seed(0)
-    device = torch.device("cpu" if args.tiny else "cuda")
-    dtype = torch.float32 if args.tiny else torch.bfloat16
-    machine = platform.machine() if args.tiny else torch.cuda.get_device_name()
+    device = torch.device("cpu" if on_cpu else "cuda")
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    machine = platform.machine() if on_cpu else torch.cuda.get_device_name()
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
     drawn = f"drawing by {opengl().device}"

@@ -95,6 +95,21 @@ def test_gpu_adds_up_gradients(gpu, monkeypatch, capsys):
     assert not torch.distributed.is_initialized()
 
 
+def test_gpu_measures_on_the_cpu(gpu, capsys):
+    """At the published sizes, in whose place a toy stands here: the rows, with the memory that was taken."""
+    module, _, args = gpu
+    asked = []
+    toy = module["smolvla_config"](True)
+    module["main"].__globals__["smolvla_config"] = lambda tiny: asked.append(tiny) or toy
+    on_cpu = {"tiny": False, "cpu": True, "policies": ("smolvla",), "batches": (1,), "micro_batches": (2,)}
+    module["main"](dataclasses.replace(args, **on_cpu))
+    _, _, *table = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert asked == [False] and len(rows) == 7
+    assert rows[3][0] == "a matmul in float32" and rows[6][0].startswith("smolvla: TGRPO, 2 x 3 control")
+    assert all(re.fullmatch(r"\d+\.\d GiB", row[4]) for row in rows[4:])
+
+
 def test_gpu_that_is_too_small(gpu, monkeypatch, capsys):
     def fail(*_, **__):
         raise torch.OutOfMemoryError

@@ -75,6 +75,17 @@ def test_what_it_describes_makes_it_again(write, tmp_path):
     assert load_policy(name, tmp_path / "final").extra.in_features == 5
 
 
+def test_tied_weights_are_saved(write, tmp_path):
+    """safetensors refuses tensors of one storage."""
+    tied = "self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)\n        self.b.weight = self.a.weight\n"
+    name = write(("super().__init__()\n", f"super().__init__()\n        {tied}"))
+    policy = new_policy(name)
+    save_policy(policy, name, tmp_path / "final")
+    loaded = load_policy(name, tmp_path / "final")
+    assert loaded.b.weight is loaded.a.weight
+    torch.testing.assert_close(loaded.state_dict(), policy.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_what_is_trained_of_it(write, train):
     policy = make_trainable(new_policy(write()), train, rank=2)

@@ -427,6 +427,16 @@ def test_what_is_trained_is_saved_as_it_plays(tiny, tmp_path, train):
     assert not any("noise_head" in name for name in tensors)  # LeRobot would not know them
 
 
+def test_saving_copies_no_weights(tiny, tmp_path, monkeypatch):
+    """But for those that are rounded to the file's format: true sizes are gigabytes."""
+    policy, written = make_trainable(load_policy("smolvla", tiny), "expert"), {}
+    monkeypatch.setattr(LeRobotPolicy, "save", lambda self, weights, folder: written.update(weights))
+    save_policy(policy, "smolvla", tmp_path / "saved")
+    own = policy.state_dict()
+    assert written.keys() == own.keys()
+    assert all(weight.data_ptr() == own[name].data_ptr() for name, weight in written.items())
+
+
 @pytest.fixture
 def edited(tiny, tmp_path):
     """A function: a copy of the checkpoint of which one JSON file is edited."""
@@ -527,6 +537,8 @@ def test_tensors_that_do_not_fit(tmp_path):
     assert "it has no vlm_with_expert.lm_expert.norm.weight" in refusal(folder)
     (folder / "model.safetensors").write_bytes(b"nonsense")
     assert "is damaged" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "it has no model.safetensors or model.safetensors.index.json" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Args:
     image_size: int = 128
     """Height and width of the images, in pixels"""
     wrist_camera: bool = False
-    """Also record the images of the camera at the wrist, which smolvla is shown"""
+    """Also record the images of the camera at the wrist, which smolvla and pi0 are shown"""
     videos: bool = False
     """Also write <suite>_<task id>.mp4, a video of the first demonstrations"""
 

@@ -342,8 +342,9 @@ def save_policy(policy: Any, name: str, folder: Path) -> None:
     """Write ``policy``, its adapter added in, as a checkpoint, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.contiguous() for key, value in merged(policy).items()}
-    if is_own(name) or not hasattr(policy, "save"):
+    plain = is_own(name) or not hasattr(policy, "save")  # and copied: safetensors refuses tied weights
+    tensors = {key: value.contiguous() for key, value in merged(policy, copy=plain).items()}
+    if plain:
         made_for = {"made_for": policy.made_for} if policy.made_for else {}
         described = policy.describe() if hasattr(policy, "describe") else {}
         config = json.dumps({"policy": _written_name(name), **made_for, **described}, indent=2)

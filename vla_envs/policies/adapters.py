@@ -362,10 +362,11 @@ def adapter_off(policy: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+def merged(policy: Any, inside: tuple[str, ...] = ("",), copy: bool = True) -> dict[str, Tensor]:
     """The policy's weights, on the CPU, with its LoRA adapter added in and named as in the plain policy.
 
-    Only weights whose names begin with one of ``inside`` are returned.
+    Only weights whose names begin with one of ``inside`` are returned. Without ``copy`` they are the policy's
+    own where it is on the CPU and nothing is added, which saves memory.
     """
     policy = policy.policy if isinstance(policy, SharedAdapterPolicy) else policy
     layers: dict[str, Any] = dict(_lora_layers(policy))
@@ -381,7 +382,7 @@ def merged(policy: Any, inside: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
         if layer is not None and plain.endswith("weight"):  # not every adapter has every layer
             active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
             value = value + sum(layer.get_delta_weight(adapter) for adapter in active)
-        weights[plain] = value.detach().to("cpu", copy=True)
+        weights[plain] = value.detach().to("cpu", copy=copy)
     return weights
 
 

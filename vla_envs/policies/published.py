@@ -18,8 +18,8 @@ def fetch(checkpoint: str | Path, *patterns: str) -> Path:
     """
     folder = Path(checkpoint)
     if folder.is_dir():
-        weights = SINGLE if (folder / SINGLE).is_file() else INDEX
-        missing = [name for name in ("config.json", weights) if not (folder / name).is_file()]
+        files = ("config.json",), (SINGLE, INDEX)
+        missing = [" or ".join(names) for names in files if not any((folder / n).is_file() for n in names)]
         if missing:
             raise ValueError(f"it has no {' and no '.join(missing)}{instead(folder)}")
         return folder
