@@ -1,4 +1,7 @@
-"""What `reproduce.py` compares: each method's script and flags, and which of them are compared in pairs."""
+"""What `reproduce.py` compares: each method's script and flags, and which of them are compared in pairs.
+
+``{demos}`` stands for 25 demonstrations of the task, which `reproduce.py` has the scripted expert record.
+"""
 
 import itertools
 
@@ -9,6 +12,7 @@ RIVALS = {
     "GRAPE": ["tpo_vla.py"],
 }
 METHODS = {
+    "SFT": ["sft_vla.py", "--demos", "{demos}"],
     **RIVALS,
     "PPO": ["ppo_vla.py"],
     "GRPO": ["grpo_vla.py"],
@@ -24,6 +28,10 @@ QUESTIONS = {  # a figure each
     },
     "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
     "credit": {"GRPO": METHODS["GRPO"], "GRPO --credit stage": ["grpo_vla.py", "--credit", "stage"]},
+    "flow": {  # from another start: the shipped flow, which ConRFT plays in one step
+        "ConRFT": ["conrft_vla.py", "--demos", "{demos}"],
+        "TGRPO --policy flow": ["tgrpo_vla.py", "--policy", "flow"],
+    },
     "letter": {  # the paper's choices all at once, also with smaller steps, and one by one
         f"TGRPO {flags}": ["tgrpo_vla.py", *flags.split()]
         for flags in (
@@ -38,7 +46,8 @@ QUESTIONS = {  # a figure each
 }
 ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
 PAIRS = (  # of methods, on the same tasks and seeds
-    *((method, "TGRPO") for method in (*RIVALS, "PPO", *ASKED)),
+    *((method, "TGRPO") for method in ("SFT", *RIVALS, "PPO", *ASKED) if method not in QUESTIONS["flow"]),
+    ("ConRFT", "TGRPO --policy flow"),
     ("GRPO --credit stage", "GRPO"),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )

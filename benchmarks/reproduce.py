@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from vla_envs.command_line import one_line_errors, parse_args
 from vla_envs.inputs import nearest
 from vla_envs.machine import available_cores
+from vla_envs.policies import SHIPPED
 from vla_envs.tasks import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,8 @@ sys.path.insert(0, str(ROOT))
 from tgrpo_vla import PAPER_ALPHAS  # noqa: E402
 
 MINUTES = 12.0  # per run, as long as nothing was measured
+DEMOS, DEMONSTRATIONS = "{demos}", 25  # what stands for their folder, and how many there are
+RECORDING = threading.Lock()  # of one task's at a time
 
 
 @dataclass
@@ -110,12 +114,26 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     start = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     if args.max_episode_steps is not None:
         start += ["--max-episode-steps", args.max_episode_steps]
-    words = [
-        "--task-id", task_id, "--seed", seed, "--total-env-steps", args.total_env_steps,
-        "--suite", args.suite, *start, *flags,
-    ]  # fmt: skip
+    if script == "sft_vla.py":  # plays nothing, and without a checkpoint begins with random weights
+        start = start if args.checkpoint else ["--checkpoint", SHIPPED["nano"]]
+    else:
+        start += ["--total-env-steps", args.total_env_steps]
+    if DEMOS in flags:
+        flags[flags.index(DEMOS)] = demonstrations(task_id, args)
+    words = ["--task-id", task_id, "--seed", seed, "--suite", args.suite, *start, *flags]
     name, folder = f"{method}, task {task_id}, seed {seed}", folder_of(method, task_id, seed, args)
     run_script(name, folder, script, words, args.jobs)
+
+
+def demonstrations(task_id: int, args: Args) -> Path:
+    """The folder of the demonstrations of a task, recorded where there are none."""
+    folder = args.out / f"demonstrations_{task_id}"
+    with RECORDING:
+        if not folder.is_dir():
+            recorder = [sys.executable, "-m", "vla_envs.experts", "--out", folder, "--suite", args.suite]
+            recorder += ["--task-ids", task_id, "--episodes", DEMONSTRATIONS]
+            subprocess.run(list(map(str, recorder)), check=True, capture_output=True)
+    return folder
 
 
 def run_script(name: str, folder: Path, script: str, words: list[Any], jobs: int) -> None:
@@ -148,18 +166,21 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[pd.DataF
     """A finished run's row of ``runs.csv`` and its rows of ``curves.csv``."""
     folder = folder_of(method, task_id, seed, args)
     result = json.loads((folder / "result.json").read_text())
+    if "success_after" not in result:  # SFT's, which are only of its end
+        result |= {f"{way}_after": result[way] for way in ("success", "sampled")}
     names = {"before": "success_before", "after": "success_after"}
     names |= {name: name for name in ("sampled_before", "sampled_after")}
     row = dict(zip(WHICH, (method, task_id, seed))) | {
-        **{column: result[name]["successes"] for column, name in names.items()},
-        "trials": result["success_after"]["trials"], "env_steps": result["env_steps"],
-        "episodes": result["episodes"], "wall_s": round(result["wall_s"]),
+        **{column: result.get(name, {}).get("successes") for column, name in names.items()},
+        "trials": result["success_after"]["trials"], "env_steps": result.get("env_steps", 0),
+        "episodes": result.get("episodes", 0), "wall_s": round(result["wall_s"]),
         "commit": folder.with_suffix(".commit").read_text(),
     }  # fmt: skip
     events = EventAccumulator(str(folder)).Reload()
+    tags = CURVES if result.get("env_steps") else ()  # SFT's are by optimiser steps
     points = [
         (method, task_id, seed, tag, event.step, round(event.value, 4))
-        for tag in CURVES
+        for tag in tags
         for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])
     ]
     return pd.DataFrame([row], columns=RUN), pd.DataFrame(points, columns=POINT)

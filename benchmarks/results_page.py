@@ -92,7 +92,8 @@ def rates(runs: pd.DataFrame) -> pd.DataFrame:
 
 def table(runs: pd.DataFrame, names: list[str]) -> str:
     """Successes by task and method, and aggregates over the runs that all the methods have made."""
-    start = runs.assign(method=START, after=runs["before"]).drop_duplicates(["task_id", "seed"])
+    start = runs[runs["method"].isin(names)].dropna(subset="before")
+    start = start.assign(method=START, after=start["before"]).drop_duplicates(["task_id", "seed"])
     runs = pd.concat([start, runs[runs["method"].isin(names)]])
     shown = [method for method in (START, *names) if method in set(runs["method"])]
     counts = runs.groupby(["task_id", "method"])[["after", "trials"]].sum()

@@ -115,6 +115,40 @@ def test_the_papers_alphas_are_the_tasks(tmp_path, monkeypatch):
     assert [words[-4:] for words in started] == list(alphas)
 
 
+def test_demonstrations_are_recorded_once(tmp_path, monkeypatch):
+    """SFT plays nothing, so it has no control steps, no curves and nothing before training."""
+    started = []
+
+    def run(words, **_):
+        started.append(words)
+        if "vla_envs.experts" in words:
+            Path(words[words.index("--out") + 1]).mkdir(parents=True)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "commit", lambda: "abc")
+    args = reproduce.Args(out=tmp_path)
+    reproduce.play("SFT", 4, 1, args)
+    reproduce.play("ConRFT", 4, 1, args)
+    recording, sft, conrft = started
+    assert recording[-4:] == ["--task-ids", "4", "--episodes", "25"]
+    folder = str(tmp_path / "demonstrations_4")
+    assert all(words[words.index("--demos") + 1] == folder for words in (sft, conrft))
+    assert "--checkpoint" in sft and "--total-env-steps" not in sft
+    assert "--checkpoint" not in conrft and "--total-env-steps" in conrft
+    run_folder = reproduce.folder_of("SFT", 4, 1, args)
+    run_folder.mkdir()
+    ways = {way: {"successes": after, "trials": 50} for way, after in (("success", 49), ("sampled", 30))}
+    (run_folder / "result.json").write_text(json.dumps(ways | {"wall_s": 60.2}))
+    row, points = reproduce.read_run("SFT", 4, 1, args)
+    found = row[["after", "sampled_after", "env_steps", "wall_s"]].iloc[0].tolist()
+    assert found == [49, 30, 0, 60] and row[["before", "sampled_before"]].isna().all(axis=None)
+    assert points.empty
+    lines = pd.concat([row, pd.DataFrame([line("GRPO", 4, 1, 50)])]).astype({"before": "Int64"})
+    cells = table_of(results_page.table(lines, ["SFT", "GRPO"]))["task 4"].values()
+    assert [cell.partition(" ")[0] for cell in cells] == ["10/50", "49/50", "50/50"]  # the start is GRPO's
+
+
 def test_the_papers_alphas_are_of_one_suite(tmp_path):
     with pytest.raises(ValueError, match=r"suite is LiberoGoal; expected LiberoObject"):
         reproduce.main(reproduce.Args(suite="LiberoGoal", methods=(methods.PAPERS,), results=tmp_path / "a"))
@@ -141,7 +175,13 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
     returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
     credit = ["GRPO", "GRPO --credit stage"]
-    assert [each[0] for each in played] == [*returns, *credit, *letter]  # the paper's alphas are the default
+    flow = ["ConRFT", "TGRPO --policy flow"]
+    assert [each[0] for each in played] == [
+        *returns,
+        *credit,
+        *flow,
+        *letter,
+    ]  # the paper's alphas are the default
     row = "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 | 1 |"
     assert row in capsys.readouterr().out and row in (tmp_path / "results.md").read_text()
 
