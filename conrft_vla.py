@@ -276,12 +276,11 @@ def update(
     size = args.minibatch_size
     own = distributed.block(size)  # this process's share; all draw the same numbers
     share = (own.stop - own.start) / size
-    steps = args.offline_steps if offline else args.online_steps
 
     def noise(count: int = 1, draw: Any = torch.randn) -> Tensor:  # (B, count, n)
         return draw(size, count, head.out.out_features)[own].to(args.device)
 
-    for step in range(steps):
+    for step in range(args.offline_steps if offline else args.online_steps):
         its = (torch.cat(both)[own] for both in zip(*(part.draw(size // len(memory)) for part in memory)))
         h, actions, next_h, rewards, ended, returns, imitated = its  # (B, F), (B, n), (B, F), 4 of (B,)
 
@@ -300,9 +299,8 @@ def update(
             loss = loss + args.conservative * measured["conservative"]
         optimizer.zero_grad()
         (loss * share).backward()
-        norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         meter.add(share, loss=loss, **measured)
-        meter.end_minibatch(norms[1], norms[0])
+        meter.end_minibatch(*distributed.clip_gradients(optimizer, args.max_grad_norm)[::-1])
         optimizer.step()
         with torch.no_grad():
             for old, new in zip(target.buffers(), critics.parameters()):
@@ -311,7 +309,7 @@ def update(
             continue
 
         if offline:
-            optimizer.param_groups[0]["lr"] = args.offline_learning_rate * (1.0 - step / steps)
+            optimizer.param_groups[0]["lr"] = args.offline_learning_rate * (1.0 - step / args.offline_steps)
         t = torch.rand(size, 2)[own].to(h)  # (B, 2)
         t = torch.where(t[:, :1] < 0.5, 1.0, t[:, 1:])  # (B, 1)
         guess = consistency(head, (1.0 - t) * actions + t * noise()[:, 0], t, h)  # (B, n)
@@ -321,9 +319,8 @@ def update(
         (loss * share).backward()
         for parameter in critics.parameters():
             parameter.grad = None
-        norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         meter.add(share, loss=loss, policy_loss=loss, q_policy=values.mean())
-        meter.end_minibatch(*norms)
+        meter.end_minibatch(*distributed.clip_gradients(optimizer, args.max_grad_norm))
         optimizer.step()
     meter.end_update(policy, ["pick up the object"])
     return meter.means()

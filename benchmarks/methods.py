@@ -20,6 +20,21 @@ METHODS = {
     "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
     "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
 }
+#: Lines of grpo_vla.py, and what stands there in a copy of the script that is run in its place.
+VARIANTS = {
+    "GRPO without the std": (
+        "    scores = (groups - groups.mean(dim=-1, keepdim=True)) / (std + eps).clamp(min=1e-6)",
+        "    scores = groups - groups.mean(dim=-1, keepdim=True)",
+    ),
+    "GRPO with GSPO's ratio": (
+        "    logratio = (logprobs - old_logprobs).clamp(-20.0, 20.0)",
+        "    logratio = (logprobs - old_logprobs).mean(dim=1, keepdim=True).expand_as(logprobs)",
+    ),
+    "GRPO with CISPO's weights": (
+        "    loss = -(weight * torch.min(gain, clipped_gain)).sum()",
+        "    loss = -(weight * clipped_gain.detach() * logprobs).sum()",
+    ),
+}
 PAPERS = "TGRPO with the paper's alphas"  # a pair for each of LIBERO-Object's tasks
 QUESTIONS = {  # a figure each
     "alphas": {PAPERS: ["tgrpo_vla.py"], "TGRPO --alphas auto": ["tgrpo_vla.py", "--alphas", "auto"]},
@@ -28,6 +43,7 @@ QUESTIONS = {  # a figure each
     },
     "grouping": {"TGRPO --group-by stage": ["tgrpo_vla.py", "--group-by", "stage"]},
     "credit": {"GRPO": METHODS["GRPO"], "GRPO --credit stage": ["grpo_vla.py", "--credit", "stage"]},
+    "loss": {"GRPO": METHODS["GRPO"], **dict.fromkeys(VARIANTS, METHODS["GRPO"])},
     "flow": {  # from another start: the shipped flow, which ConRFT plays in one step
         "ConRFT": ["conrft_vla.py", "--demos", "{demos}"],
         "TGRPO --policy flow": ["tgrpo_vla.py", "--policy", "flow"],
@@ -46,9 +62,10 @@ QUESTIONS = {  # a figure each
 }
 ASKED = {method: words for question in QUESTIONS.values() for method, words in question.items()}
 PAIRS = (  # of methods, on the same tasks and seeds
-    *((method, "TGRPO") for method in ("SFT", *RIVALS, "PPO", *ASKED) if method not in QUESTIONS["flow"]),
+    *((method, "TGRPO") for method in ("SFT", *RIVALS, "PPO")),
+    *((method, "TGRPO") for method in ASKED if method not in {*VARIANTS, *QUESTIONS["flow"]}),
+    *((method, "GRPO") for method in ("GRPO --credit stage", *VARIANTS)),
     ("ConRFT", "TGRPO --policy flow"),
-    ("GRPO --credit stage", "GRPO"),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
 TWINS = {  # the same runs under two names

@@ -24,7 +24,7 @@ import methods
 import pandas as pd
 import results_page
 from methods import ASKED, HEAT_MAP, PAPERS, TWINS
-from results_page import CURVES, POINT, RUN, WHICH, read_csv, with_twins, write_csv
+from results_page import CURVES, NUMBERS, POINT, RUN, WHICH, read_csv, with_twins, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -122,6 +122,7 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
         flags[flags.index(DEMOS)] = demonstrations(task_id, args)
     words = ["--task-id", task_id, "--seed", seed, "--suite", args.suite, *start, *flags]
     name, folder = f"{method}, task {task_id}, seed {seed}", folder_of(method, task_id, seed, args)
+    script = variant(method, folder) if method in methods.VARIANTS else script
     run_script(name, folder, script, words, args.jobs)
 
 
@@ -136,7 +137,25 @@ def demonstrations(task_id: int, args: Args) -> Path:
     return folder
 
 
-def run_script(name: str, folder: Path, script: str, words: list[Any], jobs: int) -> None:
+def variant(method: str, folder: Path) -> Path:
+    """A copy of grpo_vla.py beside the run in ``folder``, with the method's lines.
+
+    Raises:
+        ValueError: When the script does not have the line in whose place they are.
+    """
+    old, new = methods.VARIANTS[method]
+    text = (ROOT / "grpo_vla.py").read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(
+            f"grpo_vla.py has {text.count(old)} times the line {old.strip()!r}; expected it once"
+        )
+    copy = folder.with_name(folder.name + "_script") / "grpo_vla.py"  # a run knows its script by its name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(text.replace(old, new), encoding="utf-8")
+    return copy
+
+
+def run_script(name: str, folder: Path, script: str | Path, words: list[Any], jobs: int) -> None:
     """Make the run of ``folder``, or go on with it, unless it is finished; one of ``jobs`` side by side.
 
     Raises:
@@ -183,7 +202,8 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[pd.DataF
         for tag in tags
         for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])
     ]
-    return pd.DataFrame([row], columns=RUN), pd.DataFrame(points, columns=POINT)
+    run = pd.DataFrame([row], columns=RUN).astype(dict.fromkeys(NUMBERS, "Int64"))
+    return run, pd.DataFrame(points, columns=POINT)
 
 
 # ---- All of them -------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     made, drawn = set(points["method"]), []
     for name, asked in {"curves": methods.METHODS, **QUESTIONS}.items():
-        if made & asked.keys():
+        if made & (asked.keys() - methods.METHODS.keys() or asked.keys()):  # any that is only asked here
             drawn.append(folder / f"{name}.png")
             draw_curves(points, [*({"TGRPO"} - asked.keys()), *asked], drawn[-1])
     only_mapped = runs["method"].isin(HEAT_MAP.keys() - ASKED.keys())

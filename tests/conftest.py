@@ -25,8 +25,8 @@ if sys.platform == "linux":
 
 #: Modules whose tests are quick, except those marked ``longer`` or ``slow`` or with a fixture in NEED_MORE.
 QUICK = (
-    "adapters architecture arguments bddl command_line distractors documentation evaluation flow grpo_vla"
-    " paraphrases policies ppo_vla rft_vla runs sft_vla shared tasks tgrpo_vla threads tpo_vla"
+    "adapters architecture arguments bddl command_line conrft_vla distractors documentation evaluation flow"
+    " grpo_vla paraphrases policies ppo_vla rft_vla runs sft_vla shared tasks tgrpo_vla threads tpo_vla"
 ).split()
 NEED_MORE = {"execute", "make", "make_vec", "libero", "libero_env", "real_assets"}
 

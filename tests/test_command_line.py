@@ -194,7 +194,9 @@ def test_a_dataclass_comes_back():
     assert read_dataclass(Args, {"seed": 3}) == Args(seed=3)
 
 
-@pytest.mark.parametrize("script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "tpo_vla", "rft_vla", "sft_vla"])
+@pytest.mark.parametrize(
+    "script", ["grpo_vla", "tgrpo_vla", "ppo_vla", "tpo_vla", "rft_vla", "conrft_vla", "sft_vla"]
+)
 def test_the_arguments_of_a_script_come_back(script, parse):
     args_type = importlib.import_module(script).Args
     args = parse("--seed", "3", "--run-dir", "a/b", "--task-ids", "1", "2", args_type=args_type)

@@ -14,6 +14,7 @@ import pytest
 import tyro
 from artifacts import ROOT
 
+import conrft_vla
 import grpo_vla
 import ppo_vla
 import rft_vla
@@ -26,7 +27,8 @@ from vla_envs.tasks import SUITES, get_task, num_tasks
 
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
-    "tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "tpo": tpo_vla, "rft": rft_vla, "sft": sft_vla
+    "tgrpo": tgrpo_vla, "grpo": grpo_vla, "ppo": ppo_vla, "tpo": tpo_vla, "rft": rft_vla,
+    "conrft": conrft_vla, "sft": sft_vla,
 }  # fmt: skip
 # Flags of other programs: torchrun's, pip's, and those of our programs that are no script.
 OTHER_FLAGS = set(

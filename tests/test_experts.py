@@ -104,9 +104,35 @@ def test_noise_is_on_the_motion_and_follows_the_seed(make_vec):
     assert np.abs(wild).max() == 1  # kept in range
 
 
-def test_it_acts_every_control_step(make_vec):
-    with pytest.raises(ValueError, match="action_chunk is 8; expected 1"):
-        ScriptedExpert(make_vec(1, action_chunk=8).unwrapped)
+def test_it_tries_the_actions_of_a_chunk(make_vec):
+    """They are those that it takes one by one, with the same noise; what it tries leaves nothing behind."""
+    single, chunked = (make_vec(2, action_chunk=chunk).unwrapped for chunk in (1, 8))
+    for envs in (single, chunked):
+        envs.reset(seed=[3, 4])
+    expert, one_by_one = ScriptedExpert(chunked, noise=0.3), ScriptedExpert(single)
+    before = [simulation.data.qpos.copy() for simulation in chunked.simulations]
+    (actions,), (intended,) = expert([1])
+    for simulation, positions in zip(chunked.simulations, before):
+        assert np.array_equal(simulation.data.qpos, positions)
+    assert actions.shape == intended.shape == (8, 7) and not np.array_equal(actions, intended)
+    chunk = np.zeros((2, 8, 7))
+    chunk[1] = actions
+    chunked.step(chunk)
+    for t in range(8):
+        _, wanted = one_by_one()
+        assert np.array_equal(intended[t], wanted[1])
+        single.step(np.stack([np.zeros(7), actions[t]]))
+    for mine, its in zip(chunked.simulations, single.simulations):
+        np.testing.assert_allclose(mine.data.qpos, its.data.qpos, atol=1e-9)
+
+
+def test_it_succeeds_in_chunks(make_vec):
+    envs = make_vec(2, action_chunk=8, max_episode_steps=200).unwrapped
+    envs.reset(seed=[3, 4])
+    expert = ScriptedExpert(envs)
+    while not envs.frozen.all():
+        _, _, terminated, _, _ = envs.step(expert()[0])
+    assert terminated.all()
 
 
 # ---- Demonstrations ----------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ RUNS = {
     "ppo_vla": ONLINE | {"critic_warmup": 1},
     "tpo_vla": ONLINE | {"window": 2, "pairs": "all", "keep_low": 0, "keep_high": 1},
     "rft_vla": {"num_groups": 6, "max_episode_steps": 160, "temperature": 0.5},  # so that some succeed
+    "conrft_vla": {"num_groups": 2, "offline_steps": 4, "online_steps": 4, "demos": "demos"},
     "sft_vla": {"iteration_steps": 3, "episodes": 1, "held_out": 1, "demos": "demos"},
 }
 ALL = {

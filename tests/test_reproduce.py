@@ -2,12 +2,14 @@
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from artifacts import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -149,6 +151,39 @@ def test_demonstrations_are_recorded_once(tmp_path, monkeypatch):
     assert [cell.partition(" ")[0] for cell in cells] == ["10/50", "49/50", "50/50"]  # the start is GRPO's
 
 
+def test_variants_of_the_loss(tmp_path, monkeypatch):
+    """Each is a copy of grpo_vla.py with a line of its own, and its loss has the gradient it should have."""
+    scripts = {}
+    monkeypatch.setattr(
+        reproduce.subprocess,
+        "run",
+        lambda words, **_: scripts.update({words[1]: 1}) or SimpleNamespace(returncode=0),
+    )
+    monkeypatch.setattr(reproduce, "commit", lambda: "abc")
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    old, advantages = torch.tensor([[-1.3, -1.9], [-0.4, -2.9]]), torch.tensor([1.0, -2.0])
+    ratio = (logprobs - old).exp().detach()
+    both = (logprobs - old).mean(dim=1, keepdim=True).exp().detach().expand_as(ratio)
+    clipped = ratio.clamp(0.8, 1.28)
+    passes = {  # what multiplies the advantage in the gradient of a token's log-probability
+        "GRPO without the std": torch.where(ratio == clipped, ratio, 0.0),
+        "GRPO with GSPO's ratio": both,  # within the clip
+        "GRPO with CISPO's weights": clipped,
+    }
+    for method in methods.VARIANTS:
+        reproduce.play(method, 4, 1, reproduce.Args(out=tmp_path))
+        module = runpy.run_path(list(scripts)[-1], run_name="variant")
+        loss, _ = module["policy_loss"](logprobs, old, advantages, torch.ones(2), 0.2, 0.28)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        expected = -passes[method] * advantages[:, None] / 4
+        if method == "GRPO with GSPO's ratio":
+            expected = expected.mean(dim=1, keepdim=True).expand_as(expected)
+        torch.testing.assert_close(gradient, expected, msg=method)
+        by_std = module["group_advantages"](torch.tensor([0.0, 0.0, 1.0, 1.0]), 4).abs()
+        assert bool((by_std == 0.5).all()) == (method == "GRPO without the std")
+    assert len(scripts) == 3
+
+
 def test_the_papers_alphas_are_of_one_suite(tmp_path):
     with pytest.raises(ValueError, match=r"suite is LiberoGoal; expected LiberoObject"):
         reproduce.main(reproduce.Args(suite="LiberoGoal", methods=(methods.PAPERS,), results=tmp_path / "a"))
@@ -176,12 +211,8 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
     credit = ["GRPO", "GRPO --credit stage"]
     flow = ["ConRFT", "TGRPO --policy flow"]
-    assert [each[0] for each in played] == [
-        *returns,
-        *credit,
-        *flow,
-        *letter,
-    ]  # the paper's alphas are the default
+    methods_played = [each[0] for each in played]  # the paper's alphas are the default
+    assert methods_played == [*returns, *credit, *methods.VARIANTS, *flow, *letter]
     row = "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 | 1 |"
     assert row in capsys.readouterr().out and row in (tmp_path / "results.md").read_text()
 
