@@ -34,7 +34,7 @@ SCRIPTS = {
 OTHER_FLAGS = set(
     "standalone nproc-per-node nnodes rdzv-backend rdzv-endpoint help no-cache check plot demonstrations"
     " image-size videos noise out tiny workers methods seeds cycles logdir axes levels benchmark"
-    " lerobot-python policies cpu".split()
+    " lerobot-python policies cpu questions".split()
 )
 
 

@@ -182,6 +182,8 @@ def test_variants_of_the_loss(tmp_path, monkeypatch):
         by_std = module["group_advantages"](torch.tensor([0.0, 0.0, 1.0, 1.0]), 4).abs()
         assert bool((by_std == 0.5).all()) == (method == "GRPO without the std")
     assert len(scripts) == 3
+    page = (ROOT / "docs" / "grpo.md").read_text(encoding="utf-8")
+    assert all(f"`{new.strip()}`" in page for _, new in methods.VARIANTS.values())
 
 
 def test_the_papers_alphas_are_of_one_suite(tmp_path):
