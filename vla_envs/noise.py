@@ -52,13 +52,14 @@ def _motion_blur(image: Pixels, severity: int, rng: np.random.Generator) -> Pixe
 def _zoom_blur(image: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
     """The mean of the image and of enlargements of its middle."""
     size, whole = len(image), Image.fromarray(image)
-    total = image.astype(np.float32)
+    total = image.astype(np.uint16)
     factors = np.linspace(1.0, ZOOM[severity - 1], 8)
-    for factor in factors:
+    total += image  # the first, which is as large as it was
+    for factor in factors[1:]:
         margin = (size - size / factor) / 2
         box = (margin, margin, size - margin, size - margin)
         total += np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=box))
-    return np.rint(total / (1 + len(factors))).astype(np.uint8)
+    return np.rint(total / np.float32(1 + len(factors))).astype(np.uint8)
 
 
 def _fog(image: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
@@ -84,12 +85,14 @@ def _glass_blur(image: Pixels, severity: int, rng: np.random.Generator) -> Pixel
     size = len(image)
     sigma, reach, times = GLASS[severity - 1]
     sigma, far = sigma * size / 256, reach * size / 256 + 0.5
-    seen = _blurred(image, sigma)
-    rows, columns = np.indices((size, size))
+    seen = np.dstack([_blurred(image, sigma), image[..., 0]]).view(np.uint32).ravel()  # a number per pixel
+    along = np.arange(size, dtype=np.int32)
     for _ in range(times):
-        moves = np.rint(rng.uniform(-far, far, (2, size, size))).astype(np.int64)
-        seen = seen[np.clip(rows + moves[0], 0, size - 1), np.clip(columns + moves[1], 0, size - 1)]
-    return _blurred(seen, sigma)
+        down, right = np.rint(rng.uniform(-far, far, (2, size, size))).astype(np.int32)
+        rows, columns = np.clip(along[:, None] + down, 0, size - 1), np.clip(along + right, 0, size - 1)
+        seen = seen.take(rows * size + columns)
+    moved = seen.view(np.uint8).reshape(size, size, 4)[..., :3]
+    return _blurred(np.ascontiguousarray(moved), sigma)
 
 
 KINDS: dict[str, Callable[[Pixels, int, np.random.Generator], Pixels]] = {
