@@ -127,13 +127,19 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
 
 
 def demonstrations(task_id: int, args: Args) -> Path:
-    """The folder of the demonstrations of a task, recorded where there are none."""
+    """The folder of the demonstrations of a task, recorded where there are none.
+
+    Raises:
+        RuntimeError: When they cannot be recorded, with the expert's last line.
+    """
     folder = args.out / f"demonstrations_{task_id}"
     with RECORDING:
-        if not folder.is_dir():
+        if not any(folder.glob("*.hdf5")):  # an interrupted recording leaves none
             recorder = [sys.executable, "-m", "vla_envs.experts", "--out", folder, "--suite", args.suite]
             recorder += ["--task-ids", task_id, "--episodes", DEMONSTRATIONS]
-            subprocess.run(list(map(str, recorder)), check=True, capture_output=True)
+            done = subprocess.run(list(map(str, recorder)), capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(" ".join(done.stderr.strip().splitlines()[-1:]))
     return folder
 
 
@@ -149,7 +155,7 @@ def variant(method: str, folder: Path) -> Path:
         raise ValueError(
             f"grpo_vla.py has {text.count(old)} times the line {old.strip()!r}; expected it once"
         )
-    copy = folder.with_name(folder.name + "_script") / "grpo_vla.py"  # a run knows its script by its name
+    copy = folder.with_name(folder.name + "_script").resolve() / "grpo_vla.py"  # a run knows it by its name
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text(text.replace(old, new), encoding="utf-8")
     return copy

@@ -124,7 +124,9 @@ def test_demonstrations_are_recorded_once(tmp_path, monkeypatch):
     def run(words, **_):
         started.append(words)
         if "vla_envs.experts" in words:
-            Path(words[words.index("--out") + 1]).mkdir(parents=True)
+            folder = Path(words[words.index("--out") + 1])
+            folder.mkdir(parents=True)
+            (folder / "LiberoObject_4_demo.hdf5").touch()
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(reproduce.subprocess, "run", run)

@@ -117,8 +117,11 @@ class Simulation:
 
     def go_back(self) -> None:
         """Return to the moment of the last ``keep``, and forget everything that came after it."""
+        self._return_to(self.last_good)
+
+    def _return_to(self, physics: NDArray[np.float64]) -> None:
         mujoco.mj_resetData(self.scene.model, self.data)  # clears warnings as well
-        mujoco.mj_setState(self.scene.model, self.data, self.last_good, _PHYSICS)
+        mujoco.mj_setState(self.scene.model, self.data, physics, _PHYSICS)
         mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
 
     @contextlib.contextmanager
@@ -127,9 +130,7 @@ class Simulation:
         physics, memory, just_restored = np.empty_like(self.last_good), self.memory.copy(), self.just_restored
         mujoco.mj_getState(self.scene.model, self.data, physics, _PHYSICS)
         yield
-        mujoco.mj_resetData(self.scene.model, self.data)
-        mujoco.mj_setState(self.scene.model, self.data, physics, _PHYSICS)
-        mujoco.mj_step1(self.scene.model, self.data)  # computes poses and contacts, and moves nothing
+        self._return_to(physics)
         self.memory.assign(memory)
         self.just_restored = just_restored
 

@@ -119,12 +119,11 @@ class Meter:
         policy.train(training)
 
     def means(self) -> dict[str, float]:
-        """The mean of every figure over the minibatches, and the first minibatch's ratio."""
+        """The mean of every figure over the minibatches, and the first minibatch's ratio if there is one."""
         means = {name: float(np.mean(values)) for name, values in self._all.items()}
-        first = {
-            f"{name}_first_minibatch": values[0] for name, values in self._all.items() if name == "ratio"
-        }
-        return means | first
+        if "ratio" in means:
+            means["ratio_first_minibatch"] = self._all["ratio"][0]
+        return means
 
 
 def check_finite(name: str, value: Tensor | float) -> None:
