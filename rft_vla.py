@@ -15,7 +15,8 @@ before decision t; |o_i|: how many it took.
                  mean_i 1/|o_i| sum_t mean_d min(ratio A_i, clip(ratio) A_i)        policy_loss, update
 
 What filtered cloning leaves open, and what is not known of iRe-VLA, whose code is not public:
- 1. An iteration imitates the successes of its own rollout; iRe-VLA keeps all of them in a growing data set.
+ 1. Filtered cloning imitates the successes of its own rollout. iRe-VLA keeps all that there have been; with
+    --stages as many as the rollout has are drawn from them.
  2. A token is imitated by its own log-probability, whatever the policy's loss of demonstrations is; of flow
     that is the log-density of the chain of denoising steps. Successes count alike, whatever their length.
  3. iRe-VLA's RL is PPO with a critic; here members of a group are compared, as in grpo_vla.py. How many
@@ -46,7 +47,7 @@ from vla_envs import distributed
 from vla_envs.demos import demonstrations
 from vla_envs.policies.protocol import cameras_of
 from vla_envs.tasks import get_task
-from vla_envs.training import arguments, batches, checkpoints, runs
+from vla_envs.training import arguments, batches, checkpoints, replays, runs
 
 
 @dataclass
@@ -314,6 +315,8 @@ if __name__ == "__main__":
         eval_envs = runs.make_eval_envs(args, policy)
         envs = runs.make_envs(args, policy)
         run = runs.Run(args, __file__, policy, optimizer, envs, eval_envs)  # new, or resumed
+        if args.stages and not args.evaluate:
+            successes = replays.Successes(run.folder / "successes", run.state["iteration"])
     if args.evaluate:
         raise SystemExit(run.evaluate_only())
 
@@ -336,6 +339,8 @@ if __name__ == "__main__":
             with run.iteration_errors():
                 of_head = update(policy, optimizer, b, batches.minibatches(b, args), args, imitate=False)
         won = batch | {"alive": batch["alive"] & batch["success"]}  # only what led to a success
+        if args.stages:
+            won = successes.exchange(batch, iteration)  # as many of all that there have been
         b = samples_of(policy, won, torch.zeros_like(batch["rewards"]), args)
         minibatches = batches.minibatches(b, args)
         with run.iteration_errors():
@@ -343,5 +348,5 @@ if __name__ == "__main__":
 
         scalars = {f"head/{name}": value for name, value in of_head.items()}
         run.log(losses, {"group/kept_frac": batch["success"]} | scalars)
-        del batch, b  # so that images of two rollouts are never held at once
+        del batch, won, b  # so that images of two rollouts are never held at once
     run.finish()  # the trained policy, result.json, how it went

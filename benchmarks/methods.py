@@ -7,7 +7,7 @@ import itertools
 
 RIVALS = {
     "Filtered cloning": ["rft_vla.py"],
-    "iRe-VLA": ["rft_vla.py", "--stages"],
+    "iRe-VLA": ["rft_vla.py", "--stages", "--demos", "{demos}"],
     "DPO": ["tpo_vla.py", "--score", "success", "--window", "0", "--minibatch-size", "32"],
     "GRAPE": ["tpo_vla.py"],
 }

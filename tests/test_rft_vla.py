@@ -11,7 +11,7 @@ from learning import arguments, chosen, copy_of, flat, gradient, learn, same_bit
 
 import rft_vla
 from rft_vla import imitation_loss, samples_of
-from vla_envs.training import batches
+from vla_envs.training import batches, replays
 
 
 def test_the_loss_by_hand():
@@ -94,6 +94,44 @@ def test_the_heads_own_stage():
     after = rft_vla.logprobs_of(policy, b, torch.arange(len(b["who"])), args)[0].mean(dim=1)
     gain = (after - b["old_logprobs"].mean(dim=1)) * b["advantages"] * b["weights"]
     assert gain.sum() > 1e-4
+
+
+def test_all_successes_are_kept_and_as_many_drawn(tmp_path):
+    """Of each rollout two of four members succeed, with 1 and 2 decisions; a resumed run has the same."""
+    rollouts = [flat(small_batch(seed=seed)) for seed in range(3)]
+    for rollout in rollouts:
+        rollout["stages"] = torch.zeros(rollout["alive"].shape, dtype=torch.int64)
+    folder = tmp_path / "successes"
+    kept = replays.Successes(folder, 0)
+    first = kept.exchange(rollouts[0], 1)
+    assert first["success"].tolist() == [True, True] and len(first["when"]) == 3
+    assert first["instructions"] == ["pick up thing 0", "pick up thing 2"]
+    kept.exchange(rollouts[1], 2)
+    torch.manual_seed(7)
+    drawn = kept.exchange(rollouts[2], 4)
+    resumed = replays.Successes(folder, 3)  # iteration 4 was not saved, and is made again
+    assert sorted(file.name for file in folder.iterdir()) == ["1-0.pt", "2-0.pt"]
+    torch.manual_seed(7)
+    again = resumed.exchange(rollouts[2], 4)
+    for name in ("image", "tokens", "logprobs", "when", "who", "alive", "round"):
+        assert torch.equal(drawn[name], again[name])
+    everyone = torch.cat([rollout["tokens"] for rollout in rollouts])
+    seen = set()
+    for _ in range(40):  # of six episodes, two at a time
+        drawn = resumed.exchange(rollouts[2] | {"success": torch.tensor([True, False, False, False])}, 5)
+        assert len(drawn["success"]) == 1 and len(drawn["when"]) == drawn["alive"].sum()
+        seen |= {int((everyone == tokens).all(dim=1).nonzero()[0]) for tokens in drawn["tokens"]}
+        resumed.batches.pop()
+    succeeded = torch.cat([rollout["success"][rollout["who"]] for rollout in rollouts])
+    assert sorted(seen) == succeeded.nonzero().flatten().tolist()
+
+
+def test_successes_that_are_gone_or_damaged(tmp_path):
+    with pytest.raises(ValueError, match="gone' is gone; expected the run's successful episodes there"):
+        replays.Successes(tmp_path / "gone", 2)
+    (tmp_path / "1-0.pt").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"1-0\.pt' is damaged"):
+        replays.Successes(tmp_path, 2)
 
 
 def test_demonstrations_add_their_loss():

@@ -1,11 +1,21 @@
-"""Off-policy learning: transitions that are kept, a target network, an expert who takes over."""
+"""What is kept from one iteration to the next: transitions, a target network, successful episodes.
+
+And an expert who takes over.
+"""
 
 import copy
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from vla_envs import distributed
+from vla_envs.command_line import one_line_errors
+from vla_envs.files import whole
+from vla_envs.training import batches
 
 #: Of a transition: (F,), (n,), (F,), and numbers; ``imitated`` is 1 for what is imitated, else 0.
 PARTS = ("features", "actions", "next_features", "rewards", "ended", "returns", "imitated")
@@ -56,6 +66,46 @@ def frozen_copy(module: nn.Module) -> Any:
             delattr(part, name)
             part.register_buffer(name, parameter.detach())
     return module
+
+
+class Successes:
+    """All episodes of a run that succeeded, of this process: in memory, and in files for a resumed run.
+
+    Args:
+        folder: Of the files, one for each iteration and process.
+        iterations: How many the run has done; files of later ones are void.
+
+    Raises:
+        ValueError: When the files are gone, or one is damaged.
+    """
+
+    def __init__(self, folder: Path, iterations: int) -> None:
+        self.folder, self.batches = folder, list[dict[str, Any]]()
+        if iterations and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is gone; expected the run's successful episodes there")
+        folder.mkdir(exist_ok=True)
+        files = sorted(folder.glob("*.pt"), key=lambda file: [*map(int, file.stem.split("-"))])
+        done = [file for file in files if int(file.stem.split("-")[0]) <= iterations]
+        for file in done[distributed.rank() :: distributed.world_size()]:
+            try:
+                self.batches.append(torch.load(file, weights_only=True))
+            except (RuntimeError, UnpicklingError, EOFError) as error:
+                raise ValueError(f"{str(file)!r} is damaged: {' '.join(str(error).split())}") from None
+        if not distributed.rank():
+            for file in set(files) - set(done):
+                file.unlink()
+
+    def exchange(self, batch: dict[str, Any], iteration: int) -> dict[str, Any]:
+        """Add the successes of a rollout, and draw as many, without replacement, from all that there are."""
+        won = batches.join([dict(batch)], [batch["success"]])
+        file = self.folder / f"{iteration}-{distributed.rank()}.pt"
+        with one_line_errors("the successful episodes cannot be written: "), whole(file) as partial:
+            torch.save(won, partial)
+        self.batches.append(won)
+        sizes = [len(each["success"]) for each in self.batches]
+        order = torch.randperm(sum(sizes))  # (all of them,)
+        drawn = (order < sizes[-1]).split(sizes)  # bools, batch by batch
+        return batches.join([dict(each) for each in self.batches], list(drawn))
 
 
 class Takeover:
