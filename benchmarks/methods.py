@@ -1,9 +1,10 @@
-"""What `reproduce.py` compares: each method's script and flags, and which of them are compared in pairs.
+"""What `reproduce.py` compares: each method's script and flags, the pairs, and what papers claim of them.
 
 ``{demos}`` stands for 25 demonstrations of the task, which `reproduce.py` has the scripted expert record.
 """
 
 import itertools
+from dataclasses import dataclass
 
 RIVALS = {
     "Filtered cloning": ["rft_vla.py"],
@@ -79,3 +80,28 @@ HEAT_MAP = {
     for alpha1, alpha2 in itertools.product(ALPHAS1, ALPHAS2)
     if alpha1 or alpha2
 }
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one method succeeds more often than another."""
+
+    method: str
+    other: str
+    points: float | None
+    """By how many percentage points, where the source says so"""
+    source: str
+
+
+CLAIMS = (
+    Claim("TGRPO", "SFT", 91.0 - 86.4, "TGRPO's paper, LIBERO-Object"),
+    Claim("TGRPO", "PPO", 91.0 - 86.6, "TGRPO's paper, LIBERO-Object"),
+    Claim("TGRPO", "TGRPO without the step term", 91.0 - 86.8, "TGRPO's paper, LIBERO-Object"),
+    Claim("TGRPO", "TGRPO without the trajectory term", 91.0 - 73.6, "TGRPO's paper, LIBERO-Object"),
+    Claim("TGRPO", "GRAPE", 80.7 - 80.2, "TGRPO's paper, four suites"),
+    Claim(PAPERS, "TGRPO", None, "TGRPO's paper, which has alphas of its own for each task"),
+    Claim("GRPO", "TGRPO", 68.8 - 52.1, "Temporal GRPO's paper, RoboTwin, SimpleVLA-RL's GRPO"),
+    Claim("GRPO --credit stage", "GRPO", 99.1 - 88.4, "Temporal GRPO's paper, LIBERO-Long"),
+    Claim("PPO", "GRPO", None, "RL4VLA's paper, ManiSkill"),
+    Claim("GRPO", "DPO", None, "RL4VLA's paper, ManiSkill"),
+)

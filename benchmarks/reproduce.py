@@ -12,10 +12,12 @@ Runs that are in --results are not made again, and an interrupted run goes on, s
 import dataclasses
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import methods
 import pandas as pd
 import results_page
+import torch
 from methods import ASKED, HEAT_MAP, PAPERS, TWINS
 from results_page import CURVES, NUMBERS, POINT, RUN, WHICH, read_csv, with_twins, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 from tgrpo_vla import PAPER_ALPHAS  # noqa: E402
 
 MINUTES = 12.0  # per run, as long as nothing was measured
+POLL_S = 10.0  # how often the bar looks how far the runs are
 DEMOS, DEMONSTRATIONS = "{demos}", 25  # what stands for their folder, and how many there are
 RECORDING = threading.Lock()  # of one task's at a time
 
@@ -99,6 +103,15 @@ def commit() -> str:
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run([*git, "diff", "HEAD", "--quiet", "--", "*.py"], capture_output=True)
     return head.stdout.strip() + "+" * (changed.returncode == 1)
+
+
+def machine() -> str:
+    """This machine's processor, torch's vector units, which decide the last bits, and the cores."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"{(models or [platform.machine()])[0]}, {units}, {available_cores()} cores"
 
 
 def play(method: str, task_id: int, seed: int, args: Args) -> None:
@@ -199,7 +212,7 @@ def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[pd.DataF
         **{column: result.get(name, {}).get("successes") for column, name in names.items()},
         "trials": result["success_after"]["trials"], "env_steps": result.get("env_steps", 0),
         "episodes": result.get("episodes", 0), "wall_s": round(result["wall_s"]),
-        "commit": folder.with_suffix(".commit").read_text(),
+        "commit": folder.with_suffix(".commit").read_text(), "machine": machine(),
     }  # fmt: skip
     events = EventAccumulator(str(folder)).Reload()
     tags = CURVES if result.get("env_steps") else ()  # SFT's are by optimiser steps
@@ -278,6 +291,56 @@ def added(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([part for part in (frame, rows) if len(part)] or [rows])
 
 
+def minutes_of(method: str, runs: pd.DataFrame) -> float:
+    """How long a run of ``method`` takes: the median of its ``runs``, or of all where it has none."""
+    its = runs[runs["method"] == method] if method in set(runs["method"]) else runs
+    return float(its["wall_s"].median()) / 60 if len(its) else MINUTES
+
+
+def share_done(folder: Path, args: Args) -> float:
+    """How much of a run is done, from 0 to 1; SFT's, which counts no control steps, is all or nothing."""
+    if (folder / "result.json").is_file():
+        return 1.0
+    try:
+        counters = json.loads((folder / "checkpoints" / "latest" / "counters.json").read_text())
+    except FileNotFoundError:  # not begun, or just being replaced
+        return 0.0
+    return min(1.0, counters["env_steps"] / args.total_env_steps)
+
+
+def finished_runs(
+    wanted: list[tuple[str, int, int]], args: Args, runs: pd.DataFrame
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Make the runs ``wanted``; what ``read_run`` says of each, as they are finished.
+
+    A bar says how long the rest takes: from how far all runs are, weighed by what such ``runs`` took before.
+    """
+    minutes = {each: minutes_of(each[0], runs) for each in wanted}
+    hours = sum(minutes.values()) / args.jobs / 60
+    print(f"{len(wanted)} runs, {args.jobs} side by side: about {hours:.1f} h if they take what others took")
+
+    def done() -> float:
+        return sum(share_done(folder_of(*each, args), args) * minutes[each] for each in wanted)
+
+    form = "runs: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with (
+        ThreadPoolExecutor(args.jobs) as pool,
+        tqdm(total=sum(minutes.values()), initial=done(), smoothing=0, bar_format=form) as bar,
+    ):
+        pending = {pool.submit(play, *each, args): each for each in wanted}
+        try:
+            while pending:
+                finished, _ = wait(pending, POLL_S, FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    yield read_run(*pending.pop(future), args)
+                bar.set_postfix_str(f"{len(wanted) - len(pending)} of {len(wanted)}", refresh=False)
+                bar.update(done() - bar.n)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def main(args: Args) -> None:
     """Make what is missing, ``jobs`` at a time; results are written as they come."""
     validate(args)
@@ -289,22 +352,11 @@ def main(args: Args) -> None:
     if args.run and not wanted:
         print(f"nothing to run: all of it is in {results}; a new --results makes it again")
     if wanted:
-        minutes = runs["wall_s"].median() / 60 if len(runs) else MINUTES
-        hours = len(wanted) * minutes / args.jobs / 60
-        print(f"{len(wanted)} runs, {args.jobs} side by side: about {hours:.1f} h at {minutes:.0f} min each")
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = {pool.submit(play, *each, args): each for each in wanted}
-            try:
-                for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
-                    future.result()
-                    run, its_points = read_run(*futures[future], args)
-                    runs, points = added(runs, run), added(points, its_points)
-                    write_csv(results / "runs.csv", runs)
-                    write_csv(results / "curves.csv", points)
-                    show(args)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for run, its_points in finished_runs(wanted, args, runs):
+            runs, points = added(runs, run), added(points, its_points)
+            write_csv(results / "runs.csv", runs)
+            write_csv(results / "curves.csv", points)
+            show(args)
     print(show(args))
 
 

@@ -27,10 +27,11 @@ CURVES = {
 }
 WHICH = ["method", "task_id", "seed"]  # names a run
 NUMBERS = ["before", "after", "sampled_before", "sampled_after", "trials", "env_steps", "episodes", "wall_s"]
-RUN = [*WHICH, *NUMBERS, "commit"]  # columns of runs.csv
+RUN = [*WHICH, *NUMBERS, "commit", "machine"]  # columns of runs.csv
 POINT = [*WHICH, "tag", "env_steps", "value"]  # columns of curves.csv
 REACHED = (0.8, 0.9)  # deterministic success: how soon it is reached
 DRAWS = 5000  # of a bootstrap
+FEWEST_PAIRS = 6  # for a verdict: a sign test of five cannot reach 5 %
 HEADER = """<!-- Written by `python benchmarks/reproduce.py --no-run`; do not edit. -->
 
 # Results
@@ -49,6 +50,17 @@ Control steps of training before the first evaluation (there is one every five i
 deterministic success: the median and the range over the seeds; 0 means that the start has it. Minutes are
 the same share of the run's wall time, which includes its evaluations; other jobs ran beside it.
 """
+ABOUT_MADE = """
+Each with `--task-id`, `--seed`, `--suite` and `--total-env-steps`. `runs.csv` has the commit and the machine
+of every run; `python benchmarks/reproduce.py --methods METHOD --task-ids K --seeds S --results FOLDER` makes
+one again.
+"""
+ABOUT_CLAIMS = f"""
+Percentage points of success by which the first method is ahead; ours are means over pairs of runs (same
+task, same seed) with bootstrap 95 % intervals. A claim *holds* if its whole interval is above zero, and
+*does not hold* if all of it is below; else, and with fewer than {FEWEST_PAIRS} pairs, one *cannot tell*. The
+papers had other policies, tasks and amounts of training, so sizes cannot be compared.
+"""
 ABOUT_PAIRS = """
 Percentage points of success after training: means of the paired differences (same task, same seed), with
 the number of pairs; over all tasks with a bootstrap 95 % interval over the pairs.
@@ -65,7 +77,7 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     """
     if not path.is_file():
         return pd.DataFrame(columns=columns)
-    text = dict.fromkeys(("method", "tag", "commit"), str)
+    text = dict.fromkeys(("method", "tag", "commit", "machine"), str)
     return pd.read_csv(path, dtype=dict.fromkeys(NUMBERS, "Int64") | text)
 
 
@@ -149,7 +161,7 @@ def percent(successes: int, trials: int) -> str:
 
 
 def reached(runs: pd.DataFrame, points: pd.DataFrame, names: list[str]) -> str:
-    """Per method and task its seeds, steps and minutes until ``REACHED``, and the commits of its runs."""
+    """Per method and task its seeds, and steps and minutes until ``REACHED``."""
 
     def spread(values: pd.Series, form: str) -> str:
         there = values.dropna()
@@ -165,14 +177,34 @@ def reached(runs: pd.DataFrame, points: pd.DataFrame, names: list[str]) -> str:
         first = curves[curves["value"] >= share].groupby(WHICH)["env_steps"].min().rename(f"steps {share}")
         runs = runs.join(first, on=WHICH)
         runs[f"minutes {share}"] = runs[f"steps {share}"] / runs["env_steps"] * runs["wall_s"] / 60
+    runs = runs[runs["env_steps"] > 0]  # cloning alone takes none, and has no curve
     runs["method"] = pd.Categorical(runs["method"], names)  # sorts by method as ``names``, leaves others out
     for (method, task_id), its in runs.groupby(["method", "task_id"], observed=True):
         row = {"method": method, "task": task_id, "seeds": " ".join(map(str, its["seed"]))}
         for share in REACHED:
             row[f"steps to {100 * share:.0f} %"] = spread(its[f"steps {share}"], "{:,.0f}")
             row[f"minutes to {100 * share:.0f} %"] = spread(its[f"minutes {share}"], "{:.1f}")
-        rows.append(row | {"commits": " ".join(its["commit"].unique())})
+        rows.append(row)
     return markdown(pd.DataFrame(rows)) + ABOUT_SOON
+
+
+def made(runs: pd.DataFrame, names: list[str]) -> str:
+    """Per method its command, and the commits and machines of its runs."""
+    commands = {**methods.HEAT_MAP, **ASKED, **methods.METHODS}
+    rows = []
+    for method in names:
+        its = runs[runs["method"] == method]
+        if its.empty:
+            continue
+        words = " ".join(["python", *commands[method]]).replace("{demos}", "demos")
+        words += " (with its line)" * (method in methods.VARIANTS)
+        words += " (with the task's alphas)" * (method == methods.PAPERS)
+        machines = its["machine"].fillna("not recorded").unique()
+        cells = {"method": method, "command": f"`{words}`", "runs": len(its)}
+        rows.append(
+            cells | {"commits": " ".join(its["commit"].unique()), "machines": "; ".join(sorted(machines))}
+        )
+    return markdown(pd.DataFrame(rows)) + ABOUT_MADE
 
 
 def with_twins(frame: pd.DataFrame) -> pd.DataFrame:
@@ -181,11 +213,50 @@ def with_twins(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame, *twins])
 
 
+def gains_of(runs: pd.DataFrame, method: str, other: str) -> pd.Series:
+    """By how many points of success ``method`` is ahead of ``other``, by task and seed that both have."""
+    rate = 100 * rates(runs[runs["method"].isin([method, other])])
+    return (rate[method] - rate[other]).dropna() if {method, other} <= set(rate) else pd.Series(dtype=float)
+
+
+def mean_gain(gains: pd.Series) -> tuple[float, float, float]:
+    """The mean and its bootstrap 95 % interval; of one pair, the mean alone."""
+    if len(gains) < 2:
+        return (float(gains.mean()),) * 3
+    rng = np.random.default_rng(0)
+    drawn = bootstrap([gains.to_numpy()], np.mean, method="basic", n_resamples=DRAWS, rng=rng)
+    return float(gains.mean()), *map(float, drawn.confidence_interval)
+
+
+def verdict(gains: pd.Series) -> str:
+    """Whether the first method is ahead, as the pairs have it."""
+    if len(gains) < FEWEST_PAIRS:
+        return "cannot tell"
+    _, low, high = mean_gain(gains)
+    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
+
+
+def claims_table(ways: dict[str, pd.DataFrame]) -> str:
+    """What papers say of two methods, and what the runs say, ``ways`` by how they were evaluated."""
+    rows = []
+    for claim in methods.CLAIMS:
+        row = {"ahead": claim.method, "of": claim.other, "says": claim.source}
+        row["theirs"] = "" if claim.points is None else f"{claim.points:+.1f}"
+        for way, its in ways.items():
+            gains = gains_of(its, claim.method, claim.other)
+            if len(gains):
+                ours = estimate(np.mean, [gains.to_numpy()], "{:+.1f}", "basic")
+                row[f"ours, {way}"] = f"{ours}, {len(gains)} pairs: {verdict(gains)}"
+        if len(row) > 4:
+            rows.append(row)
+    return markdown(pd.DataFrame(rows)) + ABOUT_CLAIMS if rows else ""
+
+
 def pairs_table(runs: pd.DataFrame) -> str:
     """How much more often one method of each of ``PAIRS`` succeeds than the other, by task and altogether."""
-    rate, rows = 100 * rates(runs), {}
-    for method, other in (pair for pair in PAIRS if set(pair) <= set(rate)):
-        gains = (rate[method] - rate[other]).dropna()
+    rows = {}
+    for method, other in PAIRS:
+        gains = gains_of(runs, method, other)
         if gains.empty:
             continue
         by_task = gains.groupby("task_id").agg(["mean", "count"])
@@ -244,11 +315,43 @@ def draw_heat_map(runs: pd.DataFrame, path: Path) -> None:
     save(figure, path)
 
 
+def draw_claims(ways: dict[str, pd.DataFrame], path: Path) -> None:
+    """By how much the first method of every claim is ahead, with the intervals, and what its paper says."""
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    names: list[str] = []
+    for claim in methods.CLAIMS:
+        its_gains = {way: gains_of(its, claim.method, claim.other) for way, its in ways.items()}
+        if not any(map(len, its_gains.values())):
+            continue
+        for k, gains in enumerate(gains for gains in its_gains.values() if len(gains)):
+            mean, low, high = mean_gain(gains)
+            error = [[mean - low], [high - mean]]
+            axis.errorbar(mean, len(names) + 0.2 * k - 0.1, xerr=error, fmt="o", color=f"C{k}", capsize=3)
+        if claim.points is not None:
+            axis.plot(claim.points, len(names), "kx")
+        names.append(f"{claim.method}\nahead of {claim.other}")
+    for k, way in enumerate(ways):
+        axis.plot([], [], "o", color=f"C{k}", label=f"ours, {way}")
+    axis.plot([], [], "kx", label="the paper's")
+    axis.axvline(0, color="grey", linewidth=1)
+    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="percentage points of success")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    save(figure, path)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure without matplotlib's version: equal figures are equal files."""
     with whole(path) as partial:
         figure.savefig(partial, dpi=80, metadata={"Software": None})
     plt.close(figure)
+
+
+def evaluated(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The runs by how they were evaluated, each with its successes as ``before`` and ``after``."""
+    sampled = runs.assign(before=runs["sampled_before"], after=runs["sampled_after"])
+    return {"deterministic": runs, "sampled": sampled.dropna(subset="after")}
 
 
 def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
@@ -264,6 +367,9 @@ def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
         named = with_twins(runs[runs["task_id"] == task_id])
         drawn.append(folder / f"heat_map_{task_id}.png")
         draw_heat_map(named[named["method"].isin(HEAT_MAP)], drawn[-1])
+    if claims_table(evaluated(runs)):
+        drawn.append(folder / "claims.png")
+        draw_claims(evaluated(runs), drawn[-1])
     return drawn
 
 
@@ -272,10 +378,10 @@ def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
 
 def section(runs: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     """What the page says about a suite: its tables, each below its title."""
-    sampled = runs.assign(before=runs["sampled_before"], after=runs["sampled_after"]).dropna(subset="after")
+    ways = evaluated(runs)
     names = [method for method in methods.METHODS if method in set(runs["method"])]
     every = list(dict.fromkeys([*methods.METHODS, *ASKED, *HEAT_MAP]))
-    parts, ways = [], {"deterministic": runs, "sampled": sampled}
+    parts = []
     for way, its in ways.items():
         if its["method"].isin(names).any():
             parts += [f"### Success, {way}", table(its, names)]
@@ -283,7 +389,9 @@ def section(runs: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     for way, its in ways.items():
         if its["method"].isin([pair[0] for pair in PAIRS]).any():
             parts += [f"### In pairs, {way}", pairs_table(with_twins(its))]
-    return parts
+    if claims := claims_table(ways):
+        parts += ["### What papers claim", claims]
+    return [*parts, "### How they were made", made(runs, every)]
 
 
 def write_page(suites: dict[str, Path], figures: dict[str, Path], page: Path) -> str:

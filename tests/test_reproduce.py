@@ -25,7 +25,8 @@ from vla_envs import perturbations  # noqa: E402
 def line(method, task_id, seed, after, before=10):
     return {"method": method, "task_id": task_id, "seed": seed, "before": before, "after": after,
             "sampled_before": before - 2, "sampled_after": after - 3,
-            "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc"}  # fmt: skip
+            "trials": 50, "env_steps": 100, "episodes": 8, "wall_s": 60, "commit": "abc",
+            "machine": "a laptop"}  # fmt: skip
 
 
 def table_of(text):
@@ -72,9 +73,11 @@ def test_how_soon():
 
     points = curve(1, 0.2, 0.85, 0.7, 0.95, 1.0) + curve(2, 0.2, 0.5, 0.8, 0.8, 0.8)
     steps = ["38 (25 to 50)", "0.4 (0.2 to 0.5)", "75, 1 of 2 runs", "0.8, 1 of 2 runs"]
-    assert row([line("GRPO", 4, seed, 50) for seed in (1, 2)], points) == ["4", "1 2", *steps, "abc"]
+    assert row([line("GRPO", 4, seed, 50) for seed in (1, 2)], points) == ["4", "1 2", *steps]
     low = row([line("GRPO", 4, 1, 10)], curve(1, 0.2, 0.2))
-    assert low == ["4", "1", *["not reached"] * 4, "abc"]
+    assert low == ["4", "1", *["not reached"] * 4]
+    cloned = [line("PPO", 4, 1, 50) | {"env_steps": 0}]  # cloning takes no control steps
+    assert row([*cloned, line("GRPO", 4, 1, 10)], curve(1, 0.2, 0.2)) == low
 
 
 def test_the_pairs():
@@ -94,6 +97,53 @@ def test_the_pairs():
     assert (row["task 0"], row["task 7"]) == ("+0 (2)", "+20 (1)")
     assert row["all"].startswith("+6.7 (") and row["pairs"] == "3"
     assert list(rows[f"{papers} against TGRPO"].values()) == ["", "+10 (1)", "+10.0", "1"]
+
+
+def test_claims():
+    """Of pairs that win by 2 to 7 points; of pairs that lose; of few pairs; of one that is not run."""
+    lines = [line("TGRPO", 0, seed, 40) for seed in range(1, 7)]
+    lines += [line("SFT", 0, seed, 40 - (seed + 1) // 2) for seed in range(1, 7)]
+    lines += [line("PPO", 0, seed, 41 + seed % 2) for seed in range(1, 7)]
+    lines += [line("GRAPE", 0, seed, 30) for seed in range(1, 6)]
+    runs = pd.DataFrame(lines)
+    head, _, *rows = (
+        results_page.claims_table(results_page.evaluated(runs)).strip().split("\n\n")[0].split("\n")
+    )
+    assert "theirs | ours, deterministic | ours, sampled" in head
+    cells = {row.split(" | ")[1]: row.split(" | ")[3:] for row in rows}
+    assert list(cells) == ["SFT", "PPO", "GRAPE", "GRPO"][: len(cells)] and len(cells) == 3
+    assert cells["SFT"][0] == "+4.6" and cells["SFT"][1].startswith("+4.0 (+2.7 to +5.3), 6 pairs: holds")
+    assert "-3.0 (" in cells["PPO"][1] and cells["PPO"][2].endswith("6 pairs: does not hold |")
+    assert cells["GRAPE"][1] == "+20.0 (+20.0 to +20.0), 5 pairs: cannot tell"
+    tied = runs.assign(after=[*range(6), *range(5, -1, -1), *runs["after"][12:]])
+    assert results_page.verdict(results_page.gains_of(tied, "TGRPO", "SFT")) == "cannot tell"
+    assert results_page.claims_table(results_page.evaluated(runs[:6])) == ""
+
+
+def test_every_number_has_its_command_commit_and_machine():
+    lines = [line("SFT", 4, 1, 30), line("SFT", 4, 2, 30) | {"commit": "def", "machine": None}]
+    rows = table_of(results_page.made(pd.DataFrame(lines), ["GRPO", "SFT"]))
+    command = "`python sft_vla.py --demos demos`"
+    assert rows == {"SFT": {"command": command, "runs": "2", "commits": "abc def",
+                            "machines": "a laptop; not recorded"}}  # fmt: skip
+    its = methods.METHODS | methods.ASKED | methods.HEAT_MAP
+    assert {claim.method for claim in methods.CLAIMS} | {claim.other for claim in methods.CLAIMS} <= set(its)
+
+
+def test_how_much_of_a_run_is_done(tmp_path, monkeypatch):
+    """By its control steps; weighed by what the method's runs, or else all, took before."""
+    args = reproduce.Args(out=tmp_path, total_env_steps=200)
+    folder = tmp_path / "grpo__4__1"
+    assert reproduce.share_done(folder, args) == 0
+    (folder / "checkpoints" / "latest").mkdir(parents=True)
+    (folder / "checkpoints" / "latest" / "counters.json").write_text('{"env_steps": 50}')
+    assert reproduce.share_done(folder, args) == 0.25
+    (folder / "result.json").touch()
+    assert reproduce.share_done(folder, args) == 1
+    runs = pd.DataFrame([line("GRPO", 4, seed, 9) | {"wall_s": 60 * seed} for seed in (1, 3, 5)])
+    runs = pd.concat([runs, pd.DataFrame([line("SFT", 4, 1, 9) | {"wall_s": 30}])])
+    minutes = [reproduce.minutes_of(method, runs) for method in ("GRPO", "SFT", "PPO")]
+    assert minutes == [3, 0.5, 2] and reproduce.minutes_of("PPO", runs[:0]) == reproduce.MINUTES
 
 
 def test_ablations_are_cells_of_the_heat_map():
