@@ -23,8 +23,8 @@ What filtered cloning leaves open, and what is not known of iRe-VLA, whose code 
     iterations of it come before an imitation is not known; here it is one, on the same episodes.
  4. Every group has a placement of its own, drawn from LIBERO's regions; evaluation is on the 50 recorded init
     states, which training never sees.
- 5. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
-    falls linearly to 0.
+ 5. An update stops early when it has moved the policy by --target-kl, except for an imitation of --stages,
+    whose episodes earlier policies have played; the learning rate is warmed up, then falls linearly to 0.
 
     python rft_vla.py --task-id 4
     python rft_vla.py --task-id 4 --stages --demos demos
@@ -249,6 +249,10 @@ def update(
     ``imitate``: what was decided becomes likelier; else by its advantage, and only the head is trained.
     """
     clip_low, clip_high = args.clip_low, args.clip_high
+    own = not (imitate and args.stages)  # played by the policy that is updated; else by earlier ones too
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(imitate or parameter in set(policy.head.parameters()))
     meter, optimizer_steps = runs.Meter(), 0
     for mb_inds in minibatches:
         optimizer.zero_grad()
@@ -261,20 +265,20 @@ def update(
             loss = imitation_loss(newlogprob, weights) if imitate else pg_loss
             (loss * share).backward()
             measured["logprob"] = (weights / weights.sum() * newlogprob.mean(dim=1)).sum()
-            meter.add(share, loss=loss, policy_loss=loss, entropy=entropy.mean(), **measured)
+            told = {name: value for name, value in measured.items() if own or name == "logprob"}
+            meter.add(share, loss=loss, policy_loss=loss, entropy=entropy.mean(), **told)
         if demos:
             loss = demos_loss(policy, demos, args)
             loss.backward()
             meter.add(1.0, demos_loss=loss)
-        if not imitate:
-            for parameter in set(policy.parameters()) - set(policy.head.parameters()):
-                parameter.grad = None  # frozen in this stage
         norms = distributed.clip_gradients(optimizer, args.max_grad_norm)
         figures = meter.end_minibatch(*norms)  # of all processes; refuses what is not finite
-        if figures["approx_kl"] > args.target_kl:
+        if own and figures["approx_kl"] > args.target_kl:
             break  # before the step that would go further
         optimizer.step()
         optimizer_steps += 1
+    for parameter in trained:
+        parameter.requires_grad_(True)
     meter.end_update(policy, b["instructions"])
     return meter.means() | b["measured"] | {"optimizer_steps": optimizer_steps}
 
@@ -332,21 +336,19 @@ if __name__ == "__main__":
         policy.train()
         warm = iteration / args.warmup_iterations
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(run.left, warm)
-        of_head: dict[str, float] = {}
+        of_head: dict[str, Any] = {}
         if args.stages:
             advantages = group_advantages(batch["rewards"].sum(dim=0), args.group_size)  # (N,)
             b = samples_of(policy, batch, advantages.expand_as(batch["rewards"]), args)
             with run.iteration_errors():
                 of_head = update(policy, optimizer, b, batches.minibatches(b, args), args, imitate=False)
         won = batch | {"alive": batch["alive"] & batch["success"]}  # only what led to a success
-        if args.stages:
-            won = successes.exchange(batch, iteration)  # as many of all that there have been
+        won = successes.exchange(batch, iteration) if args.stages else won  # as many of all so far
         b = samples_of(policy, won, torch.zeros_like(batch["rewards"]), args)
         minibatches = batches.minibatches(b, args)
         with run.iteration_errors():
             losses = update(policy, optimizer, b, minibatches, args, demos=demos)
 
-        scalars = {f"head/{name}": value for name, value in of_head.items()}
-        run.log(losses, {"group/kept_frac": batch["success"]} | scalars)
+        run.log(losses, {"group/kept_frac": batch["success"], **{f"head/{k}": of_head[k] for k in of_head}})
         del batch, won, b  # so that images of two rollouts are never held at once
     run.finish()  # the trained policy, result.json, how it went
