@@ -63,27 +63,34 @@ FIGURES = {
     "Imitation": ("loss", {"losses/nll": "training", "losses/held_out_nll": "held out"}),
 }
 STYLE = """
+:root { color-scheme: light dark; --text: #222; --page: #fff; --grey: #666; --line: #ddd; --code: #f6f6f6; }
 * { box-sizing: border-box; }
-body { font: 15px/1.4 system-ui, sans-serif; color: #222; }
+body { font: 15px/1.4 system-ui, sans-serif; color: var(--text); background: var(--page); }
 body { max-width: 1200px; margin: 1.5rem auto; padding: 0 1rem; }
 h1 { margin: 0; } h2 { margin: 2.5rem 0 .6rem; font-size: 1.15rem; overflow-wrap: anywhere; }
 a { color: inherit; }
-small { display: block; color: #666; font-size: .8rem; font-weight: normal; white-space: nowrap; }
+small { display: block; color: var(--grey); font-size: .8rem; font-weight: normal; white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; margin-bottom: 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .5rem; text-align: left; vertical-align: top; white-space: nowrap; }
-th { font-size: .8rem; color: #666; } tr { border-bottom: 1px solid #ddd; }
+th { font-size: .8rem; color: var(--grey); } tr { border-bottom: 1px solid var(--line); }
 [data-name=deterministic] { font-weight: 600; }
 .run, .run small { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 .one { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-figure { margin: 0; } svg, video { width: 100%; height: auto; } figcaption { color: #666; font-size: .8rem; }
+figure { margin: 0; } svg, video { width: 100%; height: auto; }
+figcaption { color: var(--grey); font-size: .8rem; }
 i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; font-size: .8rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--code); }
+pre { padding: .6rem; font-size: .8rem; }
 details pre { columns: 20rem; } summary { cursor: pointer; }
 @media (max-width: 900px) {
   th { display: none; } tr { display: flex; flex-wrap: wrap; padding: .4rem 0; } td { padding: .1rem .5rem; }
   .run { flex-basis: 100%; max-width: 100%; }
-  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: #666; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--grey); }
+}
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #1a1a1a; --grey: #999; --line: #444; --code: #262626; }
+  svg { filter: invert(.9) hue-rotate(180deg); }
 }
 """
 
@@ -255,14 +262,14 @@ def line_figure(title: str, runs: list[Run]) -> str:
 
 
 def stack_figure(title: str, y: str, parts: dict[str, NDArray[np.float64]], run: Run) -> str:
-    """A run's ``parts`` by name, each steps and values (2, n), stacked, as HTML; empty without parts."""
+    """A run's ``parts`` by name, each steps and values (2, n), stacked; empty with fewer than two steps."""
     import matplotlib
     from matplotlib.patches import Patch
 
-    if not parts:
+    steps = np.unique(np.concatenate([np.empty(0), *(series[0] for series in parts.values())]))
+    if len(steps) < 2:  # an area needs two
         return ""
     figure, axis = _figure(title, steps_of([run]), y)
-    steps = np.unique(np.concatenate([series[0] for series in parts.values()]))
     heights = np.zeros((len(parts), len(steps)))  # 0 where a part was not logged
     for height, series in zip(heights, parts.values()):
         height[np.searchsorted(steps, series[0])] = series[1]
