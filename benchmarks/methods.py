@@ -21,6 +21,7 @@ METHODS = {
     "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
     "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
 }
+ONE = ", one policy"  # ends the name of a method whose run trains one policy for all tasks
 #: Lines of grpo_vla.py, and what stands there in a copy of the script that is run in its place.
 VARIANTS = {
     "GRPO without the std": (
@@ -67,6 +68,8 @@ PAIRS = (  # of methods, on the same tasks and seeds
     *((method, "TGRPO") for method in ASKED if method not in {*VARIANTS, *QUESTIONS["flow"]}),
     *((method, "GRPO") for method in ("GRPO --credit stage", *VARIANTS)),
     ("ConRFT", "TGRPO --policy flow"),
+    *((method + ONE, method) for method in METHODS),
+    *((method + ONE, "TGRPO" + ONE) for method in METHODS if method != "TGRPO"),
     ("TGRPO --preset paper --learning-rate 1e-4", "TGRPO --learning-rate 1e-4"),
 )
 TWINS = {  # the same runs under two names

@@ -4,6 +4,7 @@ Runs that are in --results are not made again, and an interrupted run goes on, s
 
     python benchmarks/reproduce.py --task-ids 4                      # one task: two hours on two cores
     python benchmarks/reproduce.py                                   # everything: nearly a day
+    python benchmarks/reproduce.py --one-policy --methods GRPO TGRPO # one policy for the ten tasks
     python benchmarks/reproduce.py --heat-map 4 --seeds 1            # alpha1 against alpha2 on task 4
     python benchmarks/reproduce.py --questions --task-ids 0 2 4 7    # what the paper leaves open, in pairs
     python benchmarks/reproduce.py --no-run                          # docs/results.md from the runs so far
@@ -26,8 +27,8 @@ import methods
 import pandas as pd
 import results_page
 import torch
-from methods import ASKED, HEAT_MAP, PAPERS, TWINS
-from results_page import CURVES, NUMBERS, POINT, RUN, WHICH, read_csv, with_twins, write_csv
+from methods import ASKED, HEAT_MAP, ONE, PAPERS, TWINS
+from results_page import CURVES, NUMBERS, POINT, RUN, SUCCESS, WHICH, read_csv, with_twins, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -44,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 from tgrpo_vla import PAPER_ALPHAS  # noqa: E402
 
 MINUTES = 12.0  # per run, as long as nothing was measured
+ALL = "all"  # in place of a task: the run is of all tasks that are asked for
 POLL_S = 10.0  # how often the bar looks how far the runs are
 DEMOS, DEMONSTRATIONS = "{demos}", 25  # what stands for their folder, and how many there are
 RECORDING = threading.Lock()  # of one task's at a time
@@ -60,7 +62,7 @@ class Args:
     max_episode_steps: int | None = None
     """Control steps until an episode ends without success [the scripts']"""
     total_env_steps: int = 120_000
-    """Control steps of training, the same for all"""
+    """Control steps of training, the same for all; with --one-policy half as many for each task"""
     results: Path | None = None
     """Folder of runs.csv and curves.csv; a new one makes every run again, and has results.md and its figures
     [benchmarks/results/<suite>; the page of all suites is docs/results.md]"""
@@ -72,6 +74,8 @@ class Args:
     """Tasks of the suite"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds"""
+    one_policy: bool = False
+    """One policy for all of --task-ids together, instead of one for each"""
     questions: bool = False
     """Instead of Table 1: what the paper leaves open, each answer beside what it is compared with"""
     heat_map: int | None = None
@@ -91,8 +95,8 @@ def fill_in_folders(args: Args) -> Args:
     return dataclasses.replace(args, results=args.results or RESULTS / args.suite, out=args.out or out)
 
 
-def folder_of(method: str, task_id: int, seed: int, args: Args) -> Path:
-    """Where a run is."""
+def folder_of(method: str, task_id: int | str, seed: int, args: Args) -> Path:
+    """Where a run is, of a task or of ``ALL``."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
     return args.out / f"{name}__{task_id}__{seed}"
 
@@ -114,14 +118,19 @@ def machine() -> str:
     return f"{(models or [platform.machine()])[0]}, {units}, {available_cores()} cores"
 
 
-def play(method: str, task_id: int, seed: int, args: Args) -> None:
+def steps_of(task_id: int | str, args: Args) -> int:
+    """Control steps of a run's training."""
+    return args.total_env_steps // 2 * len(args.task_ids) if task_id == ALL else args.total_env_steps
+
+
+def play(method: str, task_id: int | str, seed: int, args: Args) -> None:
     """Make a run, or go on with one that was interrupted.
 
     Raises:
         RuntimeError: When it fails, with the last line of its log.
     """
-    script, *flags = (methods.METHODS | ASKED | HEAT_MAP)[method]
-    if method == PAPERS:
+    script, *flags = (methods.METHODS | ASKED | HEAT_MAP)[method.removesuffix(ONE)]
+    if method == PAPERS and not isinstance(task_id, str):
         alpha1, alpha2 = PAPER_ALPHAS[task_id]
         flags = ["--alpha1", alpha1, "--alpha2", alpha2]
     start = ["--checkpoint", args.checkpoint] if args.checkpoint else []
@@ -130,17 +139,18 @@ def play(method: str, task_id: int, seed: int, args: Args) -> None:
     if script == "sft_vla.py":  # plays nothing, and without a checkpoint begins with random weights
         start = start if args.checkpoint else ["--checkpoint", SHIPPED["nano"]]
     else:
-        start += ["--total-env-steps", args.total_env_steps]
+        start += ["--total-env-steps", steps_of(task_id, args)]
     if DEMOS in flags:
         flags[flags.index(DEMOS)] = demonstrations(task_id, args)
-    words = ["--task-id", task_id, "--seed", seed, "--suite", args.suite, *start, *flags]
+    tasks = ["--task-ids", *args.task_ids] if task_id == ALL else ["--task-id", task_id]
+    words = [*tasks, "--seed", seed, "--suite", args.suite, *start, *flags]
     name, folder = f"{method}, task {task_id}, seed {seed}", folder_of(method, task_id, seed, args)
     script = variant(method, folder) if method in methods.VARIANTS else script
     run_script(name, folder, script, words, args.jobs)
 
 
-def demonstrations(task_id: int, args: Args) -> Path:
-    """The folder of the demonstrations of a task, recorded where there are none.
+def demonstrations(task_id: int | str, args: Args) -> Path:
+    """The folder of the demonstrations of a task, or of ``ALL``, recorded where there are none.
 
     Raises:
         RuntimeError: When they cannot be recorded, with the expert's last line.
@@ -149,7 +159,8 @@ def demonstrations(task_id: int, args: Args) -> Path:
     with RECORDING:
         if not any(folder.glob("*.hdf5")):  # an interrupted recording leaves none
             recorder = [sys.executable, "-m", "vla_envs.experts", "--out", folder, "--suite", args.suite]
-            recorder += ["--task-ids", task_id, "--episodes", DEMONSTRATIONS]
+            tasks = args.task_ids if task_id == ALL else (task_id,)
+            recorder += ["--task-ids", *tasks, "--episodes", DEMONSTRATIONS]
             done = subprocess.run(list(map(str, recorder)), capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(" ".join(done.stderr.strip().splitlines()[-1:]))
@@ -200,29 +211,36 @@ def run_script(name: str, folder: Path, script: str | Path, words: list[Any], jo
         raise RuntimeError(f"{name}: {' '.join(last)} (all of it in {log})")
 
 
-def read_run(method: str, task_id: int, seed: int, args: Args) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A finished run's row of ``runs.csv`` and its rows of ``curves.csv``."""
+def read_run(method: str, task_id: int | str, seed: int, args: Args) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A finished run's rows of ``runs.csv``, one for each of its tasks, and its rows of ``curves.csv``."""
     folder = folder_of(method, task_id, seed, args)
     result = json.loads((folder / "result.json").read_text())
     if "success_after" not in result:  # SFT's, which are only of its end
         result |= {f"{way}_after": result[way] for way in ("success", "sampled")}
     names = {"before": "success_before", "after": "success_after"}
     names |= {name: name for name in ("sampled_before", "sampled_after")}
-    row = dict(zip(WHICH, (method, task_id, seed))) | {
-        **{column: result.get(name, {}).get("successes") for column, name in names.items()},
-        "trials": result["success_after"]["trials"], "env_steps": result.get("env_steps", 0),
-        "episodes": result.get("episodes", 0), "wall_s": round(result["wall_s"]),
-        "commit": folder.with_suffix(".commit").read_text(), "machine": machine(),
-    }  # fmt: skip
     events = EventAccumulator(str(folder)).Reload()
-    tags = CURVES if result.get("env_steps") else ()  # SFT's are by optimiser steps
-    points = [
-        (method, task_id, seed, tag, event.step, round(event.value, 4))
-        for tag in tags
-        for event in (events.Scalars(tag) if tag in events.Tags()["scalars"] else [])
-    ]
-    run = pd.DataFrame([row], columns=RUN).astype(dict.fromkeys(NUMBERS, "Int64"))
-    return run, pd.DataFrame(points, columns=POINT)
+    rows, points = [], []
+    for task in args.task_ids if task_id == ALL else (task_id,):
+        its = {name: value for name, value in result.items() if name in names.values()}
+        tags = {tag: tag for tag in CURVES}
+        if task_id == ALL:
+            its = {name: value["tasks"][str(task)] for name, value in its.items()}
+            tags = {SUCCESS: f"{SUCCESS}_task_{task}"}  # the others are not of a task
+        rows.append(dict(zip(WHICH, (method, task, seed))) | {
+            **{column: its.get(name, {}).get("successes") for column, name in names.items()},
+            "trials": its["success_after"]["trials"], "env_steps": result.get("env_steps", 0),
+            "episodes": result.get("episodes", 0), "wall_s": round(result["wall_s"]),
+            "commit": folder.with_suffix(".commit").read_text(), "machine": machine(),
+        })  # fmt: skip
+        points += [
+            (method, task, seed, tag, event.step, round(event.value, 4))
+            for tag, name in tags.items()
+            if result.get("env_steps") and name in events.Tags()["scalars"]  # SFT's are by optimiser steps
+            for event in events.Scalars(name)
+        ]
+    runs = pd.DataFrame(rows, columns=RUN).astype(dict.fromkeys(NUMBERS, "Int64"))
+    return runs, pd.DataFrame(points, columns=POINT)
 
 
 # ---- All of them -------------------------------------------------------------------------------------
@@ -264,14 +282,19 @@ def validate(args: Args) -> None:
     task_ids = args.task_ids if args.heat_map is None else (args.heat_map,)
     if unknown_tasks := set(task_ids) - set(range(10)):
         raise ValueError(f"task_ids {sorted(unknown_tasks)} are unknown; expected some of 0 to 9")
+    if args.one_policy and (args.questions or args.heat_map is not None or PAPERS in args.methods):
+        raise ValueError(
+            "one_policy is of all tasks with the same flags; expected neither --questions nor --heat-map nor"
+            f" the method {PAPERS!r}"
+        )
     if args.heat_map is not None and (args.methods or args.questions or args.task_ids != Args.task_ids):
         raise ValueError(
             "heat_map is of all alphas on its task; expected neither --methods nor --questions nor --task-ids"
         )
 
 
-def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """Method, task and seed of the runs that are asked for and not ``known``."""
+def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int | str, int]]:
+    """Method, task (with --one-policy ``ALL``) and seed of the runs that are asked for and not ``known``."""
     task_ids = args.task_ids if args.heat_map is None else (args.heat_map,)
     names = args.methods or tuple(methods.METHODS)
     if args.heat_map is not None:
@@ -279,6 +302,9 @@ def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int, int]]:
     elif args.questions and not args.methods:
         names = ("TGRPO", *(x for x in ASKED if x != PAPERS or args.suite == "LiberoObject"))
     made = set(with_twins(known)[WHICH].itertuples(index=False, name=None))
+    if args.one_policy:
+        return [(name + ONE, ALL, seed) for seed in args.seeds for name in names
+                if not {(name + ONE, task_id, seed) for task_id in task_ids} <= made]  # fmt: skip
     # On some tasks the paper's alphas are the default.
     defaults = [k for k, its in enumerate(PAPER_ALPHAS) if its == (0.3, 0.7)]
     made |= {(PAPERS, k, seed) for k in defaults for seed in args.seeds}
@@ -291,36 +317,40 @@ def added(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([part for part in (frame, rows) if len(part)] or [rows])
 
 
-def minutes_of(method: str, runs: pd.DataFrame) -> float:
+def minutes_of(method: str, runs: pd.DataFrame, args: Args) -> float:
     """How long a run of ``method`` takes: the median of its ``runs``, or of all where it has none."""
-    its = runs[runs["method"] == method] if method in set(runs["method"]) else runs
+    known = set(runs["method"])
+    if method.endswith(ONE) and method not in known:
+        return minutes_of(method.removesuffix(ONE), runs, args) * len(args.task_ids) / 2
+    its = runs[runs["method"] == method] if method in known else runs
     return float(its["wall_s"].median()) / 60 if len(its) else MINUTES
 
 
-def share_done(folder: Path, args: Args) -> float:
-    """How much of a run is done, from 0 to 1; SFT's, which counts no control steps, is all or nothing."""
+def share_done(folder: Path, steps: int) -> float:
+    """How much of a run of ``steps`` control steps is done; SFT's, which counts none, is all or nothing."""
     if (folder / "result.json").is_file():
         return 1.0
     try:
         counters = json.loads((folder / "checkpoints" / "latest" / "counters.json").read_text())
     except FileNotFoundError:  # not begun, or just being replaced
         return 0.0
-    return min(1.0, counters["env_steps"] / args.total_env_steps)
+    return min(1.0, counters["env_steps"] / steps)
 
 
 def finished_runs(
-    wanted: list[tuple[str, int, int]], args: Args, runs: pd.DataFrame
+    wanted: list[tuple[str, int | str, int]], args: Args, runs: pd.DataFrame
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
     """Make the runs ``wanted``; what ``read_run`` says of each, as they are finished.
 
     A bar says how long the rest takes: from how far all runs are, weighed by what such ``runs`` took before.
     """
-    minutes = {each: minutes_of(each[0], runs) for each in wanted}
+    minutes = {each: minutes_of(each[0], runs, args) for each in wanted}
     hours = sum(minutes.values()) / args.jobs / 60
     print(f"{len(wanted)} runs, {args.jobs} side by side: about {hours:.1f} h if they take what others took")
 
     def done() -> float:
-        return sum(share_done(folder_of(*each, args), args) * minutes[each] for each in wanted)
+        shares = {each: share_done(folder_of(*each, args), steps_of(each[1], args)) for each in wanted}
+        return sum(shares[each] * minutes[each] for each in wanted)
 
     form = "runs: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with (

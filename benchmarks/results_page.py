@@ -9,7 +9,7 @@ import matplotlib
 import methods
 import numpy as np
 import pandas as pd
-from methods import ALPHAS1, ALPHAS2, ASKED, HEAT_MAP, PAIRS, QUESTIONS, TWINS
+from methods import ALPHAS1, ALPHAS2, ASKED, HEAT_MAP, ONE, PAIRS, QUESTIONS, TWINS
 from scipy.stats import bootstrap, trim_mean
 
 from vla_envs.files import whole
@@ -19,8 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 START = "SFT, the start"
+SUCCESS = "charts/success_rate"
 CURVES = {
-    "charts/success_rate": "success on the recorded init states",
+    SUCCESS: "success on the recorded init states",
     "group/success_mean": "success of the training episodes, sampled",
     "losses/logprob": "mean log-probability of a token (nats)",
     "losses/entropy": "mean entropy of a token (nats)",
@@ -171,7 +172,7 @@ def reached(runs: pd.DataFrame, points: pd.DataFrame, names: list[str]) -> str:
         few = "" if len(there) == len(values) else f", {len(there)} of {len(values)} runs"
         return (middle if low == high else f"{middle} ({low} to {high})") + few
 
-    curves = points[points["tag"] == "charts/success_rate"]
+    curves = points[points["tag"] == SUCCESS]
     rows = []
     for share in REACHED:
         first = curves[curves["value"] >= share].groupby(WHICH)["env_steps"].min().rename(f"steps {share}")
@@ -196,7 +197,8 @@ def made(runs: pd.DataFrame, names: list[str]) -> str:
         its = runs[runs["method"] == method]
         if its.empty:
             continue
-        words = " ".join(["python", *commands[method]]).replace("{demos}", "demos")
+        words = " ".join(["python", *commands[method.removesuffix(ONE)]]).replace("{demos}", "demos")
+        words += " (with --task-ids)" * method.endswith(ONE)
         words += " (with its line)" * (method in methods.VARIANTS)
         words += " (with the task's alphas)" * (method == methods.PAPERS)
         machines = its["machine"].fillna("not recorded").unique()
@@ -379,8 +381,9 @@ def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
 def section(runs: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     """What the page says about a suite: its tables, each below its title."""
     ways = evaluated(runs)
-    names = [method for method in methods.METHODS if method in set(runs["method"])]
-    every = list(dict.fromkeys([*methods.METHODS, *ASKED, *HEAT_MAP]))
+    one = [method + ONE for method in methods.METHODS]
+    names = [method for method in [*methods.METHODS, *one] if method in set(runs["method"])]
+    every = list(dict.fromkeys([*methods.METHODS, *one, *ASKED, *HEAT_MAP]))
     parts = []
     for way, its in ways.items():
         if its["method"].isin(names).any():

@@ -132,18 +132,19 @@ def test_every_number_has_its_command_commit_and_machine():
 
 def test_how_much_of_a_run_is_done(tmp_path, monkeypatch):
     """By its control steps; weighed by what the method's runs, or else all, took before."""
-    args = reproduce.Args(out=tmp_path, total_env_steps=200)
     folder = tmp_path / "grpo__4__1"
-    assert reproduce.share_done(folder, args) == 0
+    assert reproduce.share_done(folder, 200) == 0
     (folder / "checkpoints" / "latest").mkdir(parents=True)
     (folder / "checkpoints" / "latest" / "counters.json").write_text('{"env_steps": 50}')
-    assert reproduce.share_done(folder, args) == 0.25
+    assert reproduce.share_done(folder, 200) == 0.25
     (folder / "result.json").touch()
-    assert reproduce.share_done(folder, args) == 1
+    assert reproduce.share_done(folder, 200) == 1
     runs = pd.DataFrame([line("GRPO", 4, seed, 9) | {"wall_s": 60 * seed} for seed in (1, 3, 5)])
     runs = pd.concat([runs, pd.DataFrame([line("SFT", 4, 1, 9) | {"wall_s": 30}])])
-    minutes = [reproduce.minutes_of(method, runs) for method in ("GRPO", "SFT", "PPO")]
-    assert minutes == [3, 0.5, 2] and reproduce.minutes_of("PPO", runs[:0]) == reproduce.MINUTES
+    args = reproduce.Args(task_ids=(0, 1, 2))
+    names = ("GRPO", "SFT", "PPO", "GRPO, one policy")
+    minutes = [reproduce.minutes_of(method, runs, args) for method in names]
+    assert minutes == [3, 0.5, 2, 4.5] and reproduce.minutes_of("PPO", runs[:0], args) == reproduce.MINUTES
 
 
 def test_ablations_are_cells_of_the_heat_map():
@@ -390,6 +391,32 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys
     reproduce.main(args)
     assert (args.results / "runs.csv").read_bytes() == before
     assert "nothing to run" in capsys.readouterr().out
+
+
+def test_one_policy_for_several_tasks(tmp_path, monkeypatch, capsys):
+    """One run, with a row and a curve for each of its tasks; not made again, but for another task."""
+    tiny = ("--num-groups 2 --group-size 2 --eval-episodes 2 --max-episode-steps 8 --num-iterations 1"
+            " --minibatch-size 2 --eval-every 0").split()  # fmt: skip
+    monkeypatch.setattr(methods, "METHODS", {"TGRPO": ["tgrpo_vla.py", *tiny]})
+    args = reproduce.Args(
+        results=tmp_path / "results", methods=("TGRPO",), task_ids=(4, 7), seeds=(3,), jobs=1,
+        total_env_steps=2, one_policy=True,
+    )  # fmt: skip
+    reproduce.main(args)
+    assert "1 runs, 1 side by side" in capsys.readouterr().out
+    rows = reproduce.read_csv(args.results / "runs.csv", []).to_dict("records")
+    assert [(row["method"], row["task_id"], row["trials"]) for row in rows] == [
+        ("TGRPO, one policy", task_id, 2) for task_id in (4, 7)]  # fmt: skip
+    curves = reproduce.read_csv(args.results / "curves.csv", [])
+    assert list(zip(curves["task_id"], curves["tag"])) == [(k, results_page.SUCCESS) for k in (4, 4, 7, 7)]
+    assert "`python tgrpo_vla.py --num-groups 2" in (args.results / "results.md").read_text()
+    known = reproduce.read_csv(args.results / "runs.csv", [])
+    assert reproduce.missing(args, known) == []
+    args = reproduce.dataclasses.replace(args, task_ids=(4, 7, 9))
+    assert reproduce.missing(args, known) == [("TGRPO, one policy", "all", 3)]
+    assert reproduce.steps_of("all", reproduce.Args(task_ids=(4, 7, 9))) == 180_000
+    with pytest.raises(ValueError, match="one_policy is of all tasks with the same flags"):
+        reproduce.main(reproduce.dataclasses.replace(args, heat_map=4, methods=()))
 
 
 def test_other_results_have_runs_of_their_own(tmp_path):
