@@ -106,11 +106,11 @@ def test_keys_and_values_of_the_prefix_are_theirs(policy, expected):
     tokens, there = expected["tokens"], expected["token_mask"]
     close(policy.model.see(images), expected["image_embeds"])
     close(policy.model.embed(images, masks, tokens, there)[0], expected["prefix_embeds"])
-    keys, values, mask = policy.model.read(images, masks, tokens, there)
-    assert torch.equal(mask, expected["attention_mask"].bool())
-    seen = mask[:, None, None, :, None]  # (B, 1, 1, P, 1)
-    close(torch.stack(keys, dim=1) * seen, expected["prefix_keys"] * seen)
-    close(torch.stack(values, dim=1) * seen, expected["prefix_values"] * seen)
+    read = policy.model.read(images, masks, tokens, there)
+    assert torch.equal(read.mask, expected["attention_mask"].bool())
+    seen = read.mask[:, None, None, :, None]  # (B, 1, 1, P, 1)
+    close(torch.stack(read.keys, dim=1) * seen, expected["prefix_keys"] * seen)
+    close(torch.stack(read.values, dim=1) * seen, expected["prefix_values"] * seen)
 
 
 @torch.no_grad()

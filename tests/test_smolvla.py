@@ -101,16 +101,23 @@ def test_the_prefix_is_lerobots(reference):
     names = ("images", "image_masks", "tokens", "token_mask", "state")
     inputs = [figures[name] for name in names]
     close(policy.model.see(inputs[0]), figures["image_embeds"])
-    *parts, mask = policy.model.embed(*inputs)
-    assert torch.equal(mask, figures["prefix_pad_mask"])
-    close(torch.cat(parts, dim=1)[mask], figures["prefix_embeds"][mask])
-    read = policy.model.read(*inputs)
-    for mine, name in ((read.keys, "prefix_keys"), (read.values, "prefix_values")):
-        mine, theirs = (each.transpose(2, 3)[mask[:, None].expand(-1, len(mine), -1)] for each in (
-            torch.stack(mine, dim=1), figures[name],
-        ))  # fmt: skip
-        close(mine, theirs)
-    close(read.hidden, figures["prefix_hidden"][:, -1])
+    embedded, mask = policy.model.embed(*inputs[:4])
+    state = policy.model.state_proj(figures["state"]).unsqueeze(1)
+    theirs = figures["prefix_pad_mask"]
+    assert torch.equal(mask, theirs[:, :-1]) and theirs[:, -1].all()
+    close(torch.cat([embedded, state], dim=1)[theirs], figures["prefix_embeds"][theirs])
+    seen = policy.model.read(*inputs[:4])
+    prefix = policy.model.with_state(seen, figures["state"])
+    own = slice(None, None, policy.model.config.self_attention_every)  # the expert projects the others
+
+    def compare(mine, theirs, mask):
+        where = mask[:, None].expand(-1, theirs.shape[1], -1)
+        close(torch.stack(mine, dim=1).transpose(2, 3)[where], theirs.transpose(2, 3)[where])
+
+    for name in ("keys", "values"):
+        compare(getattr(seen, name), figures[f"prefix_{name}"][..., :-1, :], mask)
+        compare(getattr(prefix, name)[own], figures[f"prefix_{name}"][:, own], theirs)
+    close(prefix.hidden, figures["prefix_hidden"][:, -1])
 
 
 @torch.no_grad()

@@ -96,3 +96,12 @@ def torchvision_misfit() -> str | None:
 def available_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """This process's share of the memory, in bytes: of the machine's, or its container's."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        most = min(most, int(text))
+    return most // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

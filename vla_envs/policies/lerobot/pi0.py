@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vla_envs.inputs import in_short
 from vla_envs.policies.lerobot.files import Published
-from vla_envs.policies.lerobot.smolvla import PERIODS, ActionNetwork, Prefix
+from vla_envs.policies.lerobot.smolvla import PERIODS, ActionNetwork, Prefix, Seen
 
 KEY_HEADS, VISION_HEADS = 1, 16  # of PaliGemma 3B, which no tensor's shape shows
 VLM = "paligemma_with_expert.paligemma.model"
@@ -284,29 +284,16 @@ class Pi0(ActionNetwork):
         """Keys and values of each layer, in the precision in which they are kept."""
         return [one.keys.to(self.dtype) for one in layers], [one.values.to(self.dtype) for one in layers]
 
-    def read(
-        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Keys and values (B, key heads, P - 1, size) of PaliGemma's layers, and the mask (B, P - 1)."""
+    def read(self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor) -> Seen:
+        """What PaliGemma reads; see ``prefix``."""
         x, mask = self.embed(images, image_masks, tokens, token_mask)
-        return *self._kept(self.attend(self.vlm["language_model"], x, mask, [], [])[1]), mask
+        return Seen(*self._kept(self.attend(self.vlm["language_model"], x, mask, [], [])[1]), mask)
 
-    def prefix(
-        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
-    ) -> Prefix:
-        """What the actions see of observations, computed once per decision.
-
-        Args:
-            images: (B, V, 3, S, S) in [-1, 1].
-            image_masks: (B, V) bool, False where there is no such camera.
-            tokens: (B, L), word numbers.
-            token_mask: (B, L) bool, False where there is padding.
-            state: (B, state_dim), normalised and padded with 0.
-        """
-        keys, values, mask = self.read(images, image_masks, tokens, token_mask)
+    def with_state(self, seen: Seen, state: Tensor) -> Prefix:
+        """The prefix of what was read and a state (B, state_dim), which the expert reads; see ``prefix``."""
         x = self.state_proj(state).unsqueeze(1)  # (B, 1, expert_width)
-        mask = torch.cat([mask, mask.new_ones(len(x), 1)], dim=1)
-        hidden, layers = self.attend(self.expert, x, mask, keys, values)
+        mask = torch.cat([seen.mask, seen.mask.new_ones(len(x), 1)], dim=1)
+        hidden, layers = self.attend(self.expert, x, mask, seen.keys, seen.values)
         return Prefix(*self._kept(layers), mask, hidden[:, 0])
 
     def denoise(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:

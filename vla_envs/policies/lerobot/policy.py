@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from vla_envs.files import write_json
 from vla_envs.inputs import in_short, nearest
+from vla_envs.machine import memory
 from vla_envs.policies.flow import densities, sde_step
 from vla_envs.policies.images import lerobot_pixels
 from vla_envs.policies.lerobot.files import ACTION_DIM, STATE_DIM, Published, read, weights_of
+from vla_envs.policies.lerobot.kept import Kept
 from vla_envs.policies.lerobot.smolvla import SmolVLA
 from vla_envs.policies.nano import draw
 from vla_envs.policies.published import make_room
@@ -40,6 +42,7 @@ NOISES = ("sde-one", "sde", "learned")
 EXECUTED = 10  # control steps per decision: of 50, as published, a policy is blind for too long
 LEARNED_STD = (0.08, 0.16)  # between which the learned standard deviation lies
 OWN, OWN_NOISE = "vla_envs.json", "noise.safetensors"  # what LeRobot's files have no place for
+KEPT = 4  # the part of the machine's memory that what was read may take: a fourth
 IMAGE_SIZE = 256  # pixels, of LIBERO's data sets in LeRobot's format
 
 
@@ -124,6 +127,8 @@ class LeRobotPolicy(nn.Module):
             self.noise_head = LearnedNoise(model.expert_width, model.config.action_dim)
         self._names = model.names()  # before LoRA gives it others
         self._words: dict[str, list[int]] = {}
+        self._kept = Kept(memory() // KEPT)
+        self.register_load_state_dict_post_hook(lambda module, _: module._kept.clear())
 
     @classmethod
     def load(
@@ -260,13 +265,33 @@ class LeRobotPolicy(nn.Module):
         tokens = nn.utils.rnn.pad_sequence(words, batch_first=True).to(device)  # (B, L)
         lengths = torch.tensor([len(row) for row in words], device=device)  # (B,)
         there = torch.arange(tokens.shape[1], device=device) < lengths.unsqueeze(1)  # (B, L)
-        state = self.state(torch.as_tensor(obs["state"], dtype=torch.float32).to(device))  # (B, 8)
         masks = torch.ones(len(words), len(pixels), dtype=torch.bool, device=device)  # (B, V)
-        return torch.stack(pixels, 1), masks, tokens, there, F.pad(state, (0, c.state_dim - STATE_DIM))
+        return torch.stack(pixels, 1), masks, tokens, there, self.states(obs)
 
-    def prefix(self, obs: dict[str, Any], instructions: list[str]) -> Any:
-        """The network's prefix of observations; where nothing in it is trained, no gradient is kept."""
-        return self.model.prefix(*self.prepare(obs, instructions))
+    def states(self, obs: dict[str, Any]) -> Tensor:
+        """States (B, state_dim), normalised and padded with 0."""
+        given = torch.as_tensor(obs["state"], dtype=torch.float32)  # (B, 8)
+        state = self.state(given.to(self.state.offset.device))
+        return F.pad(state, (0, self.model.config.state_dim - STATE_DIM))
+
+    def prefix(self, obs: dict[str, Any], instructions: list[str], playing: bool | None = None) -> Any:
+        """The network's prefix of observations.
+
+        Where the language model is frozen, what it reads while ``playing`` is kept, so that an update does
+        not read it again; ``None`` keeps and looks up nothing.
+        """
+        if playing is None or any(parameter.requires_grad for parameter in self.model.vlm.parameters()):
+            return self.model.prefix(*self.prepare(obs, instructions))
+        names = self._kept.names([obs[name] for name in self.cameras], instructions)
+        unknown = {name: i for i, name in enumerate(names) if name not in self._kept}  # each once
+        new: dict[bytes, Tensor] = {}
+        if unknown:
+            inds = list(unknown.values())
+            some = {name: torch.as_tensor(array)[inds] for name, array in obs.items()}
+            *inputs, _ = self.prepare(some, [instructions[i] for i in inds])
+            new = self._kept.add(list(unknown), self.model.read(*inputs), push=playing)
+        state = self.states(obs)
+        return self.model.with_state(self._kept.seen(names, new, state.device), state)
 
     # ---- The chain ----
 
@@ -334,7 +359,7 @@ class LeRobotPolicy(nn.Module):
             generators: One for each instruction, from which it draws; by default torch's own for all.
         """
         c, steps = self.model.config, self.settings.denoising_steps
-        prefix = self.prefix(obs, instructions)
+        prefix = self.prefix(obs, instructions, playing=True)
         like = prefix.hidden.new_zeros(len(instructions), c.action_chunk, c.action_dim)  # (B, C, D)
         x = draw("normal_", like, generators)
         if self.settings.noise == "sde-one":
@@ -361,7 +386,7 @@ class LeRobotPolicy(nn.Module):
 
         With one random step this takes one pass through the expert, else K.
         """
-        prefix, c = self.prefix(obs, instructions), self.model.config
+        prefix, c = self.prefix(obs, instructions, playing=False), self.model.config
         if self.settings.noise == "sde-one":
             k, pair = tokens[:, :1].long(), tokens[:, 1:].unflatten(1, (2, c.action_chunk, c.action_dim))
             before, after = pair[:, :1], pair[:, 1:]  # (B, 1, C, D)

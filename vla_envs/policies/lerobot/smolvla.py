@@ -257,6 +257,20 @@ class Layer(nn.Module):
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the language model reads of B observations' images and words, which it does without the state.
+
+    Attributes:
+        keys, values: (B, key heads, P - 1, size) of each layer, keys rotated.
+        mask: (B, P - 1) bool, False where there is padding.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class Prefix:
     """What the expert sees of B observations.
 
@@ -275,12 +289,15 @@ class Prefix:
 class ActionNetwork(nn.Module):
     """What SmolVLA and pi0 share: five projections around an expert that denoises a chunk of actions.
 
-    A network adds ``prefix``, what the expert sees of observations, and ``denoise``, its last hidden states.
+    A network adds ``read``, what its language model makes of images and words, ``with_state``, of which that
+    is the prefix which the expert sees, and ``denoise``, the expert's last hidden states.
     """
 
     #: Tensors in the files that it lacks, each with the one that it equals, or none, where nothing reads it.
     unused: dict[str, str] = {}
     expert: Any
+    read: Any
+    with_state: Any
     denoise: Any
 
     def add_projections(self, state_dim: int, state_width: int, action_dim: int, width: int) -> None:
@@ -306,6 +323,20 @@ class ActionNetwork(nn.Module):
         y = self.action_in_proj(x)
         times = time_features(t, y.shape[2]).unsqueeze(1).expand_as(y)
         return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([y, times], dim=2))))
+
+    def prefix(
+        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
+    ) -> Prefix:
+        """What the expert sees of observations, computed once per decision.
+
+        Args:
+            images: (B, V, 3, S, S) in [-1, 1].
+            image_masks: (B, V) bool, False where there is no such camera.
+            tokens: (B, L), word numbers.
+            token_mask: (B, L) bool, False where there is padding.
+            state: (B, state_dim), normalised and padded with 0.
+        """
+        return self.with_state(self.read(images, image_masks, tokens, token_mask), state)
 
     def velocity(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """Velocities (B, C, D) float32, which point from actions to noise.
@@ -412,68 +443,56 @@ class SmolVLA(ActionNetwork):
         return self.vlm["connector"]["modality_projection"]["proj"](seen).unflatten(0, images.shape[:2])
 
     def embed(
-        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the language model takes: images and words (B, P - 1, width), the state (B, 1, width), and the
-        mask (B, P) of both; see ``prefix``."""
+        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images and words (B, P - 1, width) as the language model takes them, and their mask (B, P - 1)."""
         scale = self.config.width**0.5
         seen = scale * self.see(images)  # (B, V, n, width)
         words = scale * self.vlm["text_model"]["embed_tokens"](tokens)  # (B, L, width)
-        with torch.autocast(state.device.type, enabled=False):
-            last = self.state_proj(state).unsqueeze(1)  # (B, 1, width)
         there = image_masks.repeat_interleave(seen.shape[2], dim=1)  # (B, V * n)
-        mask = torch.cat([there, token_mask, there.new_ones(len(last), 1)], dim=1)
-        return torch.cat([seen.flatten(1, 2).float(), words.float()], dim=1), last, mask
+        x = torch.cat([seen.flatten(1, 2).float(), words.float()], dim=1)
+        return x, torch.cat([there, token_mask], dim=1)
 
-    def read(
-        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
-    ) -> Prefix:
-        """The language model's own keys and values, which depend on nothing that LeRobot trains but
-        ``state_proj``; see ``prefix``.
+    def read(self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor) -> Seen:
+        """What the language model reads, which depends on nothing that LeRobot trains; see ``prefix``."""
+        layers = self.vlm["text_model"]["layers"]
+        keys, values = [], []
+        with self._precision():
+            x, mask = self.embed(images, image_masks, tokens, token_mask)
+            positions, sees = mask.cumsum(1) - 1, mask[:, None, None, :]  # what is padded takes no position
+            for i, layer in enumerate(layers):
+                y = layer.input_layernorm(x)
+                k, v = layer.project("kv", y)
+                keys.append(rotate(k, positions))
+                values.append(v)
+                if i < len(layers) - 1:  # nothing reads the last layer's output
+                    (q,) = layer.project("q", y)
+                    x = layer.after(x, attend(rotate(q, positions), keys[-1], v, sees))
+        return Seen(keys, values, mask)
+
+    def with_state(self, seen: Seen, state: Tensor) -> Prefix:
+        """The prefix of what was read and a state (B, state_dim); see ``prefix``.
 
         The state looks at images and words, which do not look at it. Computed apart, they need no gradient
         where ``state_proj`` is trained.
         """
-        layers, norm = (self.vlm["text_model"][name] for name in ("layers", "norm"))
+        x = self.state_proj(state).unsqueeze(1)  # (B, 1, width)
+        mask = torch.cat([seen.mask, seen.mask.new_ones(len(x), 1)], dim=1)  # (B, P)
+        position, sees = mask.sum(1, keepdim=True) - 1, mask[:, None, None, :]
         keys, values = [], []
+        text = self.vlm["text_model"]
         with self._precision():
-            x, state_x, mask = self.embed(images, image_masks, tokens, token_mask, state)
-            positions, sees = mask.cumsum(1) - 1, mask[:, None, None, :]  # what is padded takes no position
-            for i, layer in enumerate(layers):
-                q, k, v = layer.project("qkv", layer.input_layernorm(state_x))
-                y = layer.input_layernorm(x)
-                others_k, others_v = layer.project("kv", y)
-                others_k = rotate(others_k, positions[:, :-1])
-                keys.append(torch.cat([others_k, rotate(k, positions[:, -1:])], dim=2))
+            for layer, others_k, others_v in zip(text["layers"], seen.keys, seen.values):
+                q, k, v = layer.project("qkv", layer.input_layernorm(x))
+                keys.append(torch.cat([others_k, rotate(k, position)], dim=2))
                 values.append(torch.cat([others_v, v], dim=2))
-                mixed = attend(rotate(q, positions[:, -1:]), keys[-1], values[-1], sees)
-                state_x = layer.after(state_x, mixed)
-                if i < len(layers) - 1:  # of the last layer only the state's output is read
-                    (q,) = layer.project("q", y)
-                    mixed = attend(rotate(q, positions[:, :-1]), others_k, others_v, sees[..., :-1])
-                    x = layer.after(x, mixed)
-            return Prefix(keys, values, mask, norm(state_x)[:, 0].float())
-
-    def prefix(
-        self, images: Tensor, image_masks: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor
-    ) -> Prefix:
-        """What the expert sees of observations, computed once per decision.
-
-        Args:
-            images: (B, V, 3, S, S) in [-1, 1].
-            image_masks: (B, V) bool, False where there is no such camera.
-            tokens: (B, L), word numbers.
-            token_mask: (B, L) bool, False where there is padding.
-            state: (B, state_dim), normalised and padded with 0.
-        """
-        read = self.read(images, image_masks, tokens, token_mask, state)
-        keys, values = list(read.keys), list(read.values)
-        with self._precision():
+                x = layer.after(x, attend(rotate(q, position), keys[-1], values[-1], sees))
+            hidden = text["norm"](x)[:, 0].float()
             for i, layer in enumerate(self.expert["layers"]):
                 if i % self.config.self_attention_every:  # applied to keys that are rotated already
                     (keys[i],) = layer.project("k", keys[i].transpose(1, 2).flatten(2))
                     (values[i],) = layer.project("v", values[i].transpose(1, 2).flatten(2))
-        return Prefix(keys, values, read.mask, read.hidden)
+        return Prefix(keys, values, mask, hidden)
 
     def denoise(self, x: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
         """The expert's last hidden states (B, C, expert_width) float32, of which ``action_out_proj`` makes
