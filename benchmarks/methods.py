@@ -103,6 +103,7 @@ CLAIMS = (
     Claim("TGRPO", "TGRPO without the trajectory term", 91.0 - 73.6, "TGRPO's paper, LIBERO-Object"),
     Claim("TGRPO", "GRAPE", 80.7 - 80.2, "TGRPO's paper, four suites"),
     Claim(PAPERS, "TGRPO", None, "TGRPO's paper, which has alphas of its own for each task"),
+    Claim("iRe-VLA", "PPO", None, "iRe-VLA's paper, two other benchmarks"),
     Claim("GRPO", "TGRPO", 68.8 - 52.1, "Temporal GRPO's paper, RoboTwin, SimpleVLA-RL's GRPO"),
     Claim("GRPO --credit stage", "GRPO", 99.1 - 88.4, "Temporal GRPO's paper, LIBERO-Long"),
     Claim("PPO", "GRPO", None, "RL4VLA's paper, ManiSkill"),
