@@ -53,8 +53,8 @@ the same share of the run's wall time, which includes its evaluations; other job
 """
 ABOUT_MADE = """
 Each with `--task-id`, `--seed`, `--suite` and `--total-env-steps`. `runs.csv` has the commit and the machine
-of every run; `python benchmarks/reproduce.py --methods METHOD --task-ids K --seeds S --results FOLDER` makes
-one again.
+of every run. `benchmarks/reproduce.py` makes one again with its method, task and seed in `--methods`,
+`--task-ids` and `--seeds`, and a new folder in `--results`.
 """
 ABOUT_CLAIMS = f"""
 Percentage points of success by which the first method is ahead; ours are means over pairs of runs (same
@@ -198,11 +198,14 @@ def made(runs: pd.DataFrame, names: list[str]) -> str:
         if its.empty:
             continue
         words = " ".join(["python", *commands[method.removesuffix(ONE)]]).replace("{demos}", "demos")
-        words += " (with --task-ids)" * method.endswith(ONE)
-        words += " (with its line)" * (method in methods.VARIANTS)
-        words += " (with the task's alphas)" * (method == methods.PAPERS)
+        beside = {
+            " with `--task-ids`": method.endswith(ONE),
+            " with its line": method in methods.VARIANTS,
+            " with the task's alphas": method == methods.PAPERS,
+        }
         machines = its["machine"].fillna("not recorded").unique()
-        cells = {"method": method, "command": f"`{words}`", "runs": len(its)}
+        command = f"`{words}`" + "".join(text for text, where in beside.items() if where)
+        cells = {"method": method, "command": command, "runs": len(its)}
         rows.append(
             cells | {"commits": " ".join(its["commit"].unique()), "machines": "; ".join(sorted(machines))}
         )
