@@ -55,7 +55,7 @@ def test_an_update_reads_nothing_again(tiny, monkeypatch):
     part = {name: torch.as_tensor(array)[order] for name, array in obs.items()}  # as a batch holds them
     found, gradient = scored(policy, part, tokens[order])
     assert counts == [4]
-    policy._kept.clear()
+    policy.kept.clear()
     anew, gradient_anew = scored(policy, part, tokens[order])
     assert counts == [4, 2] and "model.state_proj.weight" in gradient
     torch.testing.assert_close(found, anew, atol=1e-4, rtol=0)

@@ -127,8 +127,8 @@ class LeRobotPolicy(nn.Module):
             self.noise_head = LearnedNoise(model.expert_width, model.config.action_dim)
         self._names = model.names()  # before LoRA gives it others
         self._words: dict[str, list[int]] = {}
-        self._kept = Kept(memory() // KEPT)
-        self.register_load_state_dict_post_hook(lambda module, _: module._kept.clear())
+        self.kept = Kept(memory() // KEPT)
+        self.register_load_state_dict_post_hook(lambda module, _: module.kept.clear())
 
     @classmethod
     def load(
@@ -282,16 +282,16 @@ class LeRobotPolicy(nn.Module):
         """
         if playing is None or any(parameter.requires_grad for parameter in self.model.vlm.parameters()):
             return self.model.prefix(*self.prepare(obs, instructions))
-        names = self._kept.names([obs[name] for name in self.cameras], instructions)
-        unknown = {name: i for i, name in enumerate(names) if name not in self._kept}  # each once
+        names = self.kept.names([obs[name] for name in self.cameras], instructions)
+        unknown = {name: i for i, name in enumerate(names) if name not in self.kept}  # each once
         new: dict[bytes, Tensor] = {}
         if unknown:
             inds = list(unknown.values())
             some = {name: torch.as_tensor(array)[inds] for name, array in obs.items()}
             *inputs, _ = self.prepare(some, [instructions[i] for i in inds])
-            new = self._kept.add(list(unknown), self.model.read(*inputs), push=playing)
+            new = self.kept.add(list(unknown), self.model.read(*inputs), push=playing)
         state = self.states(obs)
-        return self.model.with_state(self._kept.seen(names, new, state.device), state)
+        return self.model.with_state(self.kept.seen(names, new, state.device), state)
 
     # ---- The chain ----
 
