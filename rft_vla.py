@@ -20,7 +20,7 @@ What filtered cloning leaves open, and what is not known of iRe-VLA, whose code 
  2. A token is imitated by its own log-probability, whatever the policy's loss of demonstrations is; of flow
     that is the log-density of the chain of denoising steps. Successes count alike, whatever their length.
  3. iRe-VLA's RL is PPO with a critic; here members of a group are compared, as in grpo_vla.py. How many
-    iterations of it come before an imitation is not known; here it is one, on the same episodes.
+    iterations of it come before an imitation is not known; here it is one, on the iteration's episodes.
  4. Every group has a placement of its own, drawn from LIBERO's regions; evaluation is on the 50 recorded init
     states, which training never sees.
  5. An update stops early when it has moved the policy by --target-kl, except for an imitation of --stages,
