@@ -296,9 +296,10 @@ def validate(args: Args) -> Args:
         raise ValueError(
             "clip_low, clip_high and ratio_level are of RL; expected none of them without --stages"
         )
-    if args.stages and not args.train.endswith(("all", "head")):
+    if args.stages and (args.shared_adapter or not args.train.endswith(("all", "head"))):
         raise ValueError(
-            f"--stages trains the head first; expected --train all, head or lora+head, got {args.train}"
+            "--stages trains the head first; expected --train all, head or lora+head, got"
+            f" {args.train}{' and --shared-adapter' * bool(args.shared_adapter)}"
         )
     return args
 
@@ -344,11 +345,11 @@ if __name__ == "__main__":
                 of_head = update(policy, optimizer, b, batches.minibatches(b, args), args, imitate=False)
         won = batch | {"alive": batch["alive"] & batch["success"]}  # only what led to a success
         won = successes.exchange(batch, iteration) if args.stages else won  # as many of all so far
-        b = samples_of(policy, won, torch.zeros_like(batch["rewards"]), args)
+        b = samples_of(policy, won, torch.zeros_like(won["rewards"]), args)
         minibatches = batches.minibatches(b, args)
         with run.iteration_errors():
             losses = update(policy, optimizer, b, minibatches, args, demos=demos)
 
         run.log(losses, {"group/kept_frac": batch["success"], **{f"head/{k}": of_head[k] for k in of_head}})
-        del batch, won, b  # so that images of two rollouts are never held at once
+        del batch, won, b  # of a rollout's images, only those that are kept are held beside the next one's
     run.finish()  # the trained policy, result.json, how it went

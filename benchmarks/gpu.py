@@ -255,28 +255,24 @@ class Samples:
         self.policy: Any = make(name, args.tiny, bench.dtype, bench.device)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
-        self.asked = 0
         self.tokens = self.policy.sample(*self.inputs(1))[1]  # (1, D)
-        self.score(1)  # from here on these images are known, as those of a rollout are in its update
+        self.score(1)  # what a frozen language model reads is kept from here on, as in an update
         self.flops_forward = flops(lambda: self.score(1))  # in evaluation mode: nothing is recomputed
         self.flops_update = flops(lambda: self.update(1))
         self.optimizer.zero_grad()
         self.passes = self.of_openvla() if make is openvla else self.of_flow()
 
-    def inputs(self, batch: int, again: bool = False) -> tuple[dict[str, Any], list[str]]:
-        """Observations and instructions; unless ``again``, images that there have not been before."""
+    def inputs(self, batch: int) -> tuple[dict[str, Any], list[str]]:
+        """Observations and instructions."""
         size, random = self.policy.image_size, np.random.default_rng(0)
         obs: dict[str, Any] = {"state": np.zeros((batch, STATE_DIM), np.float32)}
-        self.asked += not again
         for name in cameras_of(self.policy):
             obs[name] = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-            if not again:
-                obs[name][:, 0, :4, 0] = list(self.asked.to_bytes(4, "big"))
         return obs, [TASK] * batch
 
     def score(self, batch: int) -> torch.Tensor:
-        """Log-probabilities of one decision, repeated, of images that were there before."""
-        return self.policy.score(*self.inputs(batch, again=True), self.tokens.repeat(batch, 1))[0]
+        """Log-probabilities of one decision, repeated."""
+        return self.policy.score(*self.inputs(batch), self.tokens.repeat(batch, 1))[0]
 
     def update(self, batch: int) -> None:
         """One optimiser step."""
@@ -319,7 +315,8 @@ def rollouts(name: str, samples: Samples, bench: Bench, args: Args) -> None:
     """Decisions per second at every batch size, and how many times those at the first."""
     first: tuple[float, ...] = ()  # seconds of a decision there, as measured and at least
     for batch in args.batches:
-        seconds = bench.seconds(lambda: samples.policy.sample(*samples.inputs(batch)))  # noqa: B023
+        inputs = samples.inputs(batch)
+        seconds = bench.seconds(lambda: samples.policy.sample(*inputs))  # noqa: B023
         each = seconds / batch, samples.least(batch) / batch
         first = first or each
         speeds = [f"{1 / own:.3g} decisions/s = {one / own:.3g} x" for own, one in zip(each, first)]
@@ -360,7 +357,8 @@ def tgrpo(name: Name, samples: Samples, bench: Bench, args: Args) -> None:
     def iteration() -> None:
         nonlocal decisions
         start, before = time.perf_counter(), dict(envs.unwrapped.seconds)
-        batch = script.rollout(envs, policy, np.zeros(members, np.uint32), settings.temperature)
+        generators = [torch.Generator().manual_seed(i) for i in range(members)]
+        batch = script.rollout(envs, policy, np.zeros(members, np.uint32), settings.temperature, generators)
         took["rollout"], took["of it policy"] = time.perf_counter() - start, batch["policy_s"]
         took["drawing"] = envs.unwrapped.seconds["render"] - before["render"]
         advantages = script.tgrpo_advantages(batch["rewards"], batch["alive"], members, 0.3, 0.7)

@@ -98,7 +98,12 @@ def fill_in_folders(args: Args) -> Args:
 def folder_of(method: str, task_id: int | str, seed: int, args: Args) -> Path:
     """Where a run is, of a task or of ``ALL``."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
-    return args.out / f"{name}__{task_id}__{seed}"
+    return args.out / f"{name}__{which_tasks(task_id, args)}__{seed}"
+
+
+def which_tasks(task_id: int | str, args: Args) -> str:
+    """A run's task, or its tasks, as a folder's name has them."""
+    return "-".join(map(str, args.task_ids)) if task_id == ALL else str(task_id)
 
 
 def commit() -> str:
@@ -155,7 +160,7 @@ def demonstrations(task_id: int | str, args: Args) -> Path:
     Raises:
         RuntimeError: When they cannot be recorded, with the expert's last line.
     """
-    folder = args.out / f"demonstrations_{task_id}"
+    folder = args.out / f"demonstrations_{which_tasks(task_id, args)}"
     with RECORDING:
         if not any(folder.glob("*.hdf5")):  # an interrupted recording leaves none
             recorder = [sys.executable, "-m", "vla_envs.experts", "--out", folder, "--suite", args.suite]
@@ -287,6 +292,8 @@ def validate(args: Args) -> None:
             "one_policy is of all tasks with the same flags; expected neither --questions nor --heat-map nor"
             f" the method {PAPERS!r}"
         )
+    if args.one_policy and len(args.task_ids) < 2:
+        raise ValueError(f"task_ids are {args.task_ids}; with --one-policy expected at least two")
     if args.heat_map is not None and (args.methods or args.questions or args.task_ids != Args.task_ids):
         raise ValueError(
             "heat_map is of all alphas on its task; expected neither --methods nor --questions nor --task-ids"
@@ -313,7 +320,12 @@ def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int | str, int]]
 
 
 def added(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """``frame`` with ``rows`` below; one that is empty, whose columns have no types, is left out."""
+    """``frame`` with ``rows`` below, in place of what it has of the same runs and tasks.
+
+    One that is empty, whose columns have no types, is left out.
+    """
+    which = set(rows[WHICH].itertuples(index=False, name=None))
+    frame = frame[[each not in which for each in frame[WHICH].itertuples(index=False, name=None)]]
     return pd.concat([part for part in (frame, rows) if len(part)] or [rows])
 
 

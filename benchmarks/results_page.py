@@ -79,7 +79,8 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame(columns=columns)
     text = dict.fromkeys(("method", "tag", "commit", "machine"), str)
-    return pd.read_csv(path, dtype=dict.fromkeys(NUMBERS, "Int64") | text)
+    frame = pd.read_csv(path, dtype=dict.fromkeys(NUMBERS, "Int64") | text)
+    return frame.reindex(columns=columns or frame.columns)
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -197,8 +198,10 @@ def made(runs: pd.DataFrame, names: list[str]) -> str:
         its = runs[runs["method"] == method]
         if its.empty:
             continue
-        words = " ".join(["python", *commands[method.removesuffix(ONE)]]).replace("{demos}", "demos")
+        script, *flags = commands[method.removesuffix(ONE)]
+        words = " ".join(["python", script, *flags]).replace("{demos}", "demos")
         beside = {
+            " from the shipped `nano`, without `--total-env-steps`": script == "sft_vla.py",
             " with `--task-ids`": method.endswith(ONE),
             " with its line": method in methods.VARIANTS,
             " with the task's alphas": method == methods.PAPERS,

@@ -7,7 +7,7 @@ from tiny_smolvla import SENTENCES, STATE, write_tiny
 
 from vla_envs import machine
 from vla_envs.policies.adapters import make_trainable
-from vla_envs.policies.lerobot.kept import Kept
+from vla_envs.policies.lerobot.kept import Kept, together
 from vla_envs.policies.lerobot.policy import LeRobotPolicy
 from vla_envs.policies.lerobot.smolvla import Seen
 
@@ -37,6 +37,11 @@ def sentences(batch=4):
     return [SENTENCES[i % 2] for i in range(batch)]  # of different lengths
 
 
+def decided(policy, obs, words):
+    """The tokens of a rollout's decisions."""
+    return policy.sample(obs, words, 1.0, [torch.Generator().manual_seed(i) for i in range(len(words))])[1]
+
+
 def scored(policy, obs, tokens):
     """Log-probabilities of tokens, and the gradient of their sum."""
     policy.zero_grad()
@@ -49,7 +54,7 @@ def test_an_update_reads_nothing_again(tiny, monkeypatch):
     """Equal log-probabilities and gradients, in other batches, also of the state's projection."""
     policy, counts = trained_expert(tiny, monkeypatch)
     obs = observations()
-    tokens = policy.sample(obs, sentences(), 1.0)[1]
+    tokens = decided(policy, obs, sentences())
     assert counts == [4]
     order = torch.tensor([2, 1])
     part = {name: torch.as_tensor(array)[order] for name, array in obs.items()}  # as a batch holds them
@@ -67,9 +72,9 @@ def test_members_that_start_alike_are_read_once(tiny, monkeypatch):
     policy, counts = trained_expert(tiny, monkeypatch)
     obs = {name: array[[0, 0, 0, 1]] for name, array in observations().items()}
     obs["state"] = observations()["state"]  # which is not part of what is read
-    policy.sample(obs, [SENTENCES[0]] * 4, 1.0)
+    decided(policy, obs, [SENTENCES[0]] * 4)
     assert counts == [2]
-    policy.sample(obs, [SENTENCES[1]] * 4, 1.0)
+    decided(policy, obs, [SENTENCES[1]] * 4)
     assert counts == [2, 2]  # another sentence is another reading
 
 
@@ -77,20 +82,25 @@ def test_what_is_not_frozen_is_read_again(tiny, monkeypatch):
     """As imitation reads again, whose demonstrations are more than what is kept."""
     policy, counts = trained_expert(tiny, monkeypatch)
     obs = observations()
-    tokens = policy.sample(obs, sentences(), 1.0)[1]
+    tokens = decided(policy, obs, sentences())
     policy.imitation_loss(obs, sentences(), torch.zeros(4, 6, 7))
     assert counts == [4, 4]
+    policy.sample(obs, sentences(), 1.0)  # of an evaluation
+    assert counts == [4, 4, 4]
     policy.model.vlm.requires_grad_(True)
     policy.score(obs, sentences(), tokens)
-    assert counts == [4, 4, 4]
+    assert counts == [4] * 4
+    policy.model.vlm.requires_grad_(False)  # after it may have been trained
+    policy.score(obs, sentences(), tokens)
+    assert counts == [4] * 5
 
 
 def test_other_weights_are_read_anew(tiny, monkeypatch):
     policy, counts = trained_expert(tiny, monkeypatch)
     obs = observations()
-    policy.sample(obs, sentences(), 1.0)
+    decided(policy, obs, sentences())
     policy.load_state_dict(policy.state_dict())
-    policy.sample(obs, sentences(), 1.0)
+    decided(policy, obs, sentences())
     assert counts == [4, 4]
 
 
@@ -107,17 +117,30 @@ def test_the_oldest_go_first_and_an_update_pushes_nothing_out():
     first = seen(5, 3, 5)
     rows = kept.add(names[:3], first, push=False)
     assert len(kept) == 3 and kept.bytes == sum(row.nbytes for row in rows.values())
-    both = kept.seen([names[1], names[0]], {}, "cpu")  # padded to the longest
+    both = together([kept.rows(names)[names[i]] for i in (1, 0)], "cpu")  # padded to the longest
     assert both.mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert torch.equal(both.keys[1][0, :, :3], first.keys[1][1, :, :3]) and not both.keys[1][0, :, 3:].any()
     assert torch.equal(both.values[0][1], first.values[0][0])
-    added = kept.add(names[3:5], seen(5, 5), push=False)
-    assert [name in kept for name in names] == [True] * 4 + [False] * 2
-    assert torch.equal(kept.seen([names[4]], added, "cpu").keys[0][0], added[names[4]][0, 0])
+    assert list(kept.add(names[3:5], seen(5, 5), push=False)) == names[3:5]
+    assert list(kept.rows(names)) == names[:4]
     kept.add(names[5:], seen(5), push=True)
-    assert [name in kept for name in names] == [False, True, True, True, False, True]
+    assert list(kept.rows(names)) == [*names[1:4], names[5]]
     nothing = Kept(most=0)
     assert set(nothing.add(names[:2], seen(2, 2), push=True)) == set(names[:2]) and len(nothing) == 0
+
+
+def test_a_batch_that_pushes_out_what_it_needs(tiny, monkeypatch):
+    """Room for four: three that are known, and two that are not."""
+    policy, counts = trained_expert(tiny, monkeypatch)
+    obs, words = observations(5), [SENTENCES[0]] * 5
+    decided(policy, {name: array[:1] for name, array in obs.items()}, words[:1])
+    policy.kept.most = 4 * policy.kept.bytes
+    decided(policy, {name: array[:3] for name, array in obs.items()}, words[:3])
+    tokens = decided(policy, obs, words)
+    assert counts == [1, 2, 2] and len(policy.kept) == 4
+    policy.kept.clear()
+    assert torch.equal(tokens, decided(policy, obs, words))
+    assert counts == [1, 2, 2, 5]
 
 
 def test_processes_share_the_memory(monkeypatch):

@@ -123,7 +123,7 @@ def test_claims():
 def test_every_number_has_its_command_commit_and_machine():
     lines = [line("SFT", 4, 1, 30), line("SFT", 4, 2, 30) | {"commit": "def", "machine": None}]
     rows = table_of(results_page.made(pd.DataFrame(lines), ["GRPO", "SFT"]))
-    command = "`python sft_vla.py --demos demos`"
+    command = "`python sft_vla.py --demos demos` from the shipped `nano`, without `--total-env-steps`"
     assert rows == {"SFT": {"command": command, "runs": "2", "commits": "abc def",
                             "machines": "a laptop; not recorded"}}  # fmt: skip
     its = methods.METHODS | methods.ASKED | methods.HEAT_MAP
@@ -415,6 +415,14 @@ def test_one_policy_for_several_tasks(tmp_path, monkeypatch, capsys):
     args = reproduce.dataclasses.replace(args, task_ids=(4, 7, 9))
     assert reproduce.missing(args, known) == [("TGRPO, one policy", "all", 3)]
     assert reproduce.steps_of("all", reproduce.Args(task_ids=(4, 7, 9))) == 180_000
+    folders = [
+        reproduce.folder_of("GRPO, one policy", "all", 3, each).name for each in (args, reproduce.Args())
+    ]
+    assert folders[0] == "grpo__one_policy__4-7-9__3" != folders[1]
+    again = reproduce.added(known, known.assign(after=1))
+    assert list(again["after"]) == [1, 1] and len(reproduce.added(known[:1], known[1:])) == 2
+    with pytest.raises(ValueError, match=r"task_ids are \(4,\); with --one-policy expected at least two"):
+        reproduce.main(reproduce.dataclasses.replace(args, task_ids=(4,)))
     with pytest.raises(ValueError, match="one_policy is of all tasks with the same flags"):
         reproduce.main(reproduce.dataclasses.replace(args, heat_map=4, methods=()))
 

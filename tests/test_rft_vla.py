@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,7 @@ def test_all_successes_are_kept_and_as_many_drawn(tmp_path):
     kept.exchange(rollouts[1], 2)
     torch.manual_seed(7)
     drawn = kept.exchange(rollouts[2], 4)
+    (folder / "4-1.partial.pt").touch()  # writing it was cut off
     resumed = replays.Successes(folder, 3)  # iteration 4 was not saved, and is made again
     assert sorted(file.name for file in folder.iterdir()) == ["1-0.pt", "2-0.pt"]
     torch.manual_seed(7)
@@ -117,13 +119,30 @@ def test_all_successes_are_kept_and_as_many_drawn(tmp_path):
         assert torch.equal(drawn[name], again[name])
     everyone = torch.cat([rollout["tokens"] for rollout in rollouts])
     seen = set()
-    for _ in range(40):  # of six episodes, two at a time
+    for seed in range(40):  # of six episodes
+        torch.manual_seed(seed)
         drawn = resumed.exchange(rollouts[2] | {"success": torch.tensor([True, False, False, False])}, 5)
         assert len(drawn["success"]) == 1 and len(drawn["when"]) == drawn["alive"].sum()
         seen |= {int((everyone == tokens).all(dim=1).nonzero()[0]) for tokens in drawn["tokens"]}
         resumed.batches.pop()
     succeeded = torch.cat([rollout["success"][rollout["who"]] for rollout in rollouts])
     assert sorted(seen) == succeeded.nonzero().flatten().tolist()
+
+
+def test_an_older_success_may_be_longer_than_the_rollout(tmp_path):
+    policy, args, kept = small_policy(), arguments(rft_vla, stages=True), replays.Successes(tmp_path, 0)
+    longer, short = flat(small_batch((3, 5, 4, 5))), flat(small_batch((1, 1, 2, 2)))
+    for batch in (longer, short):
+        batch["stages"] = torch.zeros(batch["alive"].shape, dtype=torch.int64)
+    kept.exchange(longer, 1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        drawn = kept.exchange(short, 2)
+        b = samples_of(policy, drawn, torch.zeros_like(drawn["rewards"]), args)
+        assert b["advantages"].shape == (len(drawn["when"]),)
+        if int(drawn["when"].max()) > 1:
+            return
+    pytest.fail("no longer one was drawn")
 
 
 def test_successes_that_are_gone_or_damaged(tmp_path):
@@ -166,6 +185,10 @@ def test_demonstrations_add_their_loss():
         ({"clip_low": 0.1}, "ratio_level are of RL"),
         ({"stages": True, "group_size": 1}, "group_size is 1; expected at least 2"),
         ({"stages": True, "train": "lora"}, "expected --train all, head or lora"),
+        (
+            {"stages": True, "train": "lora+head", "shared_adapter": (Path("a"),), "task_ids": (4,)},
+            r"got lora\+head and --shared-adapter",
+        ),
     ],
 )
 def test_what_does_not_fit(change, line):

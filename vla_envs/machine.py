@@ -99,9 +99,15 @@ def available_cores() -> int:
 
 
 def memory() -> int:
-    """This process's share of the memory, in bytes: of the machine's, or its container's."""
+    """This process's share of the memory, in bytes: of the machine's, or of a container's or a job's."""
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        most = min(most, int(text))
+    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for _, kinds, group in (line.split(":", 2) for line in lines):  # of version 2, or of memory's version 1
+        name, top = ("memory.limit_in_bytes", root / "memory") if kinds else ("memory.max", root)
+        if kinds in ("", "memory"):
+            folder = top / group.strip("/")
+            for limit in (each / name for each in (folder, *folder.parents) if each.is_relative_to(top)):
+                if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                    most = min(most, int(text))
     return most // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -43,8 +43,10 @@ def open_hdf5(path: Path, task: Task, needed: tuple[str, ...]) -> Iterator[list[
             ]
             if not names or missing:
                 lacks = [*missing, "data/demo_0"][0]
+                wrist = "; the policy is shown the wrist's image, which experts --wrist-camera records"
                 raise ValueError(
                     f"{str(path)!r} is not in the layout of LIBERO's data sets: it has no {lacks}"
+                    + wrist * lacks.endswith(IMAGES["wrist_image"])
                 )
             shown = data.attrs.get("bddl_file_name", task.bddl_file.name)
             shown = shown.decode(errors="replace") if isinstance(shown, bytes) else str(shown)

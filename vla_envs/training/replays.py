@@ -4,6 +4,7 @@ And an expert who takes over.
 """
 
 import copy
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -84,8 +85,13 @@ class Successes:
         if iterations and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is gone; expected the run's successful episodes there")
         folder.mkdir(exist_ok=True)
-        files = sorted(folder.glob("*.pt"), key=lambda file: [*map(int, file.stem.split("-"))])
-        done = [file for file in files if int(file.stem.split("-")[0]) <= iterations]
+        files = list(folder.glob("*.pt"))
+        whole_ones = {  # not those whose writing was cut off
+            (int(its[1]), int(its[2])): file
+            for file in files
+            if (its := re.fullmatch(r"(\d+)-(\d+)", file.stem))
+        }
+        done = [file for (iteration, _), file in sorted(whole_ones.items()) if iteration <= iterations]
         for file in done[distributed.rank() :: distributed.world_size()]:
             try:
                 self.batches.append(torch.load(file, weights_only=True))
@@ -103,7 +109,8 @@ class Successes:
             torch.save(won, partial)
         self.batches.append(won)
         sizes = [len(each["success"]) for each in self.batches]
-        order = torch.randperm(sum(sizes))  # (all of them,)
+        draw = torch.Generator().manual_seed(torch.initial_seed() + distributed.rank())  # own of each process
+        order = torch.randperm(sum(sizes), generator=draw)  # (all of them,)
         drawn = (order < sizes[-1]).split(sizes)  # bools, batch by batch
         return batches.join([dict(each) for each in self.batches], list(drawn))
 

@@ -13,19 +13,18 @@ from vla_envs.policies.lerobot.smolvla import Seen
 class Kept:
     """The last decisions' keys and values, in the machine's memory.
 
+    Those of an observation are a row (2, layers, key heads, tokens, size).
+
     Args:
         most: Bytes that they may take; of further decisions nothing is kept.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.bytes = most, 0
-        self._rows: dict[bytes, Tensor] = {}  # each (2, layers, key heads, tokens, size), the oldest first
+        self._rows: dict[bytes, Tensor] = {}  # the oldest first
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._rows
 
     @staticmethod
     def names(images: list[Any], instructions: list[str]) -> list[bytes]:
@@ -36,36 +35,45 @@ class Kept:
                 digest.update(row)
         return [digest.digest() for digest in digests]
 
+    def rows(self, names: list[bytes]) -> dict[bytes, Tensor]:
+        """Those that are kept."""
+        return {name: self._rows[name] for name in names if name in self._rows}
+
     def add(self, names: list[bytes], seen: Seen, push: bool) -> dict[bytes, Tensor]:
         """Keep what was ``seen``: in place of the oldest if ``push``, else as far as there is room.
 
         Returns:
-            All of them by their names, kept or not.
+            All of it by its names, kept or not.
         """
-        both = torch.stack([torch.stack(seen.keys), torch.stack(seen.values)])  # (2, layers, B, ...)
         lengths = seen.mask.sum(dim=1).tolist()  # what is padded comes last
-        rows = {name: both[:, :, i, :, : lengths[i]].to("cpu", copy=True) for i, name in enumerate(names)}
-        for name, row in rows.items():
+        new = {
+            name: torch.stack([
+                torch.stack([layer[i, :, : lengths[i]] for layer in layers]).cpu()
+                for layers in (seen.keys, seen.values)
+            ])
+            for i, name in enumerate(names)
+        }  # fmt: skip
+        for name, row in new.items():
             while push and self._rows and self.bytes + row.nbytes > self.most:
                 self.bytes -= self._rows.pop(next(iter(self._rows))).nbytes
-            if name not in self._rows and self.bytes + row.nbytes <= self.most:
+            if self.bytes + row.nbytes <= self.most:
                 self._rows[name] = row
                 self.bytes += row.nbytes
-        return rows
-
-    def seen(self, names: list[bytes], new: dict[bytes, Tensor], device: Any) -> Seen:
-        """What was seen of observations, kept or ``new``, padded to the longest."""
-        rows = [new[name] if name in new else self._rows[name] for name in names]
-        lengths = torch.tensor([row.shape[3] for row in rows])  # (B,)
-        two, layers, heads, _, size = rows[0].shape
-        both = rows[0].new_zeros(two, layers, len(rows), heads, int(lengths.max()), size)
-        for i, row in enumerate(rows):
-            both[:, :, i, :, : row.shape[3]] = row
-        keys, values = both.to(device)
-        mask = torch.arange(both.shape[4]) < lengths.unsqueeze(1)  # (B, P - 1)
-        return Seen(list(keys), list(values), mask.to(device))
+        return new
 
     def clear(self) -> None:
         """Forget all of it."""
         self._rows.clear()
         self.bytes = 0
+
+
+def together(rows: list[Tensor], device: Any) -> Seen:
+    """What was seen of the observations that have these rows, padded to the longest."""
+    lengths = torch.tensor([row.shape[3] for row in rows])  # (B,)
+    two, layers, heads, _, size = rows[0].shape
+    both = rows[0].new_zeros(two, layers, len(rows), heads, int(lengths.max()), size)
+    for i, row in enumerate(rows):
+        both[:, :, i, :, : row.shape[3]] = row
+    keys, values = both.to(device)
+    mask = torch.arange(both.shape[4]) < lengths.unsqueeze(1)  # (B, P - 1)
+    return Seen(list(keys), list(values), mask.to(device))

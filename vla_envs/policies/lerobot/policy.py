@@ -32,7 +32,7 @@ from vla_envs.machine import memory
 from vla_envs.policies.flow import densities, sde_step
 from vla_envs.policies.images import lerobot_pixels
 from vla_envs.policies.lerobot.files import ACTION_DIM, STATE_DIM, Published, read, weights_of
-from vla_envs.policies.lerobot.kept import Kept
+from vla_envs.policies.lerobot.kept import Kept, together
 from vla_envs.policies.lerobot.smolvla import SmolVLA
 from vla_envs.policies.nano import draw
 from vla_envs.policies.published import make_room
@@ -247,15 +247,9 @@ class LeRobotPolicy(nn.Module):
             ValueError: When an image is missing, or an instruction has a word that the network does not know.
         """
         device, c = self.state.offset.device, self.model.config
-        missing = [name for name in self.cameras if name not in obs]
-        if missing:
-            raise ValueError(
-                f"the policy takes {', '.join(self.cameras)}, and the observations have no {missing[0]};"
-                " expected environments with wrist_camera=True"
-            )
         pixels = []
         for name in self.cameras:
-            images = torch.as_tensor(np.ascontiguousarray(obs[name])).to(device)  # (B, H, W, 3)
+            images = torch.as_tensor(self._image(obs, name)).to(device)  # (B, H, W, 3)
             pixels.append(lerobot_pixels(images, c.image_size, self.model.centred))
         for text in set(instructions) - self._words.keys():
             self._words[text] = self.published.words(text)
@@ -267,6 +261,15 @@ class LeRobotPolicy(nn.Module):
         there = torch.arange(tokens.shape[1], device=device) < lengths.unsqueeze(1)  # (B, L)
         masks = torch.ones(len(words), len(pixels), dtype=torch.bool, device=device)  # (B, V)
         return torch.stack(pixels, 1), masks, tokens, there, self.states(obs)
+
+    def _image(self, obs: dict[str, Any], name: str) -> NDArray[np.uint8]:
+        """A camera's images (B, H, W, 3)."""
+        if name not in obs:
+            raise ValueError(
+                f"the policy takes {', '.join(self.cameras)}, and the observations have no {name};"
+                " expected environments with wrist_camera=True"
+            )
+        return np.ascontiguousarray(obs[name])
 
     def states(self, obs: dict[str, Any]) -> Tensor:
         """States (B, state_dim), normalised and padded with 0."""
@@ -280,18 +283,20 @@ class LeRobotPolicy(nn.Module):
         Where the language model is frozen, what it reads while ``playing`` is kept, so that an update does
         not read it again; ``None`` keeps and looks up nothing.
         """
-        if playing is None or any(parameter.requires_grad for parameter in self.model.vlm.parameters()):
+        if trained := any(parameter.requires_grad for parameter in self.model.vlm.parameters()):
+            self.kept.clear()
+        if trained or playing is None:
             return self.model.prefix(*self.prepare(obs, instructions))
-        names = self.kept.names([obs[name] for name in self.cameras], instructions)
-        unknown = {name: i for i, name in enumerate(names) if name not in self.kept}  # each once
-        new: dict[bytes, Tensor] = {}
+        names = self.kept.names([self._image(obs, name) for name in self.cameras], instructions)
+        rows = self.kept.rows(names)
+        unknown = {name: i for i, name in enumerate(names) if name not in rows}  # each once
         if unknown:
             inds = list(unknown.values())
             some = {name: torch.as_tensor(array)[inds] for name, array in obs.items()}
             *inputs, _ = self.prepare(some, [instructions[i] for i in inds])
-            new = self.kept.add(list(unknown), self.model.read(*inputs), push=playing)
+            rows |= self.kept.add(list(unknown), self.model.read(*inputs), push=playing)
         state = self.states(obs)
-        return self.model.with_state(self.kept.seen(names, new, state.device), state)
+        return self.model.with_state(together([rows[name] for name in names], state.device), state)
 
     # ---- The chain ----
 
@@ -356,10 +361,11 @@ class LeRobotPolicy(nn.Module):
             instructions: One sentence each.
             temperature: Scales the noise of random steps; 0 follows the ODE from an x_0 that is drawn, as
                 published evaluations do, and gives the log-densities at temperature 1.
-            generators: One for each instruction, from which it draws; by default torch's own for all.
+            generators: One for each instruction, from which it draws; by default torch's own for all. They
+                are a rollout's: without them nothing is kept for an update.
         """
         c, steps = self.model.config, self.settings.denoising_steps
-        prefix = self.prefix(obs, instructions, playing=True)
+        prefix = self.prefix(obs, instructions, playing=None if generators is None else True)
         like = prefix.hidden.new_zeros(len(instructions), c.action_chunk, c.action_dim)  # (B, C, D)
         x = draw("normal_", like, generators)
         if self.settings.noise == "sde-one":
