@@ -415,10 +415,8 @@ def test_one_policy_for_several_tasks(tmp_path, monkeypatch, capsys):
     args = reproduce.dataclasses.replace(args, task_ids=(4, 7, 9))
     assert reproduce.missing(args, known) == [("TGRPO, one policy", "all", 3)]
     assert reproduce.steps_of("all", reproduce.Args(task_ids=(4, 7, 9))) == 180_000
-    folders = [
-        reproduce.folder_of("GRPO, one policy", "all", 3, each).name for each in (args, reproduce.Args())
-    ]
-    assert folders[0] == "grpo__one_policy__4-7-9__3" != folders[1]
+    folder = reproduce.folder_of("GRPO, one policy", "all", 3, reproduce.fill_in_folders(args))
+    assert folder.name == "grpo__one_policy__4-7-9__3"
     again = reproduce.added(known, known.assign(after=1))
     assert list(again["after"]) == [1, 1] and len(reproduce.added(known[:1], known[1:])) == 2
     with pytest.raises(ValueError, match=r"task_ids are \(4,\); with --one-policy expected at least two"):
