@@ -98,12 +98,12 @@ def fill_in_folders(args: Args) -> Args:
 def folder_of(method: str, task_id: int | str, seed: int, args: Args) -> Path:
     """Where a run is, of a task or of ``ALL``."""
     name = "".join(letter if letter.isalnum() else "_" for letter in method.lower())
-    return args.out / f"{name}__{which_tasks(task_id, args)}__{seed}"
+    return args.out / f"{name}__{'-'.join(map(str, tasks_of(task_id, args)))}__{seed}"
 
 
-def which_tasks(task_id: int | str, args: Args) -> str:
-    """A run's task, or its tasks, as a folder's name has them."""
-    return "-".join(map(str, args.task_ids)) if task_id == ALL else str(task_id)
+def tasks_of(task_id: int | str, args: Args) -> tuple[int | str, ...]:
+    """A run's task, or with ``ALL`` its tasks."""
+    return args.task_ids if task_id == ALL else (task_id,)
 
 
 def commit() -> str:
@@ -160,11 +160,11 @@ def demonstrations(task_id: int | str, args: Args) -> Path:
     Raises:
         RuntimeError: When they cannot be recorded, with the expert's last line.
     """
-    folder = args.out / f"demonstrations_{which_tasks(task_id, args)}"
+    tasks = tasks_of(task_id, args)
+    folder = args.out / f"demonstrations_{'-'.join(map(str, tasks))}"
     with RECORDING:
         if not any(folder.glob("*.hdf5")):  # an interrupted recording leaves none
             recorder = [sys.executable, "-m", "vla_envs.experts", "--out", folder, "--suite", args.suite]
-            tasks = args.task_ids if task_id == ALL else (task_id,)
             recorder += ["--task-ids", *tasks, "--episodes", DEMONSTRATIONS]
             done = subprocess.run(list(map(str, recorder)), capture_output=True, text=True)
             if done.returncode:
@@ -226,7 +226,7 @@ def read_run(method: str, task_id: int | str, seed: int, args: Args) -> tuple[pd
     names |= {name: name for name in ("sampled_before", "sampled_after")}
     events = EventAccumulator(str(folder)).Reload()
     rows, points = [], []
-    for task in args.task_ids if task_id == ALL else (task_id,):
+    for task in tasks_of(task_id, args):
         its = {name: value for name, value in result.items() if name in names.values()}
         tags = {tag: tag for tag in CURVES}
         if task_id == ALL:

@@ -142,18 +142,23 @@ def share_better(*scores: Any, axis: int = -1) -> Any:
     return (np.greater(*pairs) + 0.5 * np.equal(*pairs)).mean(axis=(0, -2, -1))
 
 
-def estimate(statistic: Any, samples: Any, form: str, method: str = "percentile") -> str:
-    """A statistic with its bootstrap 95 % interval, where there are several values to draw from.
+def interval(statistic: Any, samples: Any, method: str = "percentile") -> tuple[float, ...]:
+    """A statistic, and its bootstrap 95 % interval where there are several values to draw from.
 
     Each of the samples is drawn from by itself: the bootstrap is stratified by task.
     """
-    point = form.format(statistic(*samples, axis=-1))
+    point = statistic(*samples, axis=-1)
     if len(samples[0]) < 2:
-        return point
+        return (point,)
     rng = np.random.default_rng(0)
     drawn = bootstrap(samples, statistic, method=method, n_resamples=DRAWS, vectorized=True, rng=rng)
-    low, high = (form.format(x) for x in drawn.confidence_interval)
-    return f"{point} ({low} to {high})"
+    return point, *drawn.confidence_interval
+
+
+def estimate(statistic: Any, samples: Any, form: str, method: str = "percentile") -> str:
+    """What ``interval`` gives, in words."""
+    point, *ends = (form.format(x) for x in interval(statistic, samples, method))
+    return f"{point} ({' to '.join(ends)})" if ends else point
 
 
 def percent(successes: int, trials: int) -> str:
@@ -227,36 +232,34 @@ def gains_of(runs: pd.DataFrame, method: str, other: str) -> pd.Series:
     return (rate[method] - rate[other]).dropna() if {method, other} <= set(rate) else pd.Series(dtype=float)
 
 
-def mean_gain(gains: pd.Series) -> tuple[float, float, float]:
-    """The mean and its bootstrap 95 % interval; of one pair, the mean alone."""
-    if len(gains) < 2:
-        return (float(gains.mean()),) * 3
-    rng = np.random.default_rng(0)
-    drawn = bootstrap([gains.to_numpy()], np.mean, method="basic", n_resamples=DRAWS, rng=rng)
-    return float(gains.mean()), *map(float, drawn.confidence_interval)
-
-
 def verdict(gains: pd.Series) -> str:
     """Whether the first method is ahead, as the pairs have it."""
     if len(gains) < FEWEST_PAIRS:
         return "cannot tell"
-    _, low, high = mean_gain(gains)
+    _, low, high = interval(np.mean, [gains.to_numpy()], "basic")
     return "holds" if low > 0 else "does not hold" if high < 0 else "cannot tell"
 
 
+def claims_of(ways: dict[str, pd.DataFrame]) -> list[tuple[methods.Claim, dict[str, pd.Series]]]:
+    """The claims that there are pairs for, and those, ``ways`` by how the runs were evaluated."""
+    pairs = [
+        (claim, {way: gains_of(its, claim.method, claim.other) for way, its in ways.items()})
+        for claim in methods.CLAIMS
+    ]
+    return [(claim, its) for claim, its in pairs if any(map(len, its.values()))]
+
+
 def claims_table(ways: dict[str, pd.DataFrame]) -> str:
-    """What papers say of two methods, and what the runs say, ``ways`` by how they were evaluated."""
+    """What papers say of two methods, and what the runs say."""
     rows = []
-    for claim in methods.CLAIMS:
+    for claim, pairs in claims_of(ways):
         row = {"ahead": claim.method, "of": claim.other, "says": claim.source}
         row["theirs"] = "" if claim.points is None else f"{claim.points:+.1f}"
-        for way, its in ways.items():
-            gains = gains_of(its, claim.method, claim.other)
+        for way, gains in pairs.items():
             if len(gains):
                 ours = estimate(np.mean, [gains.to_numpy()], "{:+.1f}", "basic")
                 row[f"ours, {way}"] = f"{ours}, {len(gains)} pairs: {verdict(gains)}"
-        if len(row) > 4:
-            rows.append(row)
+        rows.append(row)
     return markdown(pd.DataFrame(rows)) + ABOUT_CLAIMS if rows else ""
 
 
@@ -327,12 +330,10 @@ def draw_claims(ways: dict[str, pd.DataFrame], path: Path) -> None:
     """By how much the first method of every claim is ahead, with the intervals, and what its paper says."""
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     names: list[str] = []
-    for claim in methods.CLAIMS:
-        its_gains = {way: gains_of(its, claim.method, claim.other) for way, its in ways.items()}
-        if not any(map(len, its_gains.values())):
-            continue
-        for k, gains in enumerate(gains for gains in its_gains.values() if len(gains)):
-            mean, low, high = mean_gain(gains)
+    for claim, pairs in claims_of(ways):
+        for k, gains in enumerate(gains for gains in pairs.values() if len(gains)):
+            mean, *ends = interval(np.mean, [gains.to_numpy()], "basic")
+            low, high = ends or (mean, mean)
             error = [[mean - low], [high - mean]]
             axis.errorbar(mean, len(names) + 0.2 * k - 0.1, xerr=error, fmt="o", color=f"C{k}", capsize=3)
         if claim.points is not None:
@@ -375,7 +376,7 @@ def draw(runs: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Path]:
         named = with_twins(runs[runs["task_id"] == task_id])
         drawn.append(folder / f"heat_map_{task_id}.png")
         draw_heat_map(named[named["method"].isin(HEAT_MAP)], drawn[-1])
-    if claims_table(evaluated(runs)):
+    if claims_of(evaluated(runs)):
         drawn.append(folder / "claims.png")
         draw_claims(evaluated(runs), drawn[-1])
     return drawn

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vla_envs.policies.lerobot.smolvla import Seen
@@ -27,11 +28,11 @@ class Kept:
         return len(self._rows)
 
     @staticmethod
-    def names(images: list[Any], instructions: list[str]) -> list[bytes]:
+    def names(images: list[NDArray[np.uint8]], instructions: list[str]) -> list[bytes]:
         """What each observation is kept under: a digest of its ``images``, (B, H, W, 3) each, and words."""
         digests = [hashlib.blake2b(text.encode(), digest_size=16) for text in instructions]
         for rows in images:
-            for digest, row in zip(digests, np.ascontiguousarray(rows), strict=True):
+            for digest, row in zip(digests, rows, strict=True):
                 digest.update(row)
         return [digest.digest() for digest in digests]
 
