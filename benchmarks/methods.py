@@ -9,8 +9,8 @@ from dataclasses import dataclass
 RIVALS = {
     "Filtered cloning": ["rft_vla.py"],
     "iRe-VLA": ["rft_vla.py", "--stages", "--demos", "{demos}"],
-    "DPO": ["tpo_vla.py", "--score", "success", "--window", "0", "--minibatch-size", "32"],
-    "GRAPE": ["tpo_vla.py"],
+    "DPO": "tpo_vla.py --score success --pairs all --window 0 --minibatch-size 32".split(),
+    "GRAPE": "tpo_vla.py --score grape --pairs best-worst --window 8".split(),
 }
 METHODS = {
     "SFT": ["sft_vla.py", "--demos", "{demos}"],
