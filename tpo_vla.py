@@ -11,7 +11,7 @@ Arrays are time-major, (T, N). alive[t, i]: member i had not finished before dec
 
     score        success | return | GRAPE's 0.01 log prod_t p_t + prod_s exp(-0.01 cost_s) + 5 success
                                                                                    trajectory_scores
-    pairs        every two of a group of unlike score, or its best and worst       make_pairs
+    pairs        the best and the worst of a group, or every two of unlike score   make_pairs
     margin       log pi/pi_ref (better) - log pi/pi_ref (worse), each summed over a window     make_windows
     objective    mean over windows of log sigmoid(beta * margin)                   preference_loss, update
 
@@ -24,12 +24,11 @@ Where we depart from GRAPE, or it is silent:
  5. Dynamic sampling, as in grpo_vla.py: groups of which --keep-low to --keep-high succeed are learnt from.
  6. Every group has a placement of its own, drawn from LIBERO's regions; evaluation is on the 50 recorded init
     states, which training never sees.
- 7. Every two members of unlike score are a pair, not only the best and the worst (--pairs best-worst).
- 8. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
+ 7. An update stops early when it has moved the policy by --target-kl; the learning rate is warmed up, then
     falls linearly to 0.
 
     python tpo_vla.py --task-id 4
-    python tpo_vla.py --task-id 4 --score success --window 0 --minibatch-size 32
+    python tpo_vla.py --task-id 4 --score success --pairs all --window 0 --minibatch-size 32
     python tpo_vla.py --task-id 4 --evaluate --checkpoint runs/.../checkpoints/final
 """
 
@@ -57,7 +56,7 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     """multi_stage, binary, or path/to/file.py:function; what --score return adds up"""
     score: Literal["success", "return", "grape"] = "grape"
     """What ranks a group's members: success, the rewards until the last one ends, or GRAPE's score"""
-    pairs: Literal["best-worst", "all"] = "all"
+    pairs: Literal["best-worst", "all"] = "best-worst"
     """Pairs of a group: its best and its worst member, or every two of unlike score"""
     window: int = 8
     """Decisions per window; 0: the whole trajectories of a pair are compared"""
