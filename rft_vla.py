@@ -193,7 +193,7 @@ def load_demos(policy: Any, args: Args) -> dict[str, Any] | None:
     chunk = getattr(policy, "imitation_chunk", policy.action_chunk)  # it may predict more than it executes
     load = demonstrations.load_demonstrations
     demos = [load(args.demos, task, None, chunk, 1, cameras_of(policy)) for task in tasks if args.demos]
-    return demonstrations.samples(tasks, demos) if demos else None
+    return demonstrations.samples(tasks, demos, policy.image_size) if demos else None
 
 
 # ---- Learning ----------------------------------------------------------------------------------------

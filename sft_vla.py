@@ -131,7 +131,8 @@ def load_samples(policy: Any, args: Args) -> tuple[dict[str, Any], dict[str, Any
         demonstrations.load_demonstrations(args.demos, task, count, chunk, least, cameras_of(policy))
         for task, count in zip(tasks, counts)
     ]
-    samples = demonstrations.samples(tasks, [its[: len(its) - args.held_out] for its in demos])
+    learnt = [its[: len(its) - args.held_out] for its in demos]
+    samples = demonstrations.samples(tasks, learnt, policy.image_size)
     if not args.held_out:
         return samples, None
     return samples, demonstrations.samples(tasks, [its[-args.held_out :] for its in demos])

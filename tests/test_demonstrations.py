@@ -404,6 +404,16 @@ def test_pictures_of_two_sizes(tmp_path):
         samples([KETCHUP, MILK], demos)
 
 
+def test_a_line_warns_of_small_pictures(tmp_path, capsys):
+    write_demos(tmp_path / "LiberoObject_4_demo.hdf5", lengths=(5,))
+    demos = [load_demonstrations(tmp_path, KETCHUP, 1, chunk=2)]
+    samples([KETCHUP], demos, shown=32)
+    assert capsys.readouterr().out == ""
+    samples([KETCHUP], demos, shown=128)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "have 32 pixels" in line and "--image-size 128" in line
+
+
 # ---- LeRobot -----------------------------------------------------------------------------------------
 
 

@@ -581,10 +581,18 @@ def test_what_is_no_safetensors_file_is_named(checkpoint, content):
 
 def test_the_configuration_of_another_policy(checkpoint):
     set_config(checkpoint, policy="flow")
-    assert "config.json is of policy 'flow'" in refusal("nano", checkpoint)
+    assert "config.json is of policy 'flow'; expected --policy flow" in refusal("nano", checkpoint)
+    assert "config.json is of policy 'flow'; expected --policy flow" in refusal("openvla", checkpoint)
     (checkpoint / "config.json").write_text("[1, 2]")
     message = refusal("nano", checkpoint)
     assert str(checkpoint / "config.json") in message and "a list; expected an object" in message
+
+
+@pytest.mark.parametrize("name", ["openvla", "smolvla"])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(name, tmp_path):
+    (tmp_path / "finetuned").mkdir()
+    assert "there is no such folder; did you mean 'finetuned'?" in refusal(name, tmp_path / "finetune")
+    assert "there is no such folder" in refusal(name, "finetuned")
 
 
 def test_weights_that_do_not_fit(checkpoint):

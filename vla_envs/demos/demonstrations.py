@@ -65,8 +65,16 @@ def load_demonstrations(
     return demos
 
 
-def samples(tasks: list[Task], demonstrations: list[list[Episode]]) -> dict[str, Any]:
-    """Join all S control steps of several tasks: images, state and actions (S, ...), and instructions."""
+def samples(
+    tasks: list[Task], demonstrations: list[list[Episode]], shown: int | None = None
+) -> dict[str, Any]:
+    """Join all S control steps of several tasks: images, state and actions (S, ...), and instructions.
+
+    Args:
+        tasks: The tasks.
+        demonstrations: Those of each, as loaded.
+        shown: Pixels of the images that the policy is shown when it acts; of smaller ones a line warns.
+    """
     flat = [(task, demo) for task, demos in zip(tasks, demonstrations) for demo in demos]
     first = flat[0][1]
     for task, demo in flat:
@@ -77,4 +85,9 @@ def samples(tasks: list[Task], demonstrations: list[list[Episode]]) -> dict[str,
                     f" expected {first[name].shape[1]}, like those of {flat[0][0].label}"
                 )
     result: dict[str, Any] = {name: np.concatenate([demo[name] for _, demo in flat]) for name in first}
+    if shown and (pixels := min(its.shape[1] for name, its in result.items() if "image" in name)) < shown:
+        print(
+            f"the demonstrations' images have {pixels} pixels, and the policy is shown {shown} when it acts,"
+            f" so it learns from blurred ones; the scripted expert records with --image-size {shown}"
+        )
     return result | {"instructions": [task.instruction for task, demo in flat for _ in demo["actions"]]}

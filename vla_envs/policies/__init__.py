@@ -151,6 +151,8 @@ def load_policy(
     _validate_name(name)
     if is_training_state(checkpoint):
         return _load_state(name, Path(str(checkpoint)), device, suite)
+    if checkpoint is not None:
+        _check_kind(name, Path(checkpoint))
     if name in LEROBOT:
         return _load_lerobot(name, checkpoint, device, settings or {})
     if name in ("openvla", "openvla-oft"):
@@ -172,9 +174,7 @@ def load_policy(
         )
     with _one_reason(f"checkpoint {str(folder)!r} is not a checkpoint of {name!r}"):
         config = read_json(folder / "config.json")
-        written = config.pop("policy", None)
-        if written != _written_name(name):
-            raise ValueError(f"its config.json is of policy {written!r}")
+        config.pop("policy")  # which has been checked
         made_for = _check_made_for(config.pop("made_for", None))
         # On "meta" nothing is made or read of a size that only one of the files claims.
         with torch.device("cpu" if is_own(name) else "meta"):
@@ -186,6 +186,22 @@ def load_policy(
         policy.made_for = made_for
     _check_finite(policy, folder)
     return to_device(adjusted(policy, name, settings or {}), device)
+
+
+def _check_kind(name: str, checkpoint: Path) -> None:
+    """Refuse a folder whose ``config.json`` is of another policy."""
+    try:
+        config = read_json(checkpoint / "config.json")
+    except (OSError, ValueError):  # missing or damaged: its loader says so
+        return
+    kind = config.get("policy") or config.get("type") or config.get("model_type")
+    same = kind == ("openvla" if name == "openvla-oft" else _written_name(name))
+    if not same and (kind in POLICIES or name not in PUBLISHED):
+        meant = f"; expected --policy {kind}" if kind in POLICIES else ""
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} is not a checkpoint of {name!r}: its config.json is of policy"
+            f" {in_short(kind)}{meant}"
+        )
 
 
 @contextlib.contextmanager
@@ -306,8 +322,9 @@ def _load_openvla(name: str, checkpoint: str | Path | None, device: str, suite: 
 def _load_lerobot(name: str, checkpoint: str | Path | None, device: str, settings: dict[str, Any]) -> Any:
     if checkpoint is None:
         return new_policy(name)
-    from vla_envs.policies.lerobot.policy import LeRobotPolicy
+    from vla_envs.policies.lerobot.policy import FlowSettings, LeRobotPolicy
 
+    FlowSettings(**settings)  # a mistake in a flag is not one of the checkpoint
     with _one_reason(f"checkpoint {str(checkpoint)!r} of {name!r} cannot be loaded"):
         policy = LeRobotPolicy.load(name, checkpoint, device, **settings)
         _check_made_for(policy.made_for)
@@ -328,12 +345,22 @@ def to_device(policy: Any, device: str) -> Any:
     Raises:
         ValueError: When there is no such device.
     """
+    check_device(device)
+    return policy.to(device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or cannot use here.
+
+    Raises:
+        ValueError: Says which, and why.
+    """
     try:
         torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is unknown; expected cpu, cuda, cuda:0, ...") from None
     try:
-        return policy.to(device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {' '.join(str(error).split())}") from None
 

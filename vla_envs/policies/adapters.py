@@ -27,6 +27,17 @@ KNOWN_SETTINGS = frozenset(
 )
 
 
+def check_trainable_set(train: str) -> None:
+    """Refuse a name that is none of ``TRAINABLE_SETS``.
+
+    Raises:
+        ValueError: Names those that there are.
+    """
+    if train not in TRAINABLE_SETS:
+        hint = nearest(train, list(TRAINABLE_SETS))
+        raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
+
+
 def make_trainable(
     policy: Any, train: str, rank: int = 32, last_k: int = 1, task_adapters: dict[str, Path] | None = None
 ) -> Any:
@@ -48,9 +59,7 @@ def make_trainable(
         ValueError: When there is no such set, the policy has fewer blocks, or an adapter does not fit.
     """
     task_adapters = task_adapters or {}
-    if train not in TRAINABLE_SETS:
-        hint = nearest(train, list(TRAINABLE_SETS))
-        raise ValueError(f"train {train!r} is unknown; expected one of {', '.join(TRAINABLE_SETS)}{hint}")
+    check_trainable_set(train)
     parts = {"head": ("head",), "last-k": ("blocks", "head"), "expert": ("expert",)}
     needed = parts.get(train.rpartition("+")[2], ())
     for name in needed:

@@ -1,12 +1,16 @@
 """Where a published checkpoint comes from, a folder or the Hugging Face hub, and the memory it takes."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
+from huggingface_hub.utils import logging
 
+from vla_envs.inputs import nearest
 from vla_envs.policies import instead
 
 
@@ -23,13 +27,30 @@ def fetch(checkpoint: str | Path, *patterns: str) -> Path:
         if missing:
             raise ValueError(f"it has no {' and no '.join(missing)}{instead(folder)}")
         return folder
+    if str(checkpoint).count("/") != 1 or folder.parent.is_dir():
+        there = [path.name for path in folder.parent.glob("*/")]
+        raise ValueError(f"there is no such folder{nearest(folder.name, there)}")
     try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's errors are of many kinds, and long
+        return Path(from_hub(snapshot_download, str(checkpoint), allow_patterns=list(patterns)))
+    except ValueError as error:
+        raise ValueError(f"it is not a folder, and cannot be downloaded: {error}") from None
+
+
+def from_hub(download: Callable[..., str], *args: Any, **kwargs: Any) -> str:
+    """Where ``download``, one of ``huggingface_hub``'s functions, has put what it was asked for.
+
+    Raises:
+        ValueError: When that fails, in one line: the hub's errors are of many kinds, and long.
+    """
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # or each of its tries prints a line
+    try:
+        return download(*args, **kwargs)
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"it is not a folder, and cannot be downloaded: {type(error).__name__}: {reason}"
-        ) from None
+        raise ValueError(f"{type(error).__name__}: {reason}") from None
+    finally:
+        logging.set_verbosity(shown)
 
 
 def parts_of(checkpoint: str | Path) -> dict[str, list[Path]]:

@@ -12,7 +12,16 @@ from vla_envs import distributed
 from vla_envs.command_line import check_numbers, one_line_errors, parse_args, read_dataclass
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies import SETTINGS, SHIPPED, evaluated_only, is_own, is_server, load_policy
+from vla_envs.policies import (
+    SETTINGS,
+    SHIPPED,
+    adapters,
+    check_device,
+    evaluated_only,
+    is_own,
+    is_server,
+    load_policy,
+)
 from vla_envs.tasks import SUITES, get_task, num_init_states, suite_or_file, with_init_states
 from vla_envs.training.evaluation import PROTOCOLS
 
@@ -74,7 +83,7 @@ class CommonArgs:
     cache: bool = True
     """Keep compiled scenes on disk; --no-cache builds them again"""
     max_episode_steps: int | None = None
-    """Control steps until an episode ends without success [200; of evaluations the protocol's]"""
+    """Control steps until an episode ends without success [200; with --evaluate: the protocol's]"""
     action_chunk: int | None = None
     """Control steps per decision (C); has to fit the policy [the policy's; smolvla, pi0: 10 of 50]"""
     num_threads: int | None = None
@@ -82,7 +91,7 @@ class CommonArgs:
 
     # ---- Policy ----
     policy: str = "nano"
-    """nano, flow, openvla, openvla-oft, smolvla, pi0 or path/to/file.py:function; evaluated: ws://host:port"""
+    """nano, flow, openvla, openvla-oft, smolvla, pi0 or path/to/file.py:function; to evaluate: ws://host:port"""
     checkpoint: Path | None = None
     """Starting checkpoint: a folder, or a repository of the hub [the shipped one; sft_vla.py: random]"""
     train: str = "all"
@@ -100,13 +109,13 @@ class CommonArgs:
     cudagraphs: bool = False
     """Replay openvla's decoding as CUDA graphs, one per token, instead of launching its kernels one by one"""
     temperature: float = 1.0
-    """Divides the logits, scales a flow's noise; in rollout and update alike"""
+    """Divides the logits, or scales the noise of what denoises; in rollout and update alike"""
     noise: str | None = None
-    """Random denoising steps: smolvla, pi0: sde-one, sde, learned; flow: sde, fixed [the checkpoint's]"""
+    """Random denoising steps: smolvla, pi0: sde-one (default), sde, learned; flow: sde (default), fixed"""
     noise_level: float | None = None
-    """Standard deviation of a flow's noise, in units of its actions [the checkpoint's; smolvla, pi0: 0.5]"""
+    """Standard deviation of noise but the learned one [the checkpoint's; smolvla, pi0: 0.5 of an action's]"""
     denoising_steps: int | None = None
-    """Steps from noise to a chunk of actions (K) [the checkpoint's]"""
+    """Steps from noise to a chunk of actions [the checkpoint's]"""
 
 
 def parse(
@@ -128,8 +137,18 @@ def parse(
         args = parse_args(args_type, args_type(**presets[args.preset]))
     with one_line_errors():
         args = validate(load_args(args) if args.resume else args)
+        _check_demos(args)  # now rather than after a policy has been loaded
         distributed.start(args.device)
     return args
+
+
+def _check_demos(args: Any) -> None:
+    demos = getattr(args, "demos", None)
+    if demos and not args.evaluate and not demos.is_dir():
+        raise ValueError(
+            f"demos is {str(demos)!r}, where there is no folder; expected one of demonstrations, as python -m"
+            " vla_envs.experts --out FOLDER writes it"
+        )
 
 
 def complete_rl(args: ArgsT) -> ArgsT:
@@ -268,6 +287,7 @@ def complete(args: ArgsT) -> ArgsT:
         tasks = {with_init_states(task, given.init_state_file) for task in tasks}
     init_states = min(map(num_init_states, tasks))
     _check_together(given)
+    adapters.check_trainable_set(given.train)
     one_way = _has_one_way(given)
     check_numbers(args, "eval_temperature", above=False)
     protocol = PROTOCOLS[given.protocol] if given.protocol else None
@@ -292,6 +312,7 @@ def complete(args: ArgsT) -> ArgsT:
         # Fails now rather than after the first evaluation.
         load_policy(given.policy, given.compare, "meta", suite=given.suite)
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
+    check_device(device)
     train = given.train
     if given.evaluate and train == "all" and not (is_own(given.policy) or is_server(given.policy)):
         train = "head"  # what is trained is float32

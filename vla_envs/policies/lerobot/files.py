@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vla_envs.files import read_json
 from vla_envs.inputs import in_short
-from vla_envs.policies.published import SINGLE, fetch
+from vla_envs.policies.published import SINGLE, fetch, from_hub
 from vla_envs.policies.tensors import check_claim
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
@@ -285,9 +285,10 @@ def _steps(folder: Path, name: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"its {name} has steps {in_short(steps)}; expected a list of processors")
     found = {str(step.get("registry_name")): step for step in steps}
     for registered, step in found.items():
-        harmless = registered in ("relative_actions_processor", "absolute_actions_processor")
-        off = harmless and not step.get("config", {}).get("enabled", False)
-        if registered not in PROCESSORS and not off:
+        if registered in ("relative_actions_processor", "absolute_actions_processor"):
+            if step.get("config", {}).get("enabled", False):
+                raise ValueError(f"its {name} has actions relative to the state; expected LIBERO's own")
+        elif registered not in PROCESSORS:
             raise ValueError(
                 f"its {name} has {registered!r}, which is not done here; expected some of"
                 f" {', '.join(sorted(PROCESSORS))}"
@@ -320,12 +321,12 @@ def _tokenizer(folder: Path, name: Any) -> tuple[tokenizers.Tokenizer, dict[str,
     path = next((path for path in found if path.is_file()), None)
     inside = path is not None
     try:
-        path = path or Path(hf_hub_download(str(name), "tokenizer.json"))
+        path = path or Path(from_hub(hf_hub_download, str(name), "tokenizer.json"))
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the hub's errors are of many kinds, and long; tokenizers raises plain ones
+    except Exception as error:  # tokenizers raises plain ones
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"its tokenizer {in_short(name)} cannot be read: {type(error).__name__}: {reason}; expected it in"
+            f"its tokenizer {in_short(name)} cannot be read: {reason}; expected it in"
             f" {str(folder / 'tokenizer' / 'tokenizer.json')!r}, or to be downloaded"
         ) from None
     tokenizer.no_padding()

@@ -162,7 +162,11 @@ class LeRobotPolicy(nn.Module):
         }
         expected, names = model.state_dict(), model.names()
         tensors = weights_of(published, expected, names, model.unused)
-        policy = cls(model, published, FlowSettings(**usual | kept.get("settings", {}) | settings))
+        saved = FlowSettings(**usual | kept.get("settings", {}))
+        chosen = dataclasses.replace(saved, **settings)
+        if chosen.noise == "learned" and chosen.noise_level != saved.noise_level:
+            raise ValueError(f"noise_level is {chosen.noise_level}; expected none with learned noise")
+        policy = cls(model, published, chosen)
         if device.type == "meta":
             return policy
         make_room(str(checkpoint), sum(p.numel() for p in model.parameters()), dtype, device)
