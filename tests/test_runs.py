@@ -730,6 +730,13 @@ def test_a_run_says_with_what_it_goes_on(tmp_path, capsys):
     assert (written["num_iterations"], written["num_threads"], written["resume"]) == (8, 2, None)
 
 
+def test_a_run_says_what_memory_training_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "count_parameters", lambda policy: (100_000_000, 450_000_000))
+    start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
+    line = "training 100,000,000 of 450,000,000 parameters; their gradients and AdamW's averages take 1.1 GiB"
+    assert line in capsys.readouterr().out
+
+
 def test_a_run_of_another_script(tmp_path):
     run = start(Started(run_dir=tmp_path / "run"), "x_vla", *training(steps=0))
     with pytest.raises(ValueError, match=r"run' is a run of x_vla\.py; expected one of y_vla\.py"):

@@ -194,7 +194,9 @@ class Run:
         if not args.evaluate:
             if before is None:
                 self.save()
-            print(f"{self.folder}: training {trained:,} of {parameters:,} parameters")
+            gib = 3 * 4 * trained / 2**30  # a gradient and two averages in float32
+            memory = f"; their gradients and AdamW's averages take {gib:.1f} GiB" if gib > 0.1 else ""
+            print(f"{self.folder}: training {trained:,} of {parameters:,} parameters{memory}")
         for name in (*HOW_FAST, *HOW_LONG, *WHERE):
             if before and name in before and before[name] != contents[name]:
                 course = "; the learning rate goes on as in a run of that length" * (name in HOW_LONG)
