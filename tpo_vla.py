@@ -78,13 +78,13 @@ class Args(arguments.CommonArgs):  # --task-id, --policy, --checkpoint, --train,
     """Groups per batch (G), each on a placement of its own [8, or 2 for each of --task-ids]"""
     group_size: int = 8
     """Members per group (K)"""
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 2e-5
     """AdamW's peak learning rate; it falls linearly to 0"""
     warmup_iterations: int = 3
     """Iterations over which the learning rate grows to its peak"""
     update_epochs: int = 3
     """Passes over a batch"""
-    minibatch_size: int = 96
+    minibatch_size: int = 8
     """Windows per optimiser step"""
     micro_batch_size: int | None = None
     """Windows per forward pass; gradients add up over a minibatch [all at once]"""
