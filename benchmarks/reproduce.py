@@ -119,8 +119,8 @@ def machine() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    units = torch.backends.cpu.get_cpu_capability()
-    return f"{(models or [platform.machine()])[0]}, {units}, {available_cores()} cores"
+    units, cores = torch.backends.cpu.get_cpu_capability(), available_cores()
+    return f"{(models or [platform.machine()])[0]}, {units}, {cores} core{'s' * (cores > 1)}"
 
 
 def steps_of(task_id: int | str, args: Args) -> int:
