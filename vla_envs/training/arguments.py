@@ -312,7 +312,6 @@ def complete(args: ArgsT) -> ArgsT:
         # Fails now rather than after the first evaluation.
         load_policy(given.policy, given.compare, "meta", suite=given.suite)
     device = given.device or ("cuda" if given.policy not in SHIPPED and torch.cuda.is_available() else "cpu")
-    check_device(device)
     train = given.train
     if given.evaluate and train == "all" and not (is_own(given.policy) or is_server(given.policy)):
         train = "head"  # what is trained is float32
@@ -328,6 +327,7 @@ def complete(args: ArgsT) -> ArgsT:
         raise ValueError(f"cudagraphs is for --policy openvla on a GPU; got {given.policy} on {device}")
     if given.cudagraphs and (train == "all" or given.shared_adapter):
         raise ValueError("cudagraphs does not go with --train all or --shared-adapter; expected --train lora")
+    check_device(device)
     return dataclasses.replace(
         given, task_id=task_ids[0], task_ids=task_ids, train=train, device=distributed.device(device)
     )
