@@ -362,7 +362,9 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"device {device!r} cannot be used; expected another, such as cpu: {' '.join(str(error).split())}"
+        ) from None
 
 
 def save_policy(policy: Any, name: str, folder: Path) -> None:
