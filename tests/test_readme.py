@@ -218,13 +218,12 @@ def test_the_readmes_steps_are_those_of_the_runs():
 
 def test_the_readmes_rivals_are_those_of_the_runs():
     runs = [run for run in read("runs.csv") if run["task_id"] == "4"]
-    after = {
-        name: values([run for run in runs if run["method"] == name], "after")
-        for name in ("Filtered cloning", "iRe-VLA")
-    }
-    ends = [end for name in after for end in after[name]]
-    assert len(ends) == 6
-    told(f"filtered cloning and iRe-VLA end between {min(ends)} and {max(ends)}.")
+    said = []
+    for names in (("Filtered cloning", "iRe-VLA"), ("GRAPE", "DPO")):
+        ends = values([run for run in runs if run["method"] in names], "after")
+        assert len(ends) == 6
+        said.append(f"between {min(ends)} and {max(ends)}")
+    told(f"filtered cloning and iRe-VLA end {said[0]}, GRAPE and DPO {said[1]}.")
 
 
 def test_the_readmes_ten_tasks_are_those_of_the_runs():
