@@ -21,6 +21,7 @@ METHODS = {
     "TGRPO without the step term": ["tgrpo_vla.py", "--alpha1", "0"],
     "TGRPO without the trajectory term": ["tgrpo_vla.py", "--alpha2", "0"],
 }
+FIRST = ("SFT", "PPO", "GRPO", "TGRPO")  # whole, on all tasks and seeds, before anything else is run
 ONE = ", one policy"  # ends the name of a method whose run trains one policy for all tasks
 #: Lines of grpo_vla.py, and what stands there in a copy of the script that is run in its place.
 VARIANTS = {

@@ -114,12 +114,17 @@ def commit() -> str:
     return head.stdout.strip() + "+" * (changed.returncode == 1)
 
 
-def machine() -> str:
-    """This machine's processor, torch's vector units, which decide the last bits, and the cores."""
+def cores_of_a_run(jobs: int) -> int:
+    """Cores that each of ``jobs`` runs side by side has."""
+    return max(1, available_cores() // jobs)
+
+
+def machine(jobs: int) -> str:
+    """The processor, torch's vector units, which decide the last bits, and the cores that a run has."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    units, cores = torch.backends.cpu.get_cpu_capability(), available_cores()
+    units, cores = torch.backends.cpu.get_cpu_capability(), cores_of_a_run(jobs)
     return f"{(models or [platform.machine()])[0]}, {units}, {cores} core{'s' * (cores > 1)}"
 
 
@@ -199,7 +204,7 @@ def run_script(name: str, folder: Path, script: str | Path, words: list[Any], jo
     if (folder / "result.json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    cores = max(1, available_cores() // jobs)
+    cores = cores_of_a_run(jobs)
     begun = (folder / "args.json").is_file()
     words = ["--resume", folder] if begun else ["--run-dir", folder, *words]
     if not begun:
@@ -236,7 +241,7 @@ def read_run(method: str, task_id: int | str, seed: int, args: Args) -> tuple[pd
             **{column: its.get(name, {}).get("successes") for column, name in names.items()},
             "trials": its["success_after"]["trials"], "env_steps": result.get("env_steps", 0),
             "episodes": result.get("episodes", 0), "wall_s": round(result["wall_s"]),
-            "commit": folder.with_suffix(".commit").read_text(), "machine": machine(),
+            "commit": folder.with_suffix(".commit").read_text(), "machine": machine(args.jobs),
         })  # fmt: skip
         points += [
             (method, task, seed, tag, event.step, round(event.value, 4))
@@ -315,8 +320,9 @@ def missing(args: Args, known: pd.DataFrame) -> list[tuple[str, int | str, int]]
     # On some tasks the paper's alphas are the default.
     defaults = [k for k, its in enumerate(PAPER_ALPHAS) if its == (0.3, 0.7)]
     made |= {(PAPERS, k, seed) for k in defaults for seed in args.seeds}
-    return [each for seed in args.seeds for task_id in task_ids for method in names
-            if (each := (method, task_id, seed)) not in made and TWINS.get(method) not in names]  # fmt: skip
+    asked = [each for seed in args.seeds for task_id in task_ids for method in names
+             if (each := (method, task_id, seed)) not in made and TWINS.get(method) not in names]  # fmt: skip
+    return sorted(asked, key=lambda each: each[0] not in methods.FIRST)
 
 
 def added(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -330,11 +336,15 @@ def added(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def minutes_of(method: str, runs: pd.DataFrame, args: Args) -> float:
-    """How long a run of ``method`` takes: the median of its ``runs``, or of all where it has none."""
-    known = set(runs["method"])
-    if method.endswith(ONE) and method not in known:
+    """How long a run of ``method`` takes: the median of its ``runs`` on this machine.
+
+    Where it has none, it is that of every method's; and of all machines', where this one has none at all.
+    """
+    if method.endswith(ONE) and method not in set(runs["method"]):
         return minutes_of(method.removesuffix(ONE), runs, args) * len(args.task_ids) / 2
-    its = runs[runs["method"] == method] if method in known else runs
+    here = runs[runs["machine"] == machine(args.jobs)]
+    runs = here if len(here) else runs
+    its = runs[runs["method"] == method] if method in set(runs["method"]) else runs
     return float(its["wall_s"].median()) / 60 if len(its) else MINUTES
 
 

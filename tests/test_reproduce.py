@@ -145,6 +145,19 @@ def test_how_much_of_a_run_is_done(tmp_path, monkeypatch):
     names = ("GRPO", "SFT", "PPO", "GRPO, one policy")
     minutes = [reproduce.minutes_of(method, runs, args) for method in names]
     assert minutes == [3, 0.5, 2, 4.5] and reproduce.minutes_of("PPO", runs[:0], args) == reproduce.MINUTES
+    here = line("SFT", 4, 2, 9) | {"wall_s": 90, "machine": reproduce.machine(args.jobs)}
+    minutes = [
+        reproduce.minutes_of(name, pd.concat([runs, pd.DataFrame([here])]), args) for name in ("SFT", "GRPO")
+    ]
+    assert minutes == [1.5, 1.5]  # only this machine's runs count, where it has any
+
+
+def test_the_main_methods_are_whole_before_the_others():
+    wanted = reproduce.missing(
+        reproduce.Args(task_ids=(0, 4), seeds=(1, 2)), pd.DataFrame(columns=results_page.RUN)
+    )
+    first = [each for each in wanted if each[0] in methods.FIRST]
+    assert wanted[:16] == first and wanted[0] == ("SFT", 0, 1) and wanted[15] == ("TGRPO", 4, 2)
 
 
 def test_ablations_are_cells_of_the_heat_map():
@@ -264,10 +277,9 @@ def test_questions_are_the_pairs_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "read_run", lambda *each: no_curves(*each[:3], 20))
     reproduce.main(reproduce.Args(results=tmp_path, out=tmp_path, questions=True, task_ids=(4,), seeds=(1,)))
     returns = ["TGRPO --return-mode sum", "TGRPO --return-mode mean"]
-    credit = ["GRPO", "GRPO --credit stage"]
     flow = ["ConRFT", "TGRPO --policy flow"]
     methods_played = [each[0] for each in played]  # the paper's alphas are the default
-    assert methods_played == [*returns, *credit, *methods.VARIANTS, *flow, *letter]
+    assert methods_played == ["GRPO", *returns, "GRPO --credit stage", *methods.VARIANTS, *flow, *letter]
     row = "| TGRPO --preset paper against TGRPO | -20 (1) | -20.0 | 1 |"
     assert row in capsys.readouterr().out and row in (tmp_path / "results.md").read_text()
 
