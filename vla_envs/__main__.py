@@ -65,7 +65,7 @@ def versions() -> tuple[str, str]:
     words = ", ".join([f"Python {python}"] + [f"{name} {found[name]}" for name in shown if name in found])
     if misfit := torchvision_misfit():
         why = "transformers and peft fail to load in a program that has not imported vla_envs.policies first"
-        return NOTE, f"{words}; {misfit}: {why}; install both from one index, as the README says"
+        return NOTE, f"{words}; {misfit}: {why}; install both from one index, as docs/quickstart.md says"
     return OK, words
 
 
