@@ -121,7 +121,7 @@ def table(runs: pd.DataFrame, names: list[str]) -> str:
         for method in shown:
             scores = common[method].to_numpy().T  # (tasks, seeds)
             text.loc["IQM", method] = estimate(iqm, 100 * scores, "{:.0f} %")
-            if method != START:
+            if method != START and START in shown:  # cloning alone says nothing of its start
                 pair = [*scores, *common[START].to_numpy().T]
                 text.loc["better than the start", method] = estimate(share_better, pair, "{:.2f}")
     return markdown(text.reset_index(names="")) + ABOUT_TABLE.format(of)

@@ -485,3 +485,9 @@ def test_the_interquartile_mean_and_who_is_better():
     assert many.tolist() == [0.625, 0.375]
     words = results_page.estimate(results_page.share_better, [one, one, other - 9, other + 9], "{:.2f}")
     assert words == "0.50 (0.50 to 0.50)"  # always better on one task, never on the other
+
+
+def test_cloning_alone_has_a_table():
+    """Its rows do not say what the start was."""
+    alone = pd.DataFrame([line("SFT", 4, 1, 40) | {"before": None}])
+    assert list(table_of(results_page.table(alone, ["SFT"]))) == ["task 4", "IQM"]
