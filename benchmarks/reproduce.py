@@ -11,6 +11,7 @@ Runs that are in --results are not made again, and an interrupted run goes on, s
 """
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -119,6 +120,7 @@ def cores_of_a_run(jobs: int) -> int:
     return max(1, available_cores() // jobs)
 
 
+@functools.cache  # asked for each of the runs that are missing
 def machine(jobs: int) -> str:
     """The processor, torch's vector units, which decide the last bits, and the cores that a run has."""
     file = Path("/proc/cpuinfo")
